@@ -1,0 +1,36 @@
+"""prunecli: structured pruning of pretrained vision models, with isometry recovery. Importing it loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prunecli.lr import recommend_lr
+    from prunecli.pipeline import compress
+    from prunecli.recipe import Recipe
+    from prunecli.recover import orthogonalize_
+    from prunecli.report import Report
+    from prunecli.spectrum import jacobian_spectrum
+    from prunecli.store import load
+
+_HOMES = {
+    "Recipe": "prunecli.recipe",
+    "Report": "prunecli.report",
+    "compress": "prunecli.pipeline",
+    "jacobian_spectrum": "prunecli.spectrum",
+    "load": "prunecli.store",
+    "orthogonalize_": "prunecli.recover",
+    "recommend_lr": "prunecli.lr",
+}
+__all__ = ["Recipe", "Report", "__version__", "compress", "jacobian_spectrum", "load", "orthogonalize_", "recommend_lr"]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve public names on first use, so that importing the package stays free of torch."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

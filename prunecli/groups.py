@@ -1,0 +1,239 @@
+"""Coupled groups: which entries of which tensors leave together. The vocabulary of plan, cut, recovery and report.
+
+Plain values, no torch. A *group* is one prunable axis of the network: ``width`` channels, and for each tensor dimension
+the axis runs through a *member* that says where channel ``j`` sits on it. Sizes are small expressions over the groups'
+kept widths, so that parameters and MACs of any candidate cut are arithmetic, not a rebuilt model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Kind = Literal["channels", "heads", "head_dim"]
+Role = Literal["out", "in", "elementwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexMap:
+    """Where channel ``j`` of a group sits along one tensor dimension: ``offset + j * stride + sum(i_k * stride_k)``.
+
+    ``loops`` holds ``(count, stride)`` pairs, one for each other factor the dimension is a product of. A plain
+    convolution has ``IndexMap()``; head ``j`` of a fused qkv weight with 3 heads of width 64 has
+    ``IndexMap(offset=0, stride=64, loops=((3, 192), (64, 1)))``.
+    """
+
+    offset: int = 0
+    stride: int = 1
+    loops: tuple[tuple[int, int], ...] = ()
+
+    def positions(self, channels: Iterable[int]) -> list[int]:
+        """All positions on the dimension that belong to ``channels``, unsorted."""
+        inner = [sum(steps) for steps in itertools.product(*(range(0, n * s, s) for n, s in self.loops))]
+        return [self.offset + j * self.stride + i for j in channels for i in inner]
+
+    @property
+    def repeats(self) -> int:
+        """How many positions one channel takes on this dimension."""
+        return math.prod(count for count, _ in self.loops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One place where a group's axis runs through a tensor.
+
+    ``tensor`` is a dotted name in the model (parameter, buffer or plain tensor attribute). ``role`` says what the
+    dimension does there: ``out`` the weight produces these channels (filters), ``in`` it reads them, ``elementwise``
+    it scales or shifts them (bias, norm, depthwise filters count as ``out``).
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    index: IndexMap = IndexMap()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A coupled group: ``width`` channels that exist in every member and leave from all of them together.
+
+    ``norms`` names the tensors-normalising modules whose statistics run over this axis (LayerNorm, GroupNorm …): there
+    a cut changes the statistic, so the pruned net equals the silenced net only with the norm taken over kept channels.
+    """
+
+    name: str
+    kind: Kind
+    width: int
+    members: tuple[Member, ...]
+    norms: tuple[str, ...] = ()
+
+    def layers(self, role: Role = "out") -> tuple[str, ...]:
+        """Module paths whose tensors take part in this group in ``role``, in network order, once each."""
+        return tuple(dict.fromkeys(module_of(m.tensor) for m in self.members if m.role == role))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """An axis that is not cut, the tensors on it, and the reason in words a user can act on."""
+
+    name: str
+    width: int
+    tensors: tuple[str, ...]
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+class Size(Protocol):
+    """An extent as a function of the kept widths: ``evaluate({})`` is its size in the dense model."""
+
+    def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The extent when each named group keeps that many channels (others keep all)."""
+
+
+@dataclass(frozen=True)
+class Const:
+    """An extent that no cut changes."""
+
+    value: int
+
+    def evaluate(self, kept: Mapping[str, int]) -> int:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Width:
+    """The width of one group."""
+
+    group: str
+    full: int
+
+    def evaluate(self, kept: Mapping[str, int]) -> int:
+        return kept.get(self.group, self.full)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Row-major product of extents."""
+
+    parts: tuple[Size, ...]
+
+    def evaluate(self, kept: Mapping[str, int]) -> int:
+        return math.prod(part.evaluate(kept) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Consecutive blocks (concatenation)."""
+
+    parts: tuple[Size, ...]
+
+    def evaluate(self, kept: Mapping[str, int]) -> int:
+        return sum(part.evaluate(kept) for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCost:
+    """The multiply-adds of one operator call for one image: the product of ``extents``."""
+
+    module: str
+    op: str
+    extents: tuple[Size, ...]
+
+    def macs(self, kept: Mapping[str, int]) -> int:
+        return math.prod(extent.evaluate(kept) for extent in self.extents)
+
+
+# ---------------------------------------------------------------------------------------------- attributes and folds
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeEdit:
+    """A Python attribute of a module that has to follow a cut (``num_heads``, ``groups``, ``normalized_shape`` …)."""
+
+    module: str
+    name: str
+    before: int | float | tuple[int, ...]
+    after: int | float | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFold:
+    """Attention that divides by the root of its own head width: when ``group`` shrinks from ``d`` to ``d'``,
+    ``positions`` of ``tensor`` along ``dim`` (dense coordinates) are multiplied by ``sqrt(d' / d)``.
+
+    softmax(q k / sqrt(d)) then keeps its value, because q is scaled by what the new root takes away.
+    """
+
+    group: str
+    tensor: str
+    dim: int
+    positions: tuple[int, ...]
+
+
+class AttributeConflictError(Exception):
+    """No value of the modules' attributes expresses this cut; ``groups`` are those to leave uncut."""
+
+    def __init__(self, message: str, groups: Sequence[str]) -> None:
+        super().__init__(message)
+        self.groups = tuple(groups)
+
+
+class AttributeSolver(Protocol):
+    """Kept widths → the attribute edits that go with them."""
+
+    def __call__(self, kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
+        """Raises AttributeConflictError where the attributes cannot express these widths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What a dependency graph says about a model.
+
+    Attributes:
+        engine: which engine made it (``axes`` or ``torch_pruning``).
+        groups: the prunable axes, in network order, names unique.
+        frozen: the axes that stay, each with its reason.
+        ties: names of groups that must keep equally many channels (equal chunks, one shared attribute).
+        exclusive: names of groups that are factors of one product (heads, head_dim): cut at most one of each.
+        tensors: for every parameter and buffer the extents of its dimensions.
+        ops: multiply-adds of every matmul-like operator call, for one image.
+        folds: attention scales to keep true.
+        solve: the attribute solver.
+        unknown_ops: operators without a rule, with how often each was met; their axes are frozen.
+    """
+
+    engine: str
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    ties: tuple[tuple[str, ...], ...]
+    exclusive: tuple[tuple[str, ...], ...]
+    tensors: Mapping[str, tuple[Size, ...]]
+    ops: tuple[OpCost, ...]
+    folds: tuple[ScaleFold, ...]
+    solve: AttributeSolver
+    unknown_ops: Mapping[str, int] = field(default_factory=dict)
+
+    def group(self, name: str) -> Group:
+        """The group of that name. Raises KeyError."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def macs(self, kept: Mapping[str, int]) -> int:
+        """Multiply-adds of one image with these kept widths (attention matmuls included)."""
+        return sum(op.macs(kept) for op in self.ops)
+
+    def numel(self, kept: Mapping[str, int], names: Iterable[str]) -> int:
+        """Elements of the named tensors with these kept widths."""
+        return sum(math.prod(e.evaluate(kept) for e in self.tensors[name]) for name in names)
+
+
+def module_of(tensor: str) -> str:
+    """``layer1.0.conv1.weight`` → ``layer1.0.conv1``; a parameter of the root module has the path ``""``."""
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,114 @@
+"""Plan: what is cut, decided before anything is changed. Structure: what a loader must know afterwards.
+
+Both are JSON values with a schema number that reject unknown keys and round-trip exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prunecli.groups import AttributeEdit, Member, ScaleFold
+
+Index = Annotated[int, Field(ge=0)]
+
+
+class Value(BaseModel):
+    """Base of everything that crosses a file: frozen, strict about keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(Value):
+    """Where a model comes from: enough to build the plain timm module again, without its weights."""
+
+    name: str = Field(description="registered timm architecture, tag included: resnet50.a1_in1k")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
+    num_classes: int
+    pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="input size, mean, std, interpolation …")
+    timm: str = Field(description="timm version the model was built with")
+
+
+class Cost(Value):
+    """Size of a model. MACs count one multiply-add once, attention matmuls included, for one image."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+class PlannedGroup(Value):
+    """One coupled group as the plan leaves it."""
+
+    name: str
+    kind: Literal["channels", "heads", "head_dim"]
+    width: int = Field(gt=0)
+    keep: tuple[Index, ...] = Field(min_length=1, description="kept channels in dense coordinates, ascending")
+    score: tuple[float, ...] | None = Field(default=None, description="importance of every channel, by the criterion")
+    members: tuple[Member, ...]
+    norms: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _kept_channels_exist(self) -> Self:
+        if any(b <= a for a, b in zip(self.keep, self.keep[1:], strict=False)) or self.keep[-1] >= self.width:
+            raise ValueError(f"group {self.name}: kept channels must be ascending, unique and below {self.width}")
+        return self
+
+    @property
+    def is_cut(self) -> bool:
+        return len(self.keep) < self.width
+
+
+class Plan(Value):
+    """Which indices of which coupled group stay, and why. Enough to cut the dense weights again.
+
+    ``attributes`` and ``folds`` are what follows from the kept widths; ``base`` and ``predicted`` are the costs before
+    and after, computed from the graph's size expressions.
+    """
+
+    schema_version: Literal[1] = 1
+    model: ModelRef
+    engine: str
+    criterion: str
+    ranking: str
+    seed: int
+    groups: tuple[PlannedGroup, ...]
+    attributes: tuple[AttributeEdit, ...] = ()
+    folds: tuple[ScaleFold, ...] = ()
+    base: Cost
+    predicted: Cost
+
+    @property
+    def cut_groups(self) -> tuple[PlannedGroup, ...]:
+        return tuple(group for group in self.groups if group.is_cut)
+
+    def kept_widths(self) -> dict[str, int]:
+        return {group.name: len(group.keep) for group in self.groups}
+
+
+def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, list[int]]]:
+    """Tensor name → dimension → positions that leave, ascending. What surgery applies and what the check silences."""
+    gone: dict[str, dict[int, set[int]]] = {}
+    for group in groups:
+        removed = sorted(set(range(group.width)) - set(group.keep))
+        if not removed:
+            continue
+        for member in group.members:
+            gone.setdefault(member.tensor, {}).setdefault(member.dim, set()).update(member.index.positions(removed))
+    return {tensor: {dim: sorted(at) for dim, at in dims.items()} for tensor, dims in gone.items()}
+
+
+class Structure(Value):
+    """What differs from the plain timm model: enough, with the safetensors, to rebuild the pruned one.
+
+    ``tensors`` maps a parameter, buffer or tensor attribute to its new shape; ``attributes`` maps a module path to the
+    attributes that changed (lists stand for tuples or lists, the loader keeps the type it finds). ``extra`` names the
+    tensors saved although timm's own state_dict leaves them out (cut non-persistent buffers and tensor attributes).
+    """
+
+    schema_version: Literal[1] = 1
+    tensors: Mapping[str, tuple[int, ...]] = Field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    extra: tuple[str, ...] = ()

@@ -1,0 +1,361 @@
+"""Recipe: what the user asks for, from YAML, ``KEY=VALUE`` and flags. Frozen, validated as a whole, no torch.
+
+Precedence is flag > ``KEY=VALUE`` > recipe file > default; ``layered`` merges, ``Recipe.parse`` validates, and all
+mistakes are reported at once, each with its path and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from prunecli.errors import UsageError, nearest
+from prunecli.plan import Value
+
+Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
+Ranking = Literal["local", "global", "isomorphic"]
+Metric = Literal["ratio", "macs", "speedup", "params", "size"]
+RecoverStep = Literal["orthp", "bn"]
+LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
+
+_UNITS = {
+    "": 1.0,
+    "K": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "B": 1.0,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KIB": 2.0**10,
+    "MIB": 2.0**20,
+}
+_SIZE_UNITS = {"", "B", "KB", "MB", "GB", "KIB", "MIB"}
+
+
+class Target(Value):
+    """``macs=50%``, ``speedup=2``, ``params=10M``, ``size=20MB`` or ``ratio=0.3``.
+
+    ``value`` is what is left: a fraction of the dense model where ``relative``, else an absolute count (multiply-adds,
+    parameters, bytes). For ``speedup`` it is the MACs factor, for ``ratio`` the share of channels *removed*.
+    """
+
+    metric: Metric
+    value: float = Field(gt=0)
+    relative: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises UsageError naming the part that cannot be read."""
+        metric, separator, raw = text.partition("=")
+        metric = metric.strip().lower()
+        if metric in LATER:
+            raise UsageError(f"Target {text!r}: {LATER[metric]}.", hint="Use macs=50% or speedup=2.")
+        known = ("ratio", "macs", "speedup", "params", "size")
+        if metric not in known:
+            raise UsageError(f"Unknown target metric {metric!r} in {text!r}.", hint=nearest(metric, known))
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|x|[a-zA-Z]*)\s*", raw)
+        if not separator or not found:
+            raise UsageError(
+                f"Target {text!r} has no readable number.",
+                hint="Write macs=50%, speedup=2, params=10M, size=20MB or ratio=0.3.",
+            )
+        number, unit = float(found[1]), found[2].upper()
+        if number <= 0:
+            raise UsageError(f"Target {text!r} must be above zero.")
+        if unit == "%":
+            if metric == "speedup":
+                raise UsageError(f"Target {text!r}: a speed-up is a factor.", hint="Write speedup=2.")
+            fraction = number / 100
+            if fraction >= 1:
+                raise UsageError(f"Target {text!r} must be below 100%.")
+            return cls(metric=metric, value=fraction, relative=metric != "ratio")
+        if metric == "ratio":
+            if unit or number >= 1:
+                raise UsageError(f"Target {text!r}: ratio is the share of channels removed, between 0 and 1.")
+            return cls(metric="ratio", value=number)
+        if metric == "speedup":
+            if unit not in ("", "X") or number <= 1:
+                raise UsageError(f"Target {text!r}: speedup is a factor above 1.")
+            return cls(metric="speedup", value=number)
+        if unit not in _UNITS or (metric == "size" and unit not in _SIZE_UNITS):
+            raise UsageError(
+                f"Target {text!r} has the unknown unit {found[2]!r}.",
+                hint=f"Known: {', '.join(u for u in _UNITS if u)}, %.",
+            )
+        scale = 1e9 if unit == "B" and metric != "size" else _UNITS[unit]
+        return cls(metric=metric, value=number * scale)
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.metric}={self.value * 100:g}%"
+        return f"{self.metric}={self.value:g}"
+
+
+class DataSettings(Value):
+    """Where images come from. ``name`` is an ImageFolder path, a timm dataset name, or ``digits``."""
+
+    name: str | None = None
+    dir: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    batch_size: int = Field(default=128, gt=0)
+    workers: int = Field(default=0, ge=0)
+    augment: Literal["auto", "timm", "crop_flip", "none"] = Field(
+        default="auto",
+        description="auto: crop_flip (pad 4, random crop, flip) up to 64 px, timm's random resized crop above; none for digits",
+    )
+    train_limit: int | None = Field(default=None, gt=0, description="use only the first N training images")
+    val_limit: int | None = Field(default=None, gt=0, description="use only the first N validation images")
+    unreadable_limit: int = Field(default=10, ge=0, description="how many unreadable images a run survives")
+
+
+class PruneSettings(Value):
+    """What may be cut, and how channels are ranked."""
+
+    criterion: Criterion = "l1"
+    ranking: Ranking = "local"
+    graph: Literal["axes", "torch_pruning"] = "axes"
+    attention: Literal["heads", "head_dim"] = Field(
+        default="heads", description="which factor of an attention width is cut"
+    )
+    select: tuple[str, ...] = Field(
+        default=("*",), description="name patterns: a group is cut if a producing layer matches"
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="name patterns of layers that keep all channels")
+    round_to: int = Field(
+        default=8, gt=0, description="kept widths are multiples of this where the width allows it; 1 is off"
+    )
+    min_width: int = Field(default=1, gt=0)
+    max_ratio: float = Field(default=0.995, gt=0, lt=1, description="largest share of one group that may leave")
+    calibration_images: int = Field(default=128, gt=0, description="images for criteria that need gradients")
+
+
+class RecoverSettings(Value):
+    """Recovery after the cut. ``steps: [auto]`` tries what fits and keeps what the stated rule says helps."""
+
+    steps: tuple[Literal["auto", "orthp", "bn"], ...] = ("auto",)
+    orthp_method: Literal["qr", "polar", "newton_schulz"] = "qr"
+    gain: Literal["auto"] | float = "auto"
+    bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
+    probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
+
+
+class DistillSettings(Value):
+    """Knowledge distillation from the dense model: loss = (1-alpha) CE + alpha T^2 KL(teacher_T, student_T)."""
+
+    alpha: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0)
+
+
+class FinetuneSettings(Value):
+    """The fine-tuning loop."""
+
+    epochs: int | None = Field(default=None, ge=0, description="none: 10 where there is data, else 0")
+    lr: Literal["auto"] | float = "auto"
+    min_lr: float = Field(
+        default=1e-4, ge=0, description="the schedule's last learning rate; 1e-4 CIFAR, 1e-5 ImageNet (METHODS 9.8)"
+    )
+    optimizer: Literal["sgd", "adamw"] | None = Field(
+        default=None, description="none: sgd for nets with BatchNorm, else adamw"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["step", "cosine", "constant"] = "cosine"
+    milestones: tuple[float, ...] = Field(
+        default=(0.5, 0.75), description="step: where LR drops, as shares of the epochs"
+    )
+    gamma: float = Field(default=0.1, gt=0, lt=1, description="step: the factor of each drop")
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    amp: Literal["auto", "off", "bf16"] = Field(
+        default="auto", description="auto: bf16 on a GPU that has it, off on CPU"
+    )
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    clip_grad: float | None = Field(default=None, gt=0, description="largest gradient norm")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of the weight average; evaluated and exported where set"
+    )
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    distill: DistillSettings = DistillSettings()
+    export: Literal["last", "best"] = Field(default="last", description="which epoch is exported; both are reported")
+    checkpoint_every: int | None = Field(
+        default=None, gt=0, description="also save every N steps; an epoch's end always saves"
+    )
+
+    @field_validator("lr")
+    @classmethod
+    def _positive(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("must be above zero")
+        return value
+
+
+class SpectrumSettings(Value):
+    """The Jacobian spectrum of the report: exact, eval mode."""
+
+    samples: int = Field(default=16, ge=0, description="images; 0 switches the Jacobian off")
+    chunk: int = Field(default=64, gt=0, description="rows of all Jacobians computed at once")
+
+
+class Recipe(Value):
+    """A whole job. Running the resolved recipe again repeats it."""
+
+    model: str | None = Field(default=None, description="timm name, hf-hub:owner/name, local-dir:PATH or a run folder")
+    weights: str | None = None
+    pretrained: bool = True
+    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
+    data: DataSettings = DataSettings()
+    target: Target | None = None
+    method: Literal["oneshot"] = "oneshot"
+    prune: PruneSettings = PruneSettings()
+    recover: RecoverSettings = RecoverSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    spectrum: SpectrumSettings = SpectrumSettings()
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)
+    equivalence_check: bool = Field(
+        default=True, description="prove the cut against the silenced dense net before any work"
+    )
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                return Target.parse(value)
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.weights is not None and not self.pretrained:
+            raise ValueError("weights and pretrained: false contradict each other; leave one out")
+        return self
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, origin: str = "recipe") -> Self:
+        """Validate a nested mapping.
+
+        Raises:
+            UsageError: names every wrong key (with the nearest known one) and every wrong value, all at once.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = "; ".join(_explain(cls, detail) for detail in error.errors())
+            raise UsageError(f"{origin}: {problems}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read one YAML file. Raises UsageError where it is missing, unreadable or wrong."""
+        return cls.from_mapping(read_yaml(Path(path)), origin=str(path))
+
+    # -------------------------------------------------------------------------------------------- writing
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain YAML-able values that validate back to this recipe."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        values["target"] = str(self.target) if self.target else None
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+
+    def sha256(self) -> str:
+        """Identity of the job: equal recipes have equal digests whatever the order of their keys."""
+        return hashlib.sha256(json.dumps(self.to_mapping(), sort_keys=True).encode()).hexdigest()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises UsageError for a missing file, broken YAML, or something that is no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            f"Recipe {path} does not exist.", hint="`prunecli recipes ls` lists the packaged ones."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Recipe {path} cannot be read: {error}.") from None
+    return parse_yaml(text, origin=str(path))
+
+
+def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
+    """YAML text to a mapping. Raises UsageError."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{origin} is not valid YAML{where}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{origin} must hold key: value pairs, not {type(values).__name__}.")
+    return values
+
+
+def parse_assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["finetune.lr=0.01", "seed=3"]`` → nested mapping; values are read as YAML. Raises UsageError."""
+    merged: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, raw = pair.partition("=")
+        if not separator or not key.strip():
+            raise UsageError(f"{pair!r} is not KEY=VALUE.")
+        try:
+            value = yaml.safe_load(raw) if raw.strip() else None
+        except yaml.YAMLError:
+            raise UsageError(f"The value of {pair!r} cannot be read.") from None
+        nested: Any = value
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        merged = layered(merged, nested)
+    return merged
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge, later layers win; lists and scalars are replaced whole."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            merged[key] = layered(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged
+
+
+def _explain(model: type[Value], detail: ErrorDetails) -> str:
+    """One validation error in a user's words: path, what is wrong, nearest key."""
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        hint = nearest(location[-1], _keys_at(model, location[:-1]))
+        return f"unknown key {path!r}" + (f" ({hint})" if hint else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    return (
+        f"{path}: {message}, not {detail['input']!r}"
+        if detail["type"] != "value_error"
+        else f"{path or 'recipe'}: {message}"
+    )
+
+
+def _keys_at(model: type[Value], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Value)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,142 @@
+"""Report: what happened, every number with its unit. The shape of ``report.json`` (INTERFACE section 4)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from prunecli.plan import Value
+
+StageName = Literal["dense", "pruned", "recovered", "finetuned"]
+
+
+class SpectrumSummary(Value):
+    """Singular values of the input-logit Jacobian over all samples (METHODS 1.2, eval mode)."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    condition: float = Field(description="mean over samples of largest / smallest singular value")
+    samples: int
+
+
+class Accuracy(Value):
+    """Evaluation on a labelled split; percentages are 0 to 100, loss is mean cross-entropy in nats."""
+
+    top1: float
+    top5: float | None
+    loss: float
+    samples: int
+
+
+class Stage(Value):
+    """The model as one stage left it."""
+
+    name: StageName
+    seconds: float
+    params: int
+    macs: int
+    bytes: int
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    jsv: SpectrumSummary | None = None
+    notes: tuple[str, ...] = ()
+
+
+class RecoveryStep(Value):
+    """What one recovery step did, and whether the rule kept it."""
+
+    name: str
+    kept: bool
+    rule: str
+    loss_before: float | None = None
+    loss_after: float | None = None
+    top1_before: float | None = None
+    top1_after: float | None = None
+    jsv_before: SpectrumSummary | None = None
+    jsv_after: SpectrumSummary | None = None
+    residual: float | None = Field(default=None, description="largest |WW^T/gain^2 - I| entry over recovered layers")
+    seconds: float = 0.0
+
+
+class TargetResult(Value):
+    """What was asked and what was reached, in the metric's own unit (reachable: lowest and highest value)."""
+
+    metric: str
+    asked: float
+    reached: float
+    reachable: tuple[float, float]
+
+
+class LayerReport(Value):
+    """One layer before and after; singular values of its weight matrix [out, in*k*k], largest first."""
+
+    name: str
+    out_before: int
+    out_after: int
+    sv_before: tuple[float, ...] = ()
+    sv_after: tuple[float, ...] = ()
+
+
+class LRReport(Value):
+    """The fine-tuning learning rate, the rule behind it and the measurements the rule read."""
+
+    recommended: float
+    rule: str
+    evidence: dict[str, Any] = Field(default_factory=dict)
+
+
+class LatencyReport(Value):
+    """Paired latency of base and final model (medians, milliseconds)."""
+
+    device: str
+    batch: int
+    base_ms: float
+    final_ms: float
+    ratio: float
+    noise: float
+
+
+class FinetuneReport(Value):
+    """The fine-tuning as run: budget in epochs, and last as well as best epoch."""
+
+    epochs: int
+    steps: int
+    lr: float
+    schedule: str
+    best_epoch: int | None = None
+    best_top1: float | None = None
+    last_top1: float | None = None
+    history: tuple[dict[str, float], ...] = ()
+
+
+class VerifyReport(Value):
+    """The reloaded model against the exported one, in a fresh process."""
+
+    reload_max_abs_diff: float
+    classes_equal: bool
+    ok: bool
+
+
+class Report(Value):
+    """All figures of a run (``report.json``)."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    base: dict[str, Any]
+    final: dict[str, Any]
+    stages: tuple[Stage, ...]
+    target: TargetResult | None
+    layers: tuple[LayerReport, ...] = ()
+    recovery: tuple[RecoveryStep, ...] = ()
+    lr: LRReport | None = None
+    finetune: FinetuneReport | None = None
+    latency: LatencyReport | None = None
+    verify: VerifyReport | None = None
+    recipe_sha256: str
+    versions: dict[str, str]
+    seed: int
+    warnings: tuple[str, ...] = ()
