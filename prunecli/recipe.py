@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -23,22 +24,17 @@ from prunecli.plan import Value
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
 Ranking = Literal["local", "global", "isomorphic"]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
-RecoverStep = Literal["orthp", "bn"]
-LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
-
-_UNITS = {
-    "": 1.0,
-    "K": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "B": 1.0,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "KIB": 2.0**10,
-    "MIB": 2.0**20,
+RecoverStep = Literal["auto", "orthp", "bn"]
+_LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
+_COUNTS = {"": 1.0, "%": 0.01, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+_UNITS_OF: dict[str, dict[str, float]] = {
+    "ratio": {"": 1.0, "%": 0.01},
+    "macs": _COUNTS,
+    "speedup": {"": 1.0, "X": 1.0},
+    "params": _COUNTS,
+    "size": {"": 1.0, "%": 0.01, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20},
 }
-_SIZE_UNITS = {"", "B", "KB", "MB", "GB", "KIB", "MIB"}
+_TARGET_EXAMPLES = "macs=50%, speedup=2, params=10M, size=20MB or ratio=0.3"
 
 
 class Target(Value):
@@ -55,44 +51,29 @@ class Target(Value):
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises UsageError naming the part that cannot be read."""
-        metric, separator, raw = text.partition("=")
+        metric, _, raw = text.partition("=")
         metric = metric.strip().lower()
-        if metric in LATER:
-            raise UsageError(f"Target {text!r}: {LATER[metric]}.", hint="Use macs=50% or speedup=2.")
-        known = ("ratio", "macs", "speedup", "params", "size")
-        if metric not in known:
-            raise UsageError(f"Unknown target metric {metric!r} in {text!r}.", hint=nearest(metric, known))
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|x|[a-zA-Z]*)\s*", raw)
-        if not separator or not found:
-            raise UsageError(
-                f"Target {text!r} has no readable number.",
-                hint="Write macs=50%, speedup=2, params=10M, size=20MB or ratio=0.3.",
-            )
-        number, unit = float(found[1]), found[2].upper()
-        if number <= 0:
-            raise UsageError(f"Target {text!r} must be above zero.")
-        if unit == "%":
-            if metric == "speedup":
-                raise UsageError(f"Target {text!r}: a speed-up is a factor.", hint="Write speedup=2.")
-            fraction = number / 100
-            if fraction >= 1:
-                raise UsageError(f"Target {text!r} must be below 100%.")
-            return cls(metric=metric, value=fraction, relative=metric != "ratio")
-        if metric == "ratio":
-            if unit or number >= 1:
-                raise UsageError(f"Target {text!r}: ratio is the share of channels removed, between 0 and 1.")
-            return cls(metric="ratio", value=number)
-        if metric == "speedup":
-            if unit not in ("", "X") or number <= 1:
-                raise UsageError(f"Target {text!r}: speedup is a factor above 1.")
-            return cls(metric="speedup", value=number)
-        if unit not in _UNITS or (metric == "size" and unit not in _SIZE_UNITS):
-            raise UsageError(
-                f"Target {text!r} has the unknown unit {found[2]!r}.",
-                hint=f"Known: {', '.join(u for u in _UNITS if u)}, %.",
-            )
-        scale = 1e9 if unit == "B" and metric != "size" else _UNITS[unit]
-        return cls(metric=metric, value=number * scale)
+        if metric in _LATER:
+            raise UsageError(f"Target {text!r}: {_LATER[metric]}.", hint="Use macs=50% or speedup=2.")
+        if metric not in _UNITS_OF:
+            raise UsageError(f"Unknown target metric {metric!r} in {text!r}.", hint=nearest(metric, _UNITS_OF))
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", raw)
+        if not found:
+            raise UsageError(f"Target {text!r} has no readable number.", hint=f"Write {_TARGET_EXAMPLES}.")
+        unit = found[2].upper()
+        units = _UNITS_OF[metric]
+        if unit not in units:
+            known = ", ".join(u for u in units if u) or "none"
+            raise UsageError(f"Target {text!r} has the unknown unit {found[2]!r}.", hint=f"Units of {metric}: {known}.")
+        value = float(found[1]) * units[unit]
+        relative = unit == "%" and metric != "ratio"
+        lower, upper = (
+            (1.0, math.inf) if metric == "speedup" else (0.0, 1.0 if relative or metric == "ratio" else math.inf)
+        )
+        if not lower < value < upper:
+            limits = f"above {lower:g}" + (f" and below {upper:g}" if upper < math.inf else "")
+            raise UsageError(f"Target {text!r} must be {limits}.")
+        return cls(metric=metric, value=value, relative=relative)
 
     def __str__(self) -> str:
         if self.relative:
@@ -111,7 +92,7 @@ class DataSettings(Value):
     workers: int = Field(default=0, ge=0)
     augment: Literal["auto", "timm", "crop_flip", "none"] = Field(
         default="auto",
-        description="auto: crop_flip (pad 4, random crop, flip) up to 64 px, timm's random resized crop above; none for digits",
+        description="auto: none for digits, crop_flip (pad 4, random crop, flip) up to 64 px, timm's own above",
     )
     train_limit: int | None = Field(default=None, gt=0, description="use only the first N training images")
     val_limit: int | None = Field(default=None, gt=0, description="use only the first N validation images")
@@ -142,7 +123,7 @@ class PruneSettings(Value):
 class RecoverSettings(Value):
     """Recovery after the cut. ``steps: [auto]`` tries what fits and keeps what the stated rule says helps."""
 
-    steps: tuple[Literal["auto", "orthp", "bn"], ...] = ("auto",)
+    steps: tuple[RecoverStep, ...] = Field(default=("auto",), description="[] switches recovery off")
     orthp_method: Literal["qr", "polar", "newton_schulz"] = "qr"
     gain: Literal["auto"] | float = "auto"
     bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
@@ -204,7 +185,9 @@ class FinetuneSettings(Value):
 class SpectrumSettings(Value):
     """The Jacobian spectrum of the report: exact, eval mode."""
 
-    samples: int = Field(default=16, ge=0, description="images; 0 switches the Jacobian off")
+    samples: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="images; auto: up to 16, fewer where exact Jacobians would cost minutes; 0 is off"
+    )
     chunk: int = Field(default=64, gt=0, description="rows of all Jacobians computed at once")
 
 
