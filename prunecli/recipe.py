@@ -77,8 +77,8 @@ class Target(Value):
 
     def __str__(self) -> str:
         if self.relative:
-            return f"{self.metric}={self.value * 100:g}%"
-        return f"{self.metric}={self.value:g}"
+            return f"{self.metric}={self.value * 100:.12g}%"
+        return f"{self.metric}={self.value:.15g}"
 
 
 class DataSettings(Value):
