@@ -1,0 +1,105 @@
+"""Files: atomic writes, strict reads, and every refusal of the operating system as one plain sentence.
+
+A file is either the old one or the new one, never half of either: a write goes to a temporary neighbour, is flushed
+to the disk and then renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunecli.errors import PruneError
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an operating-system refusal to write ``path`` into one plain sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code is None and "No space left" in str(error):
+            code = errno.ENOSPC
+        reasons = {
+            errno.ENOSPC: ("the disk is full", "Free some space, then run again with --resume."),
+            errno.EDQUOT: ("the disk quota is used up", "Free some space, then run again with --resume."),
+            errno.EROFS: ("the file system is read-only", "Choose another folder with --out."),
+            errno.EACCES: ("permission is denied", "Choose another folder with --out."),
+            errno.ENOTDIR: ("a file stands where a folder is needed", "Choose another folder with --out."),
+        }
+        reason, hint = reasons.get(code or 0, (str(error), None))
+        raise PruneError(f"Cannot write {path}: {reason}.", hint=hint) from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary neighbour, then rename it over ``path``. Raises PruneError.
+
+    The file gets the mode the user's umask asks for (safetensors leaves 0600 behind).
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            write(temporary)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically. Raises PruneError."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON document atomically; a NaN is refused, because JSON has none. Raises PruneError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors atomically; shared memory is written once under each name. Raises PruneError."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+
+
+def read_json(path: Path) -> Any:
+    """Raises PruneError naming the file where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PruneError(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise PruneError(f"{path} is not readable JSON ({error}).") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises PruneError naming the file where it is missing, truncated or no safetensors file."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise PruneError(f"{path} is missing.") from None
+    except (OSError, SafetensorError) as error:
+        raise PruneError(f"{path} is truncated or not a safetensors file ({error}).") from None
+    return tensors
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
