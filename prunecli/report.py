@@ -18,7 +18,9 @@ class SpectrumSummary(Value):
     std: float
     min: float
     max: float
-    condition: float = Field(description="mean over samples of largest / smallest singular value")
+    condition: float | None = Field(
+        description="mean over samples of largest / smallest singular value; none where every smallest one is zero"
+    )
     samples: int
 
 
