@@ -1,0 +1,30 @@
+# `make setup` once, then the others. CI runs the same commands (.ci/run).
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup run test lint format types image
+
+setup: $(BIN)/prunecli
+
+$(BIN)/prunecli: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: setup
+	$(BIN)/prunecli compress --recipe quickstart
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+image:
+	docker build -t prunecli .
