@@ -10,7 +10,7 @@ tensor inside a dict or list attribute.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -96,6 +96,15 @@ def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> No
             derived = all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values())
             if derived and keep.isdisjoint(f"{prefix}{key}[{item}]" for item in value):
                 value.clear()
+
+
+def map_tensors_(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Apply ``change`` to the values of every tensor ``named_tensors`` lists, in place, once to a shared one."""
+    new: dict[int, Tensor] = {}
+    for slot in _slots(model):
+        if id(slot.tensor) not in new:
+            new[id(slot.tensor)] = _like(slot.tensor, change(slot.tensor.detach()))
+    _replace_(model, new)
 
 
 def _replace_(model: nn.Module, new: Mapping[int, Tensor]) -> None:

@@ -1,0 +1,367 @@
+"""The independent proof of a cut: the pruned net computes what the dense net computes with those channels silenced.
+
+Both sides start from one copy in float64 whose parameters are drawn anew, so that no zero-initialised branch hides a
+mistake. One side is cut by ``surgery``; the other keeps all shapes and attributes and only gets zeros. They share no
+code but the list of positions, so wrong index maps, forgotten attributes and stale attention scales all show.
+
+Where a norm's statistic runs over a cut axis the zeros would take part in it: there the dense side computes that
+statistic over the kept channels, with its own masked implementation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunecli.groups import AttributeEdit, ScaleFold, module_of
+from prunecli.plan import PlannedGroup, removed_positions
+from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors
+
+# What a forward pass of a wrongly cut module raises: torch's shape errors and timm's own asserts.
+_FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
+_BLIND = 1e-9  # relative change of the output below which the check cannot see what it is to judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equivalence:
+    """Outcome of the check.
+
+    Attributes:
+        relative_error: ``max|pruned - silenced| / max|silenced|`` over two images; inf where the check failed to run
+            or could not see.
+        exact: no norm statistic runs over a cut axis, so silencing is zeroing and nothing else.
+        norms: modules whose statistic was taken over kept channels on the dense side.
+        reason: why ``relative_error`` is inf, else empty.
+    """
+
+    relative_error: float
+    exact: bool
+    norms: tuple[str, ...]
+    reason: str = ""
+
+
+class _FailedCheckError(Exception):
+    """The comparison could not be made; the message says why."""
+
+
+def equivalence_error(
+    model: nn.Module,
+    *,
+    groups: Sequence[PlannedGroup],
+    attributes: Sequence[AttributeEdit],
+    folds: Sequence[ScaleFold],
+    input_size: tuple[int, int, int],
+    seed: int,
+) -> Equivalence:
+    """Compare the pruned with the silenced net on two random images, in float64 on the CPU, with random parameters.
+
+    Modules that have a ``fused_attn`` switch are compared on both of its paths. The pruned net must also train: a
+    forward and backward pass in train mode has to give finite gradients.
+
+    Args:
+        model: with real (not meta) tensors; left as it is, but for the caches that an earlier forward pass filled.
+        groups: of the plan; uncut ones are ignored.
+        attributes: of the plan.
+        folds: of the plan.
+        input_size: channels, height, width.
+        seed: of parameters and images.
+
+    Raises:
+        UnsupportedError: the plan does not fit the model (see ``cut_``).
+    """
+    cut = tuple(group for group in groups if group.is_cut)
+    norms = tuple(sorted({norm for group in cut for norm in group.norms}))
+    generator = torch.Generator().manual_seed(seed)
+    clear_caches_(model)
+    dense = copy.deepcopy(model).cpu().eval()
+    map_tensors_(dense, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    _redraw_(dense, generator)
+    images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
+    pruned, silenced = copy.deepcopy(dense), copy.deepcopy(dense)
+    cut_(pruned, groups=groups, attributes=attributes, folds=folds)
+    _silence_(silenced, cut)
+    masked = _MaskedNorms(silenced, cut, norms)
+    try:
+        worst = _difference(dense, silenced, pruned, masked, images, blind=bool(cut))
+        if _without_fused_attention_(dense, silenced, pruned):
+            worst = max(worst, _difference(dense, silenced, pruned, masked, images, blind=bool(cut)))
+        _assert_trains(pruned, images, seed)
+    except _FailedCheckError as failure:
+        return Equivalence(relative_error=math.inf, exact=not norms, norms=norms, reason=str(failure))
+    return Equivalence(relative_error=worst, exact=not norms, norms=norms)
+
+
+# ---------------------------------------------------------------------------------------------- the two sides
+
+
+@torch.no_grad()
+def _redraw_(model: nn.Module, generator: torch.Generator) -> None:
+    """New values for parameters and running statistics; other buffers are tables, masks or positions and stay.
+
+    Weights get variance 1 / fan-in, one-dimensional scales lie in [0.5, 1.5], biases and means are small.
+    """
+
+    def normal(tensor: Tensor, std: float) -> Tensor:
+        return std * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    def around_one(tensor: Tensor) -> Tensor:
+        return 0.5 + torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if name.endswith("bias"):
+            parameter.copy_(normal(parameter, 0.1))
+        elif parameter.dim() < 2:
+            parameter.copy_(around_one(parameter))
+        else:
+            parameter.copy_(normal(parameter, (parameter.numel() / len(parameter)) ** -0.5))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(normal(buffer, 0.1))
+        elif name.endswith("running_var"):
+            buffer.copy_(around_one(buffer))
+
+
+@torch.no_grad()
+def _silence_(dense: nn.Module, cut: tuple[PlannedGroup, ...]) -> None:
+    """Zero the removed positions of every member that is a parameter (and of running means)."""
+    tensors: dict[str, Tensor] = dict(dense.named_parameters(remove_duplicate=False))
+    tensors.update((name, buffer) for name, buffer in dense.named_buffers() if name.endswith("running_mean"))
+    for name, dims in removed_positions(cut).items():
+        for dim, positions in dims.items():
+            if name in tensors:
+                tensors[name].index_fill_(dim, torch.tensor(positions), 0)
+
+
+def _without_fused_attention_(*models: nn.Module) -> bool:
+    """Switch every module with that flag to its explicit attention; whether there was one."""
+    switched = False
+    for model in models:
+        for module in model.modules():
+            if vars(module).get("fused_attn") is True:
+                module.__dict__["fused_attn"] = False
+                switched = True
+    return switched
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+@torch.no_grad()
+def _difference(
+    dense: nn.Module, silenced: nn.Module, pruned: nn.Module, masked: _MaskedNorms, images: Tensor, *, blind: bool
+) -> float:
+    """Largest relative difference. Raises _FailedCheckError where nothing can be learnt from it."""
+    whole = _outputs(dense, images)
+    masked.seen.clear()
+    with masked:
+        expected = _outputs(silenced, images)
+    unseen = set(masked.masks) - masked.seen
+    if unseen:
+        raise _FailedCheckError(f"the statistic of {min(unseen)} could not be taken over the kept channels")
+    try:
+        found = _outputs(pruned, images)
+    except _FORWARD_ERRORS as error:
+        raise _FailedCheckError(f"the pruned forward pass fails: {_first_line(error)}") from error
+    scale = expected.abs().max().item()
+    if not (math.isfinite(scale) and torch.isfinite(found).all()):
+        raise _FailedCheckError("the output is not finite")
+    if found.shape != expected.shape:
+        raise _FailedCheckError(f"the output has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    if (expected[0] - expected[1]).abs().max().item() <= _BLIND * scale:
+        raise _FailedCheckError("the output does not depend on the image, so the check sees nothing")
+    if blind and (expected - whole).abs().max().item() <= _BLIND * scale:
+        raise _FailedCheckError("silencing the removed channels changes no output, so the check sees nothing")
+    return (found - expected).abs().max().item() / scale
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """All output tensors as one, [images, values]."""
+    return torch.cat([tensor.reshape(len(images), -1) for tensor in _tensors(model(images))], dim=1)
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)
+
+
+def _assert_trains(pruned: nn.Module, images: Tensor, seed: int) -> None:
+    """One step's forward and backward in train mode. Raises _FailedCheckError; leaves the global generator alone."""
+    pruned.train().requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            loss = _outputs(pruned, images).square().mean()
+            torch.autograd.backward(loss)
+        except _FORWARD_ERRORS as error:
+            raise _FailedCheckError(f"the pruned net does not train: {_first_line(error)}") from error
+    gradients = {name: p.grad for name, p in pruned.named_parameters() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+    if bad or not gradients:
+        raise _FailedCheckError(f"the pruned net has no finite gradient at {bad[0] if bad else 'any parameter'}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- norms over cut axes
+
+
+class _MaskedNorms(TorchFunctionMode):
+    """Takes the statistics of given norm modules over kept channels only, and puts zeros at the others.
+
+    ``layer_norm``, ``group_norm`` and ``rms_norm`` are computed here with a mask; in norms written out in Python
+    (global response norm) each mean or variance over the axis is restricted; weight standardisation, which is a
+    ``batch_norm`` over a weight's input side, likewise. ``seen`` says for which modules that happened.
+    """
+
+    def __init__(self, model: nn.Module, cut: tuple[PlannedGroup, ...], norms: Sequence[str]) -> None:
+        super().__init__()
+        self.masks = {norm: _kept_mask(model, norm, cut) for norm in norms}
+        self.seen: set[str] = set()
+        self._within: list[str] = []
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, path=path: self._within.append(path))
+            module.register_forward_hook(lambda *_: self._leave())
+
+    def _leave(self) -> None:
+        self._within.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        path = self._within[-1] if self._within else None
+        rule = _RULES.get(func)
+        if rule is not None and path in self.masks:
+            result = rule(func, self.masks[path], args, kwargs)
+            if result is not NotImplemented:
+                self.seen.add(path)
+                return result
+        return func(*args, **kwargs)
+
+
+def _kept_mask(model: nn.Module, norm: str, cut: tuple[PlannedGroup, ...]) -> Tensor:
+    """1 for kept and 0 for removed positions of the normalised axis, float64.
+
+    Read off the norm's own weight; a norm without one is taken to run over exactly its group's channels.
+    """
+    removed = {name: dims for name, dims in removed_positions(cut).items() if module_of(name) == norm}
+    tensors = named_tensors(model)
+    for name, dims in removed.items():
+        dim = max(dims)  # a vector's only dimension; of a standardised weight the input side
+        mask = torch.ones(tensors[name].shape[dim], dtype=torch.float64)
+        mask[dims[dim]] = 0
+        return mask
+    group = next(group for group in cut if norm in group.norms)
+    mask = torch.zeros(group.width, dtype=torch.float64)
+    mask[list(group.keep)] = 1
+    return mask
+
+
+def _normalised(x: Tensor, mask: Tensor, dims: tuple[int, ...], eps: float, *, centred: bool) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` with masked statistics over ``dims``, zero where the mask is.
+
+    Not ``centred``: the root mean square norm, ``mean = 0``.
+    """
+    count = mask.expand_as(x).sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * mask).sum(dims, keepdim=True) / count if centred else torch.zeros((), dtype=x.dtype)
+    square = (((x - mean) * mask) ** 2).sum(dims, keepdim=True) / count
+    return (x - mean) / torch.sqrt(square + eps) * mask
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor) -> Tensor:
+    x = x if weight is None else x * weight
+    return (x if bias is None else x + bias) * mask
+
+
+def _layer_norm(_func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Any:
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if tuple(given["normalized_shape"]) != tuple(mask.shape):
+        return NotImplemented
+    x = _normalised(given["input"], mask, (-1,), given.get("eps", 1e-5), centred=True)
+    return _affine(x, given.get("weight"), given.get("bias"), mask)
+
+
+def _rms_norm(_func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Any:
+    given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+    if tuple(given["normalized_shape"]) != tuple(mask.shape):
+        return NotImplemented
+    eps = given.get("eps")
+    x = given["input"]
+    x = _normalised(x, mask, (-1,), torch.finfo(x.dtype).eps if eps is None else eps, centred=False)
+    return _affine(x, given.get("weight"), None, mask)
+
+
+def _group_norm(_func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Any:
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, num_groups = given["input"], given["num_groups"]
+    if x.shape[1] != len(mask):
+        return NotImplemented
+    grouped = x.reshape(len(x), num_groups, x.shape[1] // num_groups, -1)
+    within = mask.view(1, num_groups, -1, 1)
+    normed = _normalised(grouped, within, (2, 3), given.get("eps", 1e-5), centred=True).view_as(x)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    weight, bias = (None if p is None else p.view(shape) for p in (given.get("weight"), given.get("bias")))
+    return _affine(normed, weight, bias, mask.view(shape))
+
+
+def _standardised_weight(
+    func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | Any:
+    """``batch_norm(weight.reshape(1, out, in * k * k))``: kept inputs only."""
+    weight, *rest = args
+    if weight.dim() != 3 or len(weight) != 1 or weight.shape[2] % len(mask):
+        return NotImplemented
+    kept = mask.bool().repeat_interleave(weight.shape[2] // len(mask))
+    result = torch.zeros_like(weight)
+    result[:, :, kept] = func(weight[:, :, kept], *rest, **kwargs)
+    return result
+
+
+def _reduction(func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A mean or variance over the axis, of the kept entries; left alone where two dimensions could be the axis."""
+    x = args[0] if args else kwargs["input"]
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dims is None or isinstance(dims, bool):
+        return NotImplemented
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    axes = [dim for dim in dims if x.shape[dim] == len(mask)]
+    if len(axes) != 1:
+        return NotImplemented
+    kept = x.index_select(axes[0], mask.nonzero().flatten())
+    return func(kept, *args[1:], **{key: value for key, value in kwargs.items() if key != "input"})
+
+
+_Rule = Callable[[Callable[..., Any], Tensor, tuple[Any, ...], dict[str, Any]], Any]
+_RULES: dict[Callable[..., Any], _Rule] = {
+    nn.functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    nn.functional.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    nn.functional.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    nn.functional.batch_norm: _standardised_weight,
+    torch.mean: _reduction,
+    Tensor.mean: _reduction,
+    torch.var: _reduction,
+    Tensor.var: _reduction,
+    torch.var_mean: _reduction,
+    torch.std: _reduction,
+    Tensor.std: _reduction,
+    torch.std_mean: _reduction,
+}
