@@ -36,6 +36,7 @@ def explained(path: Path) -> Iterator[None]:
             errno.EDQUOT: ("the disk quota is used up", "Free some space, then run again with --resume."),
             errno.EROFS: ("the file system is read-only", "Choose another folder with --out."),
             errno.EACCES: ("permission is denied", "Choose another folder with --out."),
+            errno.EEXIST: ("a file stands where a folder is needed", "Choose another folder with --out."),
             errno.ENOTDIR: ("a file stands where a folder is needed", "Choose another folder with --out."),
         }
         reason, hint = reasons.get(code or 0, (str(error), None))

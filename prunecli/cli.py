@@ -1,0 +1,502 @@
+"""The command line: parse, call, print, exit. Heavy imports happen inside commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from prunecli import __version__
+from prunecli.errors import ExitCode, PruneError, UsageError
+
+if TYPE_CHECKING:
+    from prunecli.recipe import Recipe
+
+
+app = typer.Typer(
+    name="prunecli",
+    help="Make pretrained vision models smaller and faster: prune, recover, fine-tune, verify, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="Packaged recipes: list, show, copy, validate.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes, name="recipes")
+
+_DEBUG = "--debug"
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=")
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="timm name, hf-hub:owner/name, local-dir:PATH or a run")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+WeightsOpt = Annotated[str | None, typer.Option("--weights", metavar="FILE", help=".safetensors, .pth, .bin")]
+PretrainedOpt = Annotated[bool, typer.Option("--no-pretrained", help="start from random weights")]
+ModelArgsOpt = Annotated[list[str] | None, typer.Option("--model-arg", metavar="K=V", help="goes to timm")]
+DataOpt = Annotated[str | None, typer.Option("--data", metavar="PATH|NAME", help="ImageFolder, timm data set, digits")]
+DataDirOpt = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="where a named data set lies")]
+DeviceOpt = Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda[:N]")]
+SeedOpt = Annotated[int | None, typer.Option("--seed")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else there")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+EpochsOpt = Annotated[int | None, typer.Option("--epochs", help="fine-tuning budget; 0 switches it off")]
+LrOpt = Annotated[str | None, typer.Option("--lr", metavar="auto|FLOAT")]
+RecipeOpt = Annotated[str | None, typer.Option("--recipe", metavar="FILE|NAME|-")]
+OutOpt = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="run folder; default runs/NAME-N")]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
+ForceOpt = Annotated[bool, typer.Option("--force", help="replace a run that is there")]
+PrintConfigOpt = Annotated[bool, typer.Option("--print-config", help="show the resolved recipe and stop")]
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def compress(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
+    recipe: RecipeOpt = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="METRIC=VALUE", help="macs=50%, speedup=2 …")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="oneshot")] = None,
+    criterion: Annotated[str | None, typer.Option("--criterion", help="l1, l2, group_norm, bn_scale, lamp …")] = None,
+    recover: Annotated[str | None, typer.Option("--recover", help="auto, none, or steps: orthp,bn")] = None,
+    round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this; 1 is off")] = None,
+    weights: WeightsOpt = None,
+    no_pretrained: PretrainedOpt = False,
+    model_arg: ModelArgsOpt = None,
+    data: DataOpt = None,
+    data_dir: DataDirOpt = None,
+    epochs: EpochsOpt = None,
+    lr: LrOpt = None,
+    device: DeviceOpt = None,
+    seed: SeedOpt = None,
+    out: OutOpt = None,
+    resume: ResumeOpt = False,
+    force: ForceOpt = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="stop at the plan and show what it would cost")] = False,
+    print_config: PrintConfigOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """The main job: load, plan, cut, recover isometry, fine-tune, verify, export, report."""
+    with _reported():
+        flags = _flags(
+            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
+            epochs=epochs, lr=lr, device=device, seed=seed,
+        )  # fmt: skip
+        prune = {"criterion": criterion, "round_to": round_to}
+        flags |= _given(target=target, method=method, prune=_given(**prune), recover=_recovery(recover))
+        resolved = _resolved(words or [], recipe, flags, resume_from=out if resume else None)
+        if print_config:
+            sys.stdout.write(resolved.to_yaml())
+        elif dry_run:
+            _show_plan(resolved, as_json=as_json)
+        else:
+            from prunecli import pipeline
+
+            _run_job(pipeline.compress, resolved, out, resume, force, as_json, quiet)
+
+
+@app.command()
+def finetune(
+    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL|RUN [KEY=VALUE]...")] = None,
+    recipe: RecipeOpt = None,
+    weights: WeightsOpt = None,
+    no_pretrained: PretrainedOpt = False,
+    model_arg: ModelArgsOpt = None,
+    data: DataOpt = None,
+    data_dir: DataDirOpt = None,
+    epochs: EpochsOpt = None,
+    lr: LrOpt = None,
+    device: DeviceOpt = None,
+    seed: SeedOpt = None,
+    out: OutOpt = None,
+    resume: ResumeOpt = False,
+    force: ForceOpt = False,
+    print_config: PrintConfigOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Fine-tuning alone, of a model or a run."""
+    with _reported():
+        flags = _flags(
+            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
+            epochs=epochs, lr=lr, device=device, seed=seed,
+        )  # fmt: skip
+        resolved = _resolved(words or [], recipe, flags, resume_from=out if resume else None)
+        if print_config:
+            sys.stdout.write(resolved.to_yaml())
+            return
+        from prunecli import pipeline
+
+        _run_job(pipeline.finetune, resolved, out, resume, force, as_json, quiet)
+
+
+@app.command()
+def inspect(
+    model: ModelArg,
+    weights: WeightsOpt = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="also load the weights")] = False,
+    model_arg: ModelArgsOpt = None,
+    engine: Annotated[str, typer.Option("--graph", help="axes or torch_pruning")] = "axes",
+    as_json: JsonOpt = False,
+) -> None:
+    """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
+    with _reported():
+        from prunecli import render
+        from prunecli.graph import build_graph
+        from prunecli.stages import inspection, load_source
+
+        flags = _flags(weights=weights, no_pretrained=not (pretrained or weights), model_arg=model_arg)
+        source = load_source(_resolved([model], None, flags))
+        found = inspection(source, build_graph(source.model, source.spec.size, engine=engine))
+        _show(found.to_mapping(), render.inspection(found), as_json=as_json)
+
+
+@app.command()
+def spectrum(
+    model: ModelArg,
+    weights: WeightsOpt = None,
+    no_pretrained: PretrainedOpt = False,
+    model_arg: ModelArgsOpt = None,
+    data: DataOpt = None,
+    data_dir: DataDirOpt = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="images for the Jacobian")] = 16,
+    device: DeviceOpt = None,
+    seed: SeedOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Singular values of the input-output Jacobian and of each layer's weights."""
+    with _reported():
+        from prunecli import render
+        from prunecli.job import resolve_device
+        from prunecli.spectrum import jacobian_spectrum, weight_spectra
+        from prunecli.stages import load_source, open_images, spectrum_batch
+
+        flags = _flags(
+            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
+            device=device, seed=seed,
+        )  # fmt: skip
+        resolved = _resolved([model], None, flags)
+        source = load_source(resolved)
+        images = open_images(resolved, source)
+        where = resolve_device(resolved.device)
+        batch = spectrum_batch(images, source.spec, samples, seed=resolved.seed).to(where)
+        found = jacobian_spectrum(source.model.to(where), batch, chunk=resolved.spectrum.chunk)
+        layers = {name: values.tolist() for name, values in weight_spectra(source.model.cpu()).items()}
+        inputs = "training images" if images else "Gaussian noise (no --data)"
+        document = {
+            "model": source.ref.name,
+            "inputs": inputs,
+            "jsv": found.summary.model_dump(),
+            "jacobian": found.values.tolist(),
+            "layers": layers,
+        }
+        _show(document, render.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
+
+
+@app.command()
+def lr(
+    model: ModelArg,
+    weights: WeightsOpt = None,
+    no_pretrained: PretrainedOpt = False,
+    model_arg: ModelArgsOpt = None,
+    data: DataOpt = None,
+    data_dir: DataDirOpt = None,
+    epochs: EpochsOpt = None,
+    device: DeviceOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """The recommended fine-tuning LR with its evidence."""
+    with _reported():
+        from prunecli import render
+        from prunecli.job import lr_of_source
+
+        flags = _flags(
+            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
+            epochs=epochs, device=device,
+        )  # fmt: skip
+        found = lr_of_source(_resolved([model], None, flags))
+        _show(found.model_dump(mode="json"), render.lr_table(found), as_json=as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArg,
+    weights: WeightsOpt = None,
+    no_pretrained: PretrainedOpt = False,
+    model_arg: ModelArgsOpt = None,
+    data: DataOpt = None,
+    data_dir: DataDirOpt = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first N images")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
+    device: DeviceOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Top-1, top-5 and loss on the validation split."""
+    with _reported():
+        from prunecli import render, train
+        from prunecli.job import resolve_device
+        from prunecli.stages import load_source, open_images
+
+        if data is None:
+            raise UsageError("Evaluation needs data.", hint="Give --data.")
+        flags = _flags(
+            weights=weights,
+            no_pretrained=no_pretrained,
+            model_arg=model_arg,
+            data=data,
+            data_dir=data_dir,
+            device=device,
+        )
+        flags["data"] |= _given(val_limit=limit, batch_size=batch_size)
+        resolved = _resolved([model], None, flags)
+        source = load_source(resolved)
+        images = open_images(resolved, source)
+        assert images is not None
+        where = resolve_device(resolved.device)
+        found = train.evaluate(source.model.to(where), images.val_loader(), device=where)
+        document = {"model": source.ref.name, "data": data, **found.model_dump(mode="json")}
+        _show(document, render.accuracy_table(source.ref.name, data, found, source.notes), as_json=as_json)
+
+
+@app.command()
+def verify(run: RunArg, as_json: JsonOpt = False) -> None:
+    """Reload in a fresh process and compare logits, class count and bytes."""
+    with _reported():
+        from prunecli import render, store
+
+        found = store.verify(run)
+        _show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
+
+
+@recipes.command("ls")
+def recipes_ls(as_json: JsonOpt = False) -> None:
+    """The packaged recipes."""
+    with _reported():
+        from prunecli import catalog, render
+
+        rows = [(name, catalog.summary(name)) for name in catalog.names()]
+        _show(dict(rows), render.recipe_list(rows), as_json=as_json)
+
+
+@recipes.command("show")
+def recipes_show(name: str) -> None:
+    """Print a packaged recipe."""
+    with _reported():
+        from prunecli import catalog
+
+        sys.stdout.write(catalog.path_of(name).read_text(encoding="utf-8"))
+
+
+@recipes.command("cp")
+def recipes_cp(name: str, dest: Path) -> None:
+    """Copy a packaged recipe to DEST, which must not exist."""
+    with _reported():
+        from prunecli import catalog
+        from prunecli.files import write_text
+
+        source = catalog.path_of(name)
+        dest = dest / source.name if dest.is_dir() else dest
+        if dest.exists():
+            raise UsageError(f"{dest} exists already.", hint="Choose another name.")
+        write_text(dest, source.read_text(encoding="utf-8"))
+        _tell(f"Wrote {dest}.")
+
+
+@recipes.command("validate")
+def recipes_validate(file: str) -> None:
+    """Check a recipe file; every mistake is named at once."""
+    with _reported():
+        from prunecli import catalog
+
+        catalog.validate(file)
+        _tell(f"{file} is a valid recipe.")
+
+
+# ---------------------------------------------------------------------------------------------- from words to a recipe
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Only what the user gave."""
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def _flags(
+    *,
+    weights: str | None = None,
+    no_pretrained: bool = False,
+    model_arg: list[str] | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    epochs: int | None = None,
+    lr: str | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The shared options as recipe keys. Raises UsageError where a number cannot be read."""
+    from prunecli.recipe import parse_assignments
+
+    rate: str | float | None = lr
+    if lr is not None and lr != "auto":
+        try:
+            rate = float(lr)
+        except ValueError:
+            raise UsageError(f"--lr {lr!r} is neither auto nor a number.") from None
+    return _given(
+        weights=weights,
+        pretrained=False if no_pretrained else None,
+        model_args=parse_assignments(model_arg or []),
+        data=_given(name=data, dir=data_dir),
+        finetune=_given(epochs=epochs, lr=rate),
+        device=device,
+        seed=seed,
+    )
+
+
+def _recovery(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return {"steps": [] if text == "none" else [part.strip() for part in text.split(",")]}
+
+
+def _resolved(
+    words: list[str], recipe: str | None, flags: dict[str, Any], *, resume_from: Path | None = None
+) -> Recipe:
+    """Merge recipe, KEY=VALUE and flags (later ones win). Raises UsageError.
+
+    A resume without anything else takes the recipe of the run folder.
+    """
+    from prunecli import catalog
+    from prunecli.recipe import Recipe, layered, parse_assignments
+
+    models = [word for word in words if not _ASSIGNMENT.match(word)]
+    if len(models) > 1:
+        raise UsageError(f"One model at a time, not {len(models)}: {', '.join(models)}.")
+    if resume_from is not None and not words and recipe is None and not flags:
+        return Recipe.from_file(resume_from / "recipe.yaml")
+    base = catalog.read(recipe) if recipe else {}
+    assigned = parse_assignments([word for word in words if _ASSIGNMENT.match(word)])
+    return Recipe.from_mapping(
+        layered(base, assigned, flags, _given(model=models[0] if models else None)), origin=recipe or "options"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- running and printing
+
+
+def _run_job(
+    job: Callable[..., Any], recipe: Recipe, out: Path | None, resume: bool, force: bool, as_json: bool, quiet: bool
+) -> None:
+    from prunecli import render
+    from prunecli.progress import Narrator
+
+    opened: list[str] = []
+
+    with Narrator(_errors(), quiet=quiet) as narrator:
+
+        def notify(event: dict[str, Any]) -> None:
+            if event.get("event") == "open":
+                opened.append(event["folder"])
+            narrator(event)
+
+        report = job(recipe, out=out, resume=resume, force=force, notify=notify)
+    _show(report.model_dump(mode="json"), render.report_summary(report, Path(opened[-1])), as_json=as_json)
+
+
+def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
+    from prunecli import pipeline, render
+    from prunecli.stages import load_source, open_images
+
+    source = load_source(recipe)
+    planned, proof = pipeline.plan_and_prove(source, recipe, open_images(recipe, source))
+    document = {
+        "plan": planned.plan.model_dump(mode="json"),
+        "target": planned.target.model_dump(mode="json"),
+        "proof": proof,
+        "notes": list(planned.notes),
+    }
+    _show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes), as_json=as_json)
+
+
+def _show(document: object, view: RenderableType, *, as_json: bool) -> None:
+    """Data to stdout: JSON for programs, tables for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    else:
+        Console().print(view)
+
+
+def _tell(sentence: str) -> None:
+    _errors().print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def _errors() -> Console:
+    return Console(stderr=True)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Every failure as one sentence on stderr and its exit code; a traceback only with --debug."""
+    try:
+        with _termination_as_interrupt():
+            yield
+    except PruneError as error:
+        code, sentence = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, sentence = ExitCode.INTERRUPTED, "Interrupted."
+    except MemoryError:
+        code, sentence = ExitCode.FAILED, "Out of memory. Lower data.batch_size or spectrum.chunk."
+    except Exception as error:
+        code, sentence = _defect(error)
+    else:
+        return
+    if os.environ.get("PRUNECLI_DEBUG"):
+        traceback.print_exc()
+    _tell(f"Error: {sentence}")
+    raise typer.Exit(int(code))
+
+
+def _defect(error: Exception) -> tuple[ExitCode, str]:
+    if "out of memory" in str(error).lower():
+        return ExitCode.FAILED, "The device ran out of memory. Lower data.batch_size or spectrum.chunk."
+    first = str(error).strip().splitlines()[:1]
+    return ExitCode.FAILED, f"Unexpected {type(error).__name__}: {first[0] if first else ''} (--debug shows where)."
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a container being stopped) saves state as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        sys.stdout.write(f"prunecli {__version__}\n")
+        return
+    if _DEBUG in arguments:
+        os.environ["PRUNECLI_DEBUG"] = "1"
+        arguments.remove(_DEBUG)
+    app(args=arguments, prog_name="prunecli")

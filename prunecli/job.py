@@ -1,0 +1,249 @@
+"""One run under way: what is fixed for all its stages, the progress so far, and how a stage is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from prunecli import cost, data, evaluation, lr, schedule, spectrum, store
+from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.files import read_json, write_json, write_text
+from prunecli.plan import Plan, Value
+from prunecli.recipe import Recipe
+from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
+from prunecli.stages import Source, jacobian_images, load_source, open_images, spectrum_batch
+
+Notify = Callable[[dict[str, Any]], None]
+
+DEFAULT_EPOCHS: Final = 10
+_DEVICES: Final = ("cpu", "cuda")
+_SMALL_IMAGE: Final = 64  # pixels; the CIFAR-like side of the published rules
+
+
+class Progress(Value):
+    """What finished stages measured: ``checkpoints/progress.json``."""
+
+    source_digest: str
+    stages: tuple[Stage, ...] = ()
+    recovery: tuple[RecoveryStep, ...] = ()
+    lr: LRReport | None = None
+    finetune: FinetuneReport | None = None
+    target: TargetResult | None = None
+    jacobians: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    dense_spectra: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> Progress:
+        """The progress after one more stage."""
+        jacobians = {**self.jacobians, **({stage.name: jacobian} if jacobian else {})}
+        return self.model_copy(update={"stages": (*self.stages, stage), "jacobians": jacobians, **changes})
+
+    def stage(self, name: StageName) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+@dataclass
+class Job:
+    """One run under way: what is fixed for all its stages, and the progress so far."""
+
+    recipe: Recipe
+    folder: store.RunFolder
+    source: Source
+    images: data.Images | None
+    device: torch.device
+    notify: Notify
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    def say(self, event: str, **values: object) -> None:
+        """Log one event and tell the caller."""
+        self.folder.log(event, **values)
+        self.notify({"event": event, **values})
+
+    def save(self, progress: Progress) -> None:
+        """Make the progress of a finished stage durable."""
+        self.progress = progress
+        write_json(_progress_file(self.folder), progress.model_dump(mode="json"))
+
+    @property
+    def epochs(self) -> int:
+        return planned_epochs(self.recipe, has_data=self.images is not None)
+
+
+def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
+    """The fine-tuning budget: what was asked, else 10 where there is data. Raises UsageError."""
+    asked = recipe.finetune.epochs
+    if asked and not has_data:
+        raise UsageError(f"Fine-tuning for {asked} epochs needs data.", hint="Give --data, or --epochs 0.")
+    return asked if asked is not None else (DEFAULT_EPOCHS if has_data else 0)
+
+
+def jacobian(job: Job, model: nn.Module) -> spectrum.JacobianSpectrum | None:
+    """The Jacobian spectrum of one stage, or None where it is switched off or would cost too much."""
+    count = jacobian_images(job.recipe, job.source, job.device)
+    if count == 0:
+        return None
+    batch = spectrum_batch(job.images, job.source.spec, count, seed=job.recipe.seed)
+    return spectrum.jacobian_spectrum(model.to(job.device), batch.to(job.device), chunk=job.recipe.spectrum.chunk)
+
+
+def evaluate(job: Job, model: nn.Module) -> Accuracy | None:
+    """Accuracy on the validation split, or None without data."""
+    if job.images is None:
+        return None
+    return evaluation.evaluate(model.to(job.device), job.images.val_loader(), device=job.device)
+
+
+def measured_stage(
+    job: Job, name: StageName, model: nn.Module, began: float, *, notes: tuple[str, ...] = ()
+) -> tuple[Stage, tuple[float, ...] | None]:
+    """Everything the report says about the model as this stage left it, and the Jacobian's singular values."""
+    size = cost.measure(model, job.source.spec.size)
+    accuracy = evaluate(job, model)
+    jacobians = jacobian(job, model)
+    stage = Stage(
+        name=name,
+        seconds=round(time.perf_counter() - began, 3),
+        params=size.params,
+        macs=size.macs,
+        bytes=size.bytes,
+        top1=accuracy.top1 if accuracy else None,
+        top5=accuracy.top5 if accuracy else None,
+        loss=accuracy.loss if accuracy else None,
+        jsv=jacobians.summary if jacobians else None,
+        notes=notes,
+    )
+    values = tuple(jacobians.values.flatten().tolist()) if jacobians else None
+    job.say("stage", name=name, seconds=stage.seconds, top1=stage.top1, jsv=stage.jsv.mean if stage.jsv else None)
+    return stage, values
+
+
+def learning_rate(job: Job) -> float:
+    """The rate to fine-tune with: the user's, else the recommended one."""
+    asked = job.recipe.finetune.lr
+    if asked != "auto":
+        return asked
+    assert job.progress.lr is not None
+    return job.progress.lr.recommended
+
+
+def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:
+    """The rules of ``lr`` on what this job measured (``plan`` is None where nothing is cut)."""
+    dense = job.progress.stage("dense")
+    return lr_report(job.recipe, job.source, model, plan, dense=dense, now=now, epochs=job.epochs)
+
+
+def lr_report(
+    recipe: Recipe,
+    source: Source,
+    model: nn.Module,
+    plan: Plan | None,
+    *,
+    dense: Stage | None,
+    now: Stage | None,
+    epochs: int,
+) -> LRReport:
+    """Feed the measured damage to ``lr.recommend_lr``."""
+    cut_groups = plan.cut_groups if plan else ()
+    removed = [1 - len(group.keep) / group.width for group in cut_groups]
+    ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
+    return lr.recommend_lr(
+        optimizer=schedule.optimizer_name(recipe.finetune, model),
+        epochs=epochs,
+        batch_size=recipe.data.batch_size,
+        small_images=max(source.spec.size[1:]) <= _SMALL_IMAGE,
+        removed_channels=sum(removed) / len(removed) if removed else 0.0,
+        removed_params=1 - plan.predicted.params / plan.base.params if plan else 0.0,
+        narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
+        jsv_ratio=ratio,
+    )
+
+
+def lr_of_source(recipe: Recipe) -> LRReport:
+    """What ``prunecli lr`` says: for a run folder with the damage that its own report measured."""
+    source = load_source(recipe)
+    epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
+    folder = store.RunFolder(path=Path(str(recipe.model).removeprefix("local-dir:")))
+    if not store.is_run(folder.path):
+        return lr_report(recipe, source, source.model, None, dense=None, now=None, epochs=epochs)
+    stages = {stage.name: stage for stage in folder.report().stages}
+    dense, now = stages.get("dense"), stages.get("recovered") or stages.get("pruned")
+    return lr_report(recipe, source, source.model, folder.plan(), dense=dense, now=now, epochs=epochs)
+
+
+def open_job(recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
+    """Load the model, open the data and the folder. Nothing is written before the inputs are known to be good."""
+    device = resolve_device(recipe.device)
+    notify({"event": "start", "name": "load"})
+    source = load_source(recipe)
+    images = open_images(recipe, source)
+    planned_epochs(recipe, has_data=images is not None)
+    folder = store.create(out, model=recipe.model or "", resume=resume, force=force)
+    progress = Progress(source_digest=source.digest)
+    if resume and _progress_file(folder).is_file():
+        progress = _resumed(folder, recipe, source)
+    write_text(folder.path / store.RECIPE, recipe.to_yaml())
+    job = Job(
+        recipe=recipe,
+        folder=folder,
+        source=source,
+        images=images,
+        device=device,
+        notify=notify,
+        progress=progress,
+    )
+    job.say("open", model=source.ref.name, folder=str(folder.path), device=str(device), resumed=bool(progress.stages))
+    return job
+
+
+def _resumed(folder: store.RunFolder, recipe: Recipe, source: Source) -> Progress:
+    """The progress of an earlier start. Raises UsageError where it was another job."""
+    if folder.recipe().sha256() != recipe.sha256():
+        raise UsageError(
+            f"{folder.path} was started with another recipe.",
+            hint="Resume without further options (the folder's recipe is used), or --force to start again.",
+        )
+    progress = Progress.model_validate(read_json(_progress_file(folder)))
+    if progress.source_digest != source.digest:
+        raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
+    return progress
+
+
+@contextmanager
+def interruptible(job: Job) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run with what was finished on disk."""
+    try:
+        yield
+    except (KeyboardInterrupt, InterruptedRunError):
+        job.folder.log("interrupted")
+        raise InterruptedRunError(
+            f"Interrupted; {job.folder.path} keeps what was finished.",
+            hint=f"`prunecli compress --resume --out {job.folder.path}` continues.",
+        ) from None
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.") from None
+    if device.type not in _DEVICES:
+        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device {name} was asked for, but {torch.cuda.device_count()} CUDA devices are visible.")
+    return device
+
+
+def _progress_file(folder: store.RunFolder) -> Path:
+    return folder.checkpoints / "progress.json"

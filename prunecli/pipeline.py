@@ -1,0 +1,237 @@
+"""The job: load → graph → plan → cut → recover → fine-tune → export → verify → report.
+
+``compress`` only composes ``stages``. What a finished stage leaves behind is a file in the run folder, so that a run
+which was killed goes on behind the last finished stage, and inside fine-tuning behind the last saved step.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from torch import nn
+
+from prunecli import cost, data, page, spectrum, store, train
+from prunecli.errors import TargetError, UsageError
+from prunecli.files import read_tensors, write_json, write_tensors, write_text
+from prunecli.graph import build_graph
+from prunecli.job import Job, Notify, interruptible, learning_rate, measured_stage, open_job, recommended_lr
+from prunecli.plan import Cost, Plan
+from prunecli.recipe import Recipe
+from prunecli.recovery import recover_stage
+from prunecli.report import Report, TargetResult
+from prunecli.stages import Planned, Source, cut, make_plan, prove
+from prunecli.summary import rounded, summarise
+
+TARGET_TOLERANCE: Final = 0.01
+
+
+# ---------------------------------------------------------------------------------------------- resumable stages
+
+
+def _dense(job: Job) -> None:
+    """Measure the model as it came."""
+    if job.progress.stage("dense"):
+        return
+    began = time.perf_counter()
+    model = job.source.model
+    stage, values = measured_stage(job, "dense", model, began)
+    spectra = {name: rounded(sv) for name, sv in spectrum.weight_spectra(model).items()}
+    job.save(job.progress.with_stage(stage, values, dense_spectra=spectra))
+
+
+def _planned(job: Job) -> Planned:
+    """The plan: read back where an earlier start made it, else made, proved and written before any work."""
+    if job.progress.target is not None:
+        return Planned(plan=job.folder.plan(), target=job.progress.target, notes=())
+    job.notify({"event": "start", "name": "plan"})
+    planned, proof = plan_and_prove(job.source, job.recipe, job.images)
+    write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
+    job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
+    warnings = (*job.progress.warnings, *planned.notes)
+    job.save(job.progress.model_copy(update={"target": planned.target, "warnings": warnings}))
+    return planned
+
+
+def plan_and_prove(source: Source, recipe: Recipe, images: data.Images | None) -> tuple[Planned, str]:
+    """Trace, plan and prove; what ``--dry-run`` shows. Raises as ``make_plan`` and ``prove``."""
+    graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
+    planned = make_plan(source, graph, recipe, images)
+    if not recipe.equivalence_check:
+        return planned, "the equivalence check was switched off"
+    proof = prove(source, planned.plan, seed=recipe.seed)
+    return planned, f"pruned net equals silenced dense net to {proof.relative_error:.1e} (relative, float64)"
+
+
+def _pruned(job: Job, planned: Planned) -> nn.Module:
+    """Measure dense, cut, measure again; the target is checked on the model itself, not on the prediction."""
+    _dense(job)
+    began = time.perf_counter()
+    smaller = cut(job.source.model, planned.plan)
+    if job.progress.stage("pruned"):
+        return smaller
+    stage, values = measured_stage(job, "pruned", smaller, began)
+    size = Cost(params=stage.params, macs=stage.macs, bytes=stage.bytes)
+    if size != planned.plan.predicted:
+        job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
+    _check_target(planned.target, size, job.source.cost)
+    recommended = recommended_lr(job, planned.plan, smaller, stage)
+    job.save(job.progress.with_stage(stage, values, lr=recommended))
+    return smaller
+
+
+def _check_target(target: TargetResult, size: Cost, base: Cost) -> None:
+    """Raises TargetError where the cut model misses its target by more than the tolerance."""
+    measured = {
+        "macs": size.macs,
+        "params": size.params,
+        "size": size.bytes,
+        "speedup": base.macs / max(size.macs, 1),
+        "ratio": target.reached,
+    }[target.metric]
+    if target.metric != "ratio" and abs(measured - target.asked) > TARGET_TOLERANCE * target.asked:
+        raise TargetError(
+            f"Target {target.metric}={target.asked:g} was missed: the cut model has {measured:g}.",
+            hint=f"Reachable: {target.reachable[0]:g} to {target.reachable[1]:g}.",
+        )
+
+
+def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
+    """Recover in place of ``smaller``'s weights; the recovered weights are kept on disk for a resume."""
+    weights = job.folder.checkpoints / "recovered.safetensors"
+    if job.progress.stage("recovered"):
+        smaller.load_state_dict(read_tensors(weights))
+        return
+    began = time.perf_counter()
+    assert job.progress.lr is not None
+    job.notify({"event": "start", "name": "recover"})
+    model, steps = recover_stage(job, smaller, learning_rate(job))
+    smaller.load_state_dict(model.state_dict())
+    if not any(step.kept for step in steps):
+        pruned = job.progress.stage("pruned")
+        assert pruned is not None
+        seconds = round(time.perf_counter() - began, 3)
+        stage = pruned.model_copy(
+            update={
+                "name": "recovered",
+                "seconds": seconds,
+                "notes": ("no recovery step was kept: the pruned weights",),
+            }
+        )
+        values = job.progress.jacobians.get("pruned")
+    else:
+        stage, values = measured_stage(job, "recovered", smaller, began)
+    recommended = recommended_lr(job, planned.plan, smaller, stage)
+    write_tensors(weights, smaller.state_dict())
+    job.save(job.progress.with_stage(stage, values, recovery=steps, lr=recommended))
+
+
+def _finetuned(job: Job, model: nn.Module) -> nn.Module:
+    """Fine-tune, or say that nothing was fine-tuned."""
+    weights = job.folder.checkpoints / "finetuned.safetensors"
+    if job.progress.stage("finetuned"):
+        model.load_state_dict(read_tensors(weights))
+        return model
+    if job.epochs == 0:
+        return model
+    assert job.images is not None
+    began = time.perf_counter()
+    job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
+    result = train.finetune(
+        model,
+        job.images,
+        job.recipe.finetune,
+        lr=learning_rate(job),
+        epochs=job.epochs,
+        device=job.device,
+        seed=job.recipe.seed,
+        folder=job.folder.checkpoints / "finetune",
+        teacher=job.source.model if job.recipe.finetune.distill.alpha else None,
+        on_event=job.notify,
+    )
+    stage, values = measured_stage(job, "finetuned", model, began)
+    write_tensors(weights, model.state_dict())
+    job.save(job.progress.with_stage(stage, values, finetune=result))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- the end of a job
+
+
+def _finish(job: Job, plan: Plan, model: nn.Module) -> Report:
+    """Export, verify in a fresh process, report. The report is written last: it marks the run as finished."""
+    began = time.perf_counter()
+    model = model.cpu().eval()
+    size = cost.measure(model, job.source.spec.size)
+    job.notify({"event": "start", "name": "export"})
+    write_json(job.folder.path / store.PLAN, plan.model_dump(mode="json"))
+    store.export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
+    verified = store.verify(job.folder.path)
+    job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
+    report = summarise(job, model, size, verified)
+    html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
+    write_text(job.folder.path / store.PAGE, html)
+    write_json(job.folder.path / store.REPORT, report.model_dump(mode="json"))
+    for name in ("recovered", "finetuned"):
+        (job.folder.checkpoints / f"{name}.safetensors").unlink(missing_ok=True)
+    job.say("done", seconds=round(time.perf_counter() - job.started, 3))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------- the job
+
+
+def compress(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    notify: Notify = lambda _: None,
+) -> Report:
+    """Run the whole job; the run folder is ``out`` or ``runs/NAME-N``.
+
+    Raises:
+        PruneError: every failure, as the subclass whose exit code INTERFACE names. Finished stages stay on disk.
+    """
+    job = open_job(recipe, out=out, resume=resume, force=force, notify=notify)
+    with interruptible(job):
+        planned = _planned(job)
+        smaller = _pruned(job, planned)
+        _recovered_stage(job, planned, smaller)
+        return _finish(job, planned.plan, _finetuned(job, smaller))
+
+
+def finetune(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    notify: Notify = lambda _: None,
+) -> Report:
+    """Fine-tune a model or a run without pruning it. Raises as ``compress``."""
+    if recipe.data.name is None:
+        raise UsageError("Fine-tuning needs data.", hint="Give --data.")
+    job = open_job(recipe, out=out, resume=resume, force=force, notify=notify)
+    with interruptible(job):
+        _dense(job)
+        model = job.source.model
+        if job.progress.lr is None:
+            job.save(job.progress.model_copy(update={"lr": recommended_lr(job, None, model, None)}))
+        return _finish(job, empty_plan(job.source, recipe.seed), _finetuned(job, model))
+
+
+def empty_plan(source: Source, seed: int) -> Plan:
+    """The plan of a job that cuts nothing."""
+    return Plan(
+        model=source.ref,
+        engine="none",
+        criterion="none",
+        ranking="none",
+        seed=seed,
+        groups=(),
+        base=source.cost,
+        predicted=source.cost,
+    )

@@ -1,0 +1,235 @@
+"""The stages of a job, each a function from value to value: load, plan, prove, cut. ``pipeline`` composes them.
+
+Nothing here writes a file or knows of a run folder.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from prunecli import budget, check, cost, data, score, store, surgery, zoo
+from prunecli.errors import NothingPrunedError, UnsupportedError, UsageError
+from prunecli.groups import Graph
+from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
+from prunecli.recipe import Recipe
+from prunecli.report import TargetResult
+
+EQUIVALENCE_TOLERANCE: Final = 1e-9
+# Exact Jacobians cost K backward passes an image; `samples: auto` takes as many images as this many multiply-adds
+# buy (about a minute on two CPU cores), at most 16.
+_JACOBIAN_MACS: Final = {"cpu": 1.5e12, "cuda": 1.5e14}
+_JACOBIAN_IMAGES: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A loaded model: the module (CPU, eval), where it comes from, and what it costs."""
+
+    model: nn.Module
+    ref: ModelRef
+    spec: zoo.InputSpec
+    digest: str
+    cost: Cost
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan with what the solver said about it."""
+
+    plan: Plan
+    target: TargetResult
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What ``prunecli inspect`` says of a model."""
+
+    source: Source
+    graph: Graph
+    prunable_share: float
+
+    def to_mapping(self) -> dict[str, Any]:
+        """A JSON document: costs, groups with their layers, frozen axes with their reasons."""
+        return {
+            "model": self.source.ref.name,
+            "input_size": list(self.source.spec.size),
+            "engine": self.graph.engine,
+            "cost": self.source.cost.model_dump(),
+            "prunable_share": self.prunable_share,
+            "groups": [
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "width": group.width,
+                    "writes": list(group.layers("out")),
+                    "reads": list(group.layers("in")),
+                    "norms": list(group.norms),
+                }
+                for group in self.graph.groups
+            ],
+            "frozen": [asdict(axis) for axis in self.graph.frozen],
+            "ties": [list(names) for names in self.graph.ties],
+            "exclusive": [list(names) for names in self.graph.exclusive],
+            "unknown_ops": dict(self.graph.unknown_ops),
+        }
+
+
+def load_source(recipe: Recipe) -> Source:
+    """Load the model that a recipe names: a timm name, a hub or local folder, or a run folder of ours.
+
+    Raises UsageError (no such model) or PruneError (broken weights).
+    """
+    if recipe.model is None:
+        raise UsageError("No model was given.", hint="Name a timm model, hf-hub:…, local-dir:… or a run folder.")
+    path = recipe.model.removeprefix("local-dir:")
+    if store.is_run(path):
+        if recipe.weights or recipe.model_args:
+            raise UsageError(f"{path} is a run folder: it brings its own weights and arguments.")
+        model, exported = store.load_exported(path)
+        ref, digest, notes = exported.model, exported.weights_sha256, (f"continues the pruned model of {path}",)
+    else:
+        loaded = zoo.load_model(
+            recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, model_args=recipe.model_args
+        )
+        model, ref, digest, notes = loaded.model, loaded.ref, loaded.digest, loaded.notes
+    spec = zoo.input_spec(ref)
+    return Source(
+        model=model, ref=ref, spec=spec, digest=digest, cost=cost.measure(model, spec.size), notes=tuple(notes)
+    )
+
+
+def open_images(recipe: Recipe, source: Source) -> data.Images | None:
+    """The data of a recipe, or None where it names none. Raises UsageError, PruneError."""
+    if recipe.data.name is None:
+        return None
+    return data.open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
+
+
+def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Planned:
+    """Score every group, choose the kept channels, predict the costs. Changes nothing.
+
+    Raises:
+        UsageError: no target, or a criterion that needs data without data.
+        TargetError: out of reach, with the reachable range.
+        NothingPrunedError: nothing would be removed.
+    """
+    if recipe.target is None:
+        raise UsageError("No target was given.", hint="For example --target macs=50%.")
+    tensors = dict(source.model.named_parameters()) | dict(source.model.named_buffers())
+    settings = recipe.prune
+    gradients = None
+    if settings.criterion == "taylor":
+        if images is None:
+            raise UsageError("Criterion taylor needs gradients, so it needs --data.")
+        gradients = _gradients(source.model, *images.calibration(settings.calibration_images))
+    scores = score.score_groups(
+        graph.groups,
+        tensors,
+        criterion=settings.criterion,
+        gradients=gradients,
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
+    names = [name for name, _ in source.model.named_parameters()]
+    stored = list(source.model.state_dict())
+    choice = budget.choose(graph, scores, recipe.target, settings, parameters=names, stored=stored, base=source.cost)
+    kept = {name: len(keep) for name, keep in choice.keep.items()}
+    groups = tuple(
+        PlannedGroup(
+            name=group.name,
+            kind=group.kind,
+            width=group.width,
+            keep=choice.keep.get(group.name, tuple(range(group.width))),
+            score=tuple(float(value) for value in scores[group.name]),
+            members=group.members,
+            norms=group.norms,
+        )
+        for group in graph.groups
+    )
+    if not any(group.is_cut for group in groups):
+        raise NothingPrunedError("The plan removes no channel.", hint="Ask for a harder target, or widen prune.select.")
+    plan = Plan(
+        model=source.ref,
+        engine=graph.engine,
+        criterion=settings.criterion,
+        ranking=settings.ranking,
+        seed=recipe.seed,
+        groups=groups,
+        attributes=graph.solve(kept),
+        folds=tuple(fold for fold in graph.folds if kept.get(fold.group, 0)),
+        base=source.cost,
+        predicted=choice.cost,
+    )
+    target = TargetResult(
+        metric=recipe.target.metric, asked=choice.asked, reached=choice.reached, reachable=choice.reachable
+    )
+    return Planned(plan=plan, target=target, notes=choice.notes)
+
+
+def inspection(source: Source, graph: Graph) -> Inspection:
+    """Which share of the parameters lies in tensors with a prunable axis, beside the graph itself."""
+    prunable = {member.tensor for group in graph.groups for member in group.members}
+    sizes = {name: parameter.numel() for name, parameter in source.model.named_parameters()}
+    share = sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)
+    return Inspection(source=source, graph=graph, prunable_share=share)
+
+
+def prove(source: Source, plan: Plan, *, seed: int) -> check.Equivalence:
+    """Show that the cut net equals the dense net with those channels silenced, before any work is spent on it.
+
+    Raises UnsupportedError where it does not.
+    """
+    proof = check.equivalence_error(
+        source.model,
+        groups=plan.groups,
+        attributes=plan.attributes,
+        folds=plan.folds,
+        input_size=source.spec.size,
+        seed=seed,
+    )
+    if not proof.relative_error <= EQUIVALENCE_TOLERANCE:
+        raise UnsupportedError(
+            f"{plan.model.name} cannot be pruned correctly: the pruned net differs from the dense net with those "
+            f"channels silenced by {proof.relative_error:.2g} (relative, float64; limit {EQUIVALENCE_TOLERANCE:g}). "
+            f"{proof.reason}".rstrip(),
+            hint="Exclude the layers with prune.exclude, and please report the model.",
+        )
+    return proof
+
+
+def cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """A smaller copy of ``model``, by the plan. Raises UnsupportedError where a tensor does not fit it."""
+    smaller = copy.deepcopy(model)
+    surgery.cut_(smaller, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
+    return smaller
+
+
+def jacobian_images(recipe: Recipe, source: Source, device: torch.device) -> int:
+    """How many images the Jacobian spectrum is taken over (see ``_JACOBIAN_MACS``)."""
+    asked = recipe.spectrum.samples
+    if asked != "auto":
+        return asked
+    price = 3 * source.ref.num_classes * max(source.cost.macs, 1)
+    return min(_JACOBIAN_IMAGES, int(_JACOBIAN_MACS[device.type] / price))
+
+
+def spectrum_batch(images: data.Images | None, spec: zoo.InputSpec, count: int, *, seed: int) -> Tensor:
+    """Images [count, C, H, W] for the Jacobian: training images in evaluation preprocessing, else Gaussian noise."""
+    if images is not None:
+        return images.calibration(count)[0]
+    return torch.randn(count, *spec.size, generator=torch.Generator().manual_seed(seed))
+
+
+def _gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Loss gradients of all parameters on calibration images, model untouched."""
+    probe = copy.deepcopy(model).eval()
+    loss = nn.functional.cross_entropy(probe(inputs), labels)
+    names, parameters = zip(*probe.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

@@ -1,0 +1,338 @@
+"""The run folder: what lands on disk, written atomically, loaded strictly, verified in a fresh process.
+
+Nothing here is a pickle; writes are atomic (``prunecli.files``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from prunecli import __version__, surgery, zoo
+from prunecli.errors import PruneError, UsageError, VerificationError
+from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors
+from prunecli.plan import Cost, ModelRef, Plan, Structure, Value
+from prunecli.recipe import Recipe
+from prunecli.report import Report, VerifyReport
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+PLAN: Final = "plan.json"
+REPORT: Final = "report.json"
+PAGE: Final = "report.html"
+RECIPE: Final = "recipe.yaml"
+LOG: Final = "log.jsonl"
+REFERENCE: Final = "reference.safetensors"
+CHECKPOINTS: Final = "checkpoints"
+OURS: Final = (WEIGHTS, CONFIG, PLAN, REPORT, PAGE, RECIPE, LOG, REFERENCE)
+
+V = TypeVar("V", bound=Value)
+
+_VERIFY_IMAGES: Final = 2
+# Reloading on the machine that exported is bit-equal; another CPU or library may round a float32 sum differently.
+_VERIFY_TOLERANCE: Final = 1e-3
+
+
+class Exported(Value):
+    """The ``prunecli`` part of config.json: what a loader needs beside the weights."""
+
+    version: str
+    model: ModelRef
+    structure: Structure
+    weights_sha256: str
+    weights_bytes: int
+    base: Cost
+    final: Cost
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """One run on disk. ``path`` exists once ``open_`` or ``create`` returned."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def finished(self) -> bool:
+        """The report is written last, so its presence means that every gate was passed."""
+        return (self.path / REPORT).is_file()
+
+    def log(self, event: str, **values: object) -> None:
+        """Append one line to log.jsonl."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=str)
+        with explained(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of this run. Raises UsageError where the folder holds none."""
+        return Recipe.from_file(self.path / RECIPE)
+
+    def plan(self) -> Plan:
+        """Raises PruneError where plan.json is missing or wrong."""
+        return _parse(Plan, self.path / PLAN)
+
+    def report(self) -> Report:
+        """Raises PruneError where report.json is missing or wrong."""
+        return _parse(Report, self.path / REPORT)
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        for name in OURS:
+            (self.path / name).unlink(missing_ok=True)
+        for file in sorted(self.checkpoints.rglob("*"), reverse=True):
+            if file.is_dir() and not file.is_symlink():
+                file.rmdir()
+            else:
+                file.unlink()
+
+
+def create(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFolder:
+    """The folder of a new or continued run.
+
+    Args:
+        out: what the user named; none picks ``runs/NAME-N`` (with ``resume`` the newest unfinished one).
+        model: names the folder.
+        resume: continue what is there.
+        force: replace a run that is there. Files that no run writes are never touched.
+
+    Raises:
+        UsageError: the folder holds a run and neither ``resume`` nor ``force`` was given, or holds something else.
+        PruneError: it cannot be made.
+    """
+    if out is None:
+        out = _newest_unfinished(model) if resume else _next_free(model)
+    folder = RunFolder(path=out)
+    started = (out / RECIPE).is_file()
+    if started and folder.finished and not force:
+        raise UsageError(f"{out} holds a finished run.", hint="Choose another --out, or --force to replace it.")
+    if started and not folder.finished and not (resume or force):
+        raise UsageError(f"{out} holds an unfinished run.", hint="--resume continues it, --force starts again.")
+    if resume and not started and not force:
+        raise UsageError(f"{out} holds no run to resume.")
+    if not started and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no run of prunecli.", hint="Choose another --out.")
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        folder.checkpoints.mkdir(exist_ok=True)
+        if force and started:
+            folder.clear()
+    return folder
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds an exported model of ours."""
+    config = Path(path) / CONFIG
+    try:
+        return "prunecli" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition(":")[2].rpartition("/")[2]) or "run"
+
+
+def _numbered(model: str) -> dict[int, Path]:
+    pattern = re.compile(re.escape(_slug(model)) + r"-(\d+)")
+    runs = Path("runs")
+    found = {int(m[1]): p for p in (runs.iterdir() if runs.is_dir() else ()) if (m := pattern.fullmatch(p.name))}
+    return dict(sorted(found.items()))
+
+
+def _next_free(model: str) -> Path:
+    return Path("runs") / f"{_slug(model)}-{max(_numbered(model), default=0) + 1}"
+
+
+def _newest_unfinished(model: str) -> Path:
+    for path in reversed(_numbered(model).values()):
+        if (path / RECIPE).is_file() and not (path / REPORT).is_file():
+            return path
+    raise UsageError(f"There is no unfinished run of {_slug(model)} in ./runs.", hint="Name its folder with --out.")
+
+
+# ---------------------------------------------------------------------------------------------- export and load
+
+
+def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, final: Cost) -> Structure:
+    """Write model.safetensors, config.json and the reference logits that ``verify`` compares with.
+
+    Raises PruneError where the disk refuses.
+    """
+    structure = surgery.structure_of(zoo.build(ref), model)
+    tensors = {**model.state_dict(), **{name: surgery.tensor_at(model, name) for name in structure.extra}}
+    path = folder.path / WEIGHTS
+    write_tensors(path, tensors, {"prunecli": __version__, "architecture": ref.name})
+    exported = Exported(
+        version=__version__,
+        model=ref,
+        structure=structure,
+        weights_sha256=sha256_of(path),
+        weights_bytes=path.stat().st_size,
+        base=base,
+        final=final,
+    )
+    hub = {
+        "architecture": ref.name.partition(".")[0],
+        "num_classes": ref.num_classes,
+        "num_features": int(getattr(model, "num_features", 0)),
+        "model_args": ref.args,
+        "pretrained_cfg": ref.pretrained_cfg,
+    }
+    write_json(folder.path / CONFIG, {**hub, "prunecli": exported.model_dump(mode="json")})
+    logits = _reference_logits(model, ref)
+    write_tensors(folder.path / REFERENCE, {"logits": logits})
+    return structure
+
+
+def load(path: str | Path) -> nn.Module:
+    """The pruned model of a run folder, in eval mode on the CPU, bit-equal to the exported one.
+
+    Only config.json and model.safetensors are read; the dense model is never run and nothing is unpickled.
+
+    Raises:
+        UsageError: there is no such folder.
+        PruneError: the folder holds no model of ours, or a broken one.
+    """
+    model, _ = load_exported(path)
+    return model
+
+
+def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
+    """``load`` with the record beside the weights. Raises as ``load``."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist or is no folder.")
+    exported = read_config(folder)
+    model = zoo.build(exported.model)
+    surgery.shape_(model, exported.structure)
+    tensors = read_tensors(folder / WEIGHTS)
+    extra = {name: tensors.pop(name) for name in exported.structure.extra if name in tensors}
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise PruneError(f"{folder / WEIGHTS} does not fit its config.json ({' '.join(str(error).split())}).") from None
+    for name, tensor in extra.items():
+        surgery.set_tensor_(model, name, tensor)
+    return model.eval(), exported
+
+
+def read_config(folder: Path) -> Exported:
+    """The ``prunecli`` record of config.json. Raises PruneError."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or "prunecli" not in config:
+        raise PruneError(f"{folder / CONFIG} is not from prunecli.", hint="`local-dir:PATH` loads plain timm folders.")
+    try:
+        return Exported.model_validate(config["prunecli"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PruneError(f"{folder / CONFIG} is damaged at prunecli.{where}: {first['msg']}.") from None
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+def verify(path: Path) -> VerifyReport:
+    """Reload the exported model in a fresh process and compare logits, class count and bytes.
+
+    Raises:
+        UsageError: no such folder.
+        VerificationError: it does not reload to what was exported, with the reason.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist or is no folder.")
+    command = [sys.executable, "-m", "prunecli.store", str(path.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 our own interpreter
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise VerificationError(f"{path} could not be reloaded in a fresh process: {last[0]}") from None
+    if "error" in answer:
+        raise VerificationError(f"{path} does not verify: {answer['error']}")
+    result = VerifyReport.model_validate(answer)
+    if not result.ok:
+        raise VerificationError(
+            f"{path} reloads to another model: logits differ by {result.reload_max_abs_diff:.3g}"
+            + ("" if result.classes_equal else " and the class count changed")
+            + "."
+        )
+    return result
+
+
+def verify_here(path: Path) -> VerifyReport:
+    """The comparison itself, in this process. Raises PruneError."""
+    exported = read_config(path)
+    weights = path / WEIGHTS
+    if not weights.is_file():
+        raise PruneError(f"{weights} is missing.")
+    if weights.stat().st_size != exported.weights_bytes or sha256_of(weights) != exported.weights_sha256:
+        raise PruneError(f"{weights} is not the file that was exported (size or digest differ).")
+    reference = read_tensors(path / REFERENCE).get("logits")
+    if reference is None:
+        raise PruneError(f"{path / REFERENCE} holds no logits.")
+    model, _ = load_exported(path)
+    logits = _reference_logits(model, exported.model)
+    classes_equal = logits.shape == reference.shape and logits.shape[-1] == exported.model.num_classes
+    difference = float((logits - reference).abs().max()) if logits.shape == reference.shape else float("inf")
+    scale = float(reference.abs().max())
+    close = difference <= _VERIFY_TOLERANCE * max(scale, 1.0)
+    return VerifyReport(
+        reload_max_abs_diff=difference if difference < float("inf") else -1.0,
+        classes_equal=classes_equal,
+        ok=close and classes_equal and bool(torch.isfinite(logits).all()),
+    )
+
+
+def reference_input(size: tuple[int, int, int]) -> Tensor:
+    """Two fixed images [2, C, H, W] with values in [-1, 1): integer arithmetic, so the same on every machine."""
+    count = _VERIFY_IMAGES * size[0] * size[1] * size[2]
+    hashed = (torch.arange(count, dtype=torch.int64) * 2654435761 + 40503) % 2**24
+    return (hashed.to(torch.float32) / 2**23 - 1).reshape(_VERIFY_IMAGES, *size)
+
+
+@torch.no_grad()
+def _reference_logits(model: nn.Module, ref: ModelRef) -> Tensor:
+    cpu_model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+    was_training = cpu_model.training
+    logits: Tensor = cpu_model.eval()(reference_input(zoo.input_spec(ref).size))
+    cpu_model.train(was_training)
+    return logits.float()
+
+
+def _parse(kind: type[V], path: Path) -> V:
+    values = read_json(path)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise PruneError(f"{path} is damaged: {error.errors()[0]['msg']}.") from None
+
+
+def _main(path: str) -> None:
+    """Entry of the fresh process: one JSON line on stdout."""
+    try:
+        answer = verify_here(Path(path)).model_dump()
+    except PruneError as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,86 @@
+"""What a finished job says of itself: the report from the progress and the final model."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunecli import __version__, recover, spectrum, store
+from prunecli.job import Job
+from prunecli.plan import Cost
+from prunecli.report import LayerReport, Report, Stage, VerifyReport
+from prunecli.stages import jacobian_images
+
+
+def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) -> Report:
+    """The report of a job whose final ``model`` was exported and verified."""
+    progress = job.progress
+    last = progress.stages[-1]
+    dense = progress.stage("dense")
+    return Report(
+        model=job.source.ref.name,
+        base=_figures(job.source.cost, dense),
+        final=_figures(size, last) | {"file_bytes": (job.folder.path / store.WEIGHTS).stat().st_size},
+        stages=progress.stages,
+        target=progress.target,
+        layers=_layers(job.source.model, model, progress.dense_spectra),
+        recovery=progress.recovery,
+        lr=progress.lr,
+        finetune=progress.finetune,
+        verify=verified,
+        recipe_sha256=job.recipe.sha256(),
+        versions=versions(),
+        seed=job.recipe.seed,
+        warnings=_warnings(job, size),
+    )
+
+
+def _figures(size: Cost, stage: Stage | None) -> dict[str, Any]:
+    return {**size.model_dump(), "top1": stage.top1 if stage else None, "loss": stage.loss if stage else None}
+
+
+def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[float, ...]]) -> tuple[LayerReport, ...]:
+    """Widths and weight spectra of every layer, before and after."""
+    before, after = recover.weight_layers(dense), recover.weight_layers(final)
+    return tuple(
+        LayerReport(
+            name=name,
+            out_before=len(before[name].weight),
+            out_after=len(after[name].weight),
+            sv_before=dense_spectra[name],
+            sv_after=rounded(values),
+        )
+        for name, values in spectrum.weight_spectra(final).items()
+    )
+
+
+def _warnings(job: Job, size: Cost) -> tuple[str, ...]:
+    """What a user must not learn by accident."""
+    said = [*job.source.notes, *job.progress.warnings]
+    if job.images is None:
+        said.append("No data was given: nothing was fine-tuned and no accuracy was measured.")
+    elif job.epochs == 0:
+        said.append("Nothing was fine-tuned: the budget is 0 epochs.")
+    if job.images is not None and job.images.unreadable:
+        names = ", ".join(sorted(job.images.unreadable)[:3])
+        said.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
+    if jacobian_images(job.recipe, job.source, job.device) == 0:
+        said.append("The Jacobian spectrum was not taken: exact Jacobians of this model cost minutes an image here.")
+    if size.macs >= job.source.cost.macs and job.progress.target is not None:
+        said.append("The model does not have fewer multiply-adds than before.")
+    return tuple(dict.fromkeys(said))
+
+
+def versions() -> dict[str, str]:
+    """What a rerun has to match."""
+    packages = ("torch", "timm", "safetensors", "accelerate")
+    return {"prunecli": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def rounded(values: torch.Tensor) -> tuple[float, ...]:
+    """Singular values at six significant digits: what a plot can show, at a third of the size."""
+    return tuple(float(f"{value:.6g}") for value in values.tolist())
