@@ -1,0 +1,64 @@
+"""What a model costs, by counting and without a clock: parameters, multiply-adds, bytes.
+
+Conventions: one multiply-add counts once (half of what FLOP counters say), for one image, attention matmuls included;
+convolutions, matrix products and attention count, additions, norms and activations do not. Nothing is computed: the
+forward pass runs on fake tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunecli.plan import Cost
+from prunecli.surgery import clear_caches_, named_tensors
+
+
+def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Parameters, multiply-adds of one image in eval mode, and bytes of the tensors in the state_dict.
+
+    Shared tensors count once, as safetensors stores them once. Works on any device; the model is left as it is.
+
+    Args:
+        model: any classifier.
+        input_size: channels, height, width.
+    """
+    return Cost(
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, input_size),
+        bytes=sum(t.numel() * t.element_size() for t in _unique(model.state_dict(keep_vars=True).values())),
+    )
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image through ``model`` in eval mode.
+
+    Args:
+        model: any classifier.
+        input_size: channels, height, width.
+    """
+    # The copy shares the tensors: only modules are copied, so that caches filled with fake tensors are thrown away.
+    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in named_tensors(model).values()}).eval()
+    clear_caches_(shell)
+    like = next((p for p in shell.parameters() if p.is_floating_point()), torch.empty(0))
+    counter = FlopCounterMode(display=False)
+    with (
+        torch.no_grad(),
+        # Written out as matrix products, which every torch version counts; fused CPU attention is not known to all.
+        sdpa_kernel(SDPBackend.MATH),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        counter,
+    ):
+        shell(torch.empty(1, *input_size, dtype=like.dtype, device=like.device))
+    return int(counter.get_total_flops()) // 2
+
+
+def _unique(tensors: Iterable[object]) -> Iterable[Tensor]:
+    """Each tensor once; a state_dict may hold other things (a module's extra state)."""
+    return {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}.values()
