@@ -1,0 +1,185 @@
+"""Importance of every channel of every group, by criterion: pure functions from tensors to one number a channel.
+
+A channel's share of a member is a row of the matrix ``[width, values per channel]``, whatever the tensor's layout; all
+criteria are stated on these rows ``w_j``. Low scores leave first. Results are float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.groups import Group, Member, module_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evidence:
+    """What a criterion may look at."""
+
+    group: Group
+    tensors: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    generator: torch.Generator | None
+
+    def rows(self, member: Member, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``[width, values per channel]`` of one member, float64 on the CPU."""
+        tensor = (self.tensors if values is None else values)[member.tensor].detach()
+        positions = torch.tensor(member.index.positions(range(self.group.width)), device=tensor.device)
+        chosen = tensor.index_select(member.dim, positions).movedim(member.dim, 0)
+        return chosen.reshape(self.group.width, -1).to("cpu", torch.float64)
+
+    def producers(self) -> list[Tensor]:
+        """Rows of the weights that produce the channels: filters and matrix rows, without biases."""
+        return [self.rows(m) for m in self.group.members if m.role == "out" and self.tensors[m.tensor].dim() >= 2]
+
+    def consumers(self) -> list[Tensor]:
+        """Rows of the weights that read the channels."""
+        return [self.rows(m) for m in self.group.members if m.role == "in" and self.tensors[m.tensor].dim() >= 2]
+
+
+def score_groups(
+    groups: Iterable[Group],
+    tensors: Mapping[str, Tensor],
+    *,
+    criterion: str,
+    gradients: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Scores ``[width]`` by group name. A group the criterion says nothing about (no BatchNorm …) is left out.
+
+    Args:
+        groups: whose channels are scored, in this order.
+        tensors: every tensor that a member names.
+        criterion: a key of ``CRITERIA``.
+        gradients: of the loss, by tensor name; ``taylor`` needs them.
+        generator: ``random`` draws from it.
+
+    Raises:
+        UsageError: an unknown criterion, or one that says nothing about any group of this model.
+        PruneError: weights that are not finite.
+        ValueError: ``taylor`` without gradients, ``random`` without a generator.
+    """
+    if criterion not in CRITERIA:
+        raise UsageError(f"Unknown criterion {criterion!r}.", hint=nearest(criterion, CRITERIA))
+    if criterion == "taylor" and gradients is None:
+        raise ValueError("taylor needs gradients")
+    if criterion == "random" and generator is None:
+        raise ValueError("random needs a generator")
+    scores = {}
+    named = list(groups)
+    for group in named:
+        evidence = _Evidence(group=group, tensors=tensors, gradients=gradients or {}, generator=generator)
+        values = CRITERIA[criterion](evidence)
+        if values is None:
+            continue
+        if not torch.isfinite(values).all():
+            raise PruneError(f"The weights of group {group.name} are not finite, so its channels cannot be ranked.")
+        scores[group.name] = values
+    if named and not scores:
+        raise UsageError(
+            f"Criterion {criterion!r} says nothing about any coupled group of this model.", hint="Use l1 or group_norm."
+        )
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------- criteria
+
+
+def _total(rows: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Sum over members of ``reduce(rows) -> [width]``; None without members."""
+    parts = [reduce(part) for part in rows]
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def _weights_or_all(evidence: _Evidence) -> list[Tensor]:
+    """The producing weights; for an axis without any, whatever reads it."""
+    return evidence.producers() or evidence.consumers()
+
+
+def l1(evidence: _Evidence) -> Tensor | None:
+    """``sum |w_j|`` over the filters that produce channel j (Li et al. 2017)."""
+    return _total(_weights_or_all(evidence), lambda w: w.abs().sum(1))
+
+
+def l2(evidence: _Evidence) -> Tensor | None:
+    """``sqrt(sum w_j^2)`` over the filters that produce channel j."""
+    squares = _total(_weights_or_all(evidence), lambda w: w.square().sum(1))
+    return None if squares is None else squares.sqrt()
+
+
+def group_norm(evidence: _Evidence) -> Tensor | None:
+    """``I_j = mean over members of sum w_j^2``, divided by the mean of I.
+
+    Members are all weights that produce or read the channel (DepGraph, Fang et al. 2023, equation 5 as Torch-Pruning's
+    GroupMagnitudeImportance computes it with p = 2).
+    """
+    members = evidence.producers() + evidence.consumers()
+    total = _total(members, lambda w: w.square().sum(1))
+    return None if total is None else _over_mean(total / len(members))
+
+
+def bn_scale(evidence: _Evidence) -> Tensor | None:
+    """``sum |gamma_j|`` over the BatchNorms on the channel (Network Slimming, Liu et al. 2017)."""
+    scales = [
+        evidence.rows(m)
+        for m in evidence.group.members
+        if m.tensor.endswith("weight") and f"{module_of(m.tensor)}.running_var".lstrip(".") in evidence.tensors
+    ]
+    return _total(scales, lambda gamma: gamma.abs().sum(1))
+
+
+def lamp(evidence: _Evidence) -> Tensor | None:
+    """``s_j / sum of s_k over all k with s_k >= s_j``, ``s_j = sum w_j^2`` over the producing filters.
+
+    LAMP (Lee et al. 2021, equation 4) with filters in the place of single weights; equal ones count in index order.
+    """
+    squares = _total(_weights_or_all(evidence), lambda w: w.square().sum(1))
+    if squares is None:
+        return None
+    ascending, order = squares.sort(stable=True)
+    remaining = ascending.flip(0).cumsum(0).flip(0)
+    scores = torch.zeros_like(squares)
+    scores[order] = ascending / remaining.clamp(min=torch.finfo(torch.float64).tiny)
+    return scores
+
+
+def fpgm(evidence: _Evidence) -> Tensor | None:
+    """``sum_k |w_j - w_k|_2`` over the filters of each producer (He et al. 2019): low is replaceable by the others."""
+    return _total(_weights_or_all(evidence), lambda w: torch.cdist(w, w).sum(1))
+
+
+def taylor(evidence: _Evidence) -> Tensor | None:
+    """``sum over members of |sum w_j * dL/dw_j|``: first-order change of the loss when the channel goes.
+
+    Molchanov et al. 2019, summed over the members as in Torch-Pruning. A filter before BatchNorm in train mode has
+    ``w . g = 0`` (its scale does not matter); the norm's own scale and the consumers still speak for it.
+    """
+    known = [m for m in evidence.group.members if m.tensor in evidence.gradients]
+    parts = [(evidence.rows(m) * evidence.rows(m, evidence.gradients)).sum(1).abs() for m in known]
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def random(evidence: _Evidence) -> Tensor | None:
+    """Uniform on [0, 1): the baseline."""
+    return torch.rand(evidence.group.width, generator=evidence.generator, dtype=torch.float64)
+
+
+CRITERIA: dict[str, Callable[[_Evidence], Tensor | None]] = {
+    "l1": l1,
+    "l2": l2,
+    "group_norm": group_norm,
+    "bn_scale": bn_scale,
+    "lamp": lamp,
+    "fpgm": fpgm,
+    "taylor": taylor,
+    "random": random,
+}
+
+
+def _over_mean(values: Tensor) -> Tensor:
+    mean = values.mean()
+    return values / mean if mean > 0 else values
