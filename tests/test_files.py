@@ -24,12 +24,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(PruneError, match="the disk is full"):
         files.write_atomic(target, half)
     assert files.read_json(target) == {"a": 1}
-    assert os.listdir(tmp_path) == ["report.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_a_full_disk_is_one_sentence():
-    with pytest.raises(PruneError, match=r"Cannot write /dev/full: the disk is full\."), files.explained(Path("/dev/full")):
-        Path("/dev/full").write_text("x")
+    full = Path("/dev/full")
+    with pytest.raises(PruneError, match=r"Cannot write /dev/full: the disk is full\."), files.explained(full):
+        full.write_text("x")
 
 
 def test_a_file_in_the_way_of_a_folder_is_one_sentence(tmp_path):

@@ -1,0 +1,332 @@
+"""The command line as users and scripts meet it: exit codes, one sentence on stderr, one document on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import prunecli
+from prunecli.cli import app
+
+# A real job in a few seconds: LeNet-5 on 256 handwritten digits.
+JOB = [
+    "lenet5_relu",
+    "--no-pretrained",
+    "--data=digits",
+    "--target=ratio=0.5",
+    "--epochs=2",
+    "--device=cpu",
+    "data.train_limit=256",
+    "data.val_limit=128",
+    "data.batch_size=32",
+    "prune.round_to=1",
+    "recover.probe_steps=2",
+    "recover.bn_images=64",
+    "spectrum.samples=2",
+]
+
+
+def call(*arguments: str, stdin: str | None = None):
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def sentence(result) -> str:
+    """The one message on stderr, as one line."""
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "lenet"
+    result = call("compress", *JOB, f"--out={out}")
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- the main job
+
+
+def test_a_run_leaves_the_promised_folder(run):
+    names = {path.name for path in run.iterdir()}
+    promised = "model.safetensors config.json plan.json report.json report.html recipe.yaml checkpoints log.jsonl"
+    assert names == {*promised.split(), "reference.safetensors"}
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".pth", ".pkl", ".tmp")]
+
+
+def test_the_report_has_the_promised_keys(run):
+    report = json.loads((run / "report.json").read_text())
+    promised = "model base final stages target layers lr latency verify recipe_sha256 versions seed warnings"
+    assert set(promised.split()) <= set(report)
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "pruned", "recovered", "finetuned"]
+    stage = report["stages"][0]
+    assert {"name", "seconds", "params", "macs", "bytes", "top1", "top5", "loss", "jsv"} <= set(stage)
+    assert set(stage["jsv"]) == {"mean", "std", "min", "max", "condition", "samples"}
+    assert report["verify"] == {"reload_max_abs_diff": 0.0, "classes_equal": True, "ok": True}
+    assert report["final"]["params"] < report["base"]["params"]
+    assert report["latency"] is None
+
+
+def test_the_run_reloads_bit_equal_and_verifies(run):
+    model = prunecli.load(run)
+    assert not model.training
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    result = call("verify", str(run), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["ok"] is True
+
+
+def test_fine_tuning_learns(run):
+    stages = {stage["name"]: stage for stage in json.loads((run / "report.json").read_text())["stages"]}
+    assert stages["finetuned"]["loss"] < stages["pruned"]["loss"]
+
+
+def test_a_tampered_model_does_not_verify(run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "reference.safetensors", "model.safetensors"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    tensors = load_file(copy / "model.safetensors")
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, copy / "model.safetensors")
+    result = call("verify", str(copy))
+    assert result.exit_code == 4
+    assert "not the file that was exported" in sentence(result)
+
+
+def test_a_run_can_be_pruned_again(run, tmp_path):
+    options = ["--target=ratio=0.5", "prune.round_to=1", f"--out={tmp_path / 'again'}", "--json"]
+    result = call("compress", str(run), *options)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    first = json.loads((run / "report.json").read_text())
+    assert report["base"]["params"] == first["final"]["params"]
+    assert report["final"]["params"] < report["base"]["params"]
+    assert any("nothing was fine-tuned" in warning for warning in report["warnings"])
+    assert prunecli.load(tmp_path / "again")
+
+
+def test_a_dry_run_writes_nothing_and_shows_the_costs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--no-pretrained", "--target=macs=50%", "--round-to=1", "--dry-run", "--json"]
+    result = call("compress", "lenet5_relu", *options)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)["plan"]
+    assert plan["predicted"]["macs"] / plan["base"]["macs"] == pytest.approx(0.5, abs=0.005)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_resolved_recipe_is_shown_and_flags_win(tmp_path):
+    (tmp_path / "job.yaml").write_text("model: resnet18\nseed: 1\nfinetune: {epochs: 3, lr: 0.1}\n")
+    recipe = f"--recipe={tmp_path / 'job.yaml'}"
+    result = call("compress", recipe, "seed=2", "finetune.epochs=4", "--seed=5", "--print-config")
+    assert result.exit_code == 0, result.stderr
+    shown = prunecli.Recipe.from_mapping(__import__("yaml").safe_load(result.stdout))
+    assert (shown.seed, shown.finetune.epochs, shown.finetune.lr) == (5, 4, 0.1)
+
+
+def test_eval_spectrum_lr_and_inspect_answer_in_json(run):
+    accuracy = json.loads(call("eval", str(run), "--data=digits", "--limit=64", "--json").stdout)
+    assert accuracy["samples"] == 64
+    spectrum = json.loads(call("spectrum", str(run), "--data=digits", "--samples=2", "--json").stdout)
+    assert len(spectrum["jacobian"]) == 2
+    assert spectrum["jsv"]["samples"] == 2
+    rate = json.loads(call("lr", str(run), "--data=digits", "--json").stdout)
+    assert rate["recommended"] == pytest.approx(0.01)
+    assert rate["evidence"]["removed_channels"] > 0
+    groups = json.loads(call("inspect", "lenet5_relu", "--json").stdout)["groups"]
+    assert {group["width"] for group in groups} == {6, 16, 120, 84}
+
+
+def test_tables_are_for_people(run):
+    for arguments in (["inspect", "lenet5_relu"], ["lr", str(run)], ["verify", str(run)], ["recipes", "ls"]):
+        result = call(*arguments)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.strip()
+
+
+def test_finetune_alone(run, tmp_path):
+    small = ["data.train_limit=64", "data.val_limit=32", "spectrum.samples=0"]
+    result = call("finetune", str(run), "--data=digits", "--epochs=1", "--json", *small, f"--out={tmp_path / 'tuned'}")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [stage["name"] for stage in report["stages"]] == ["dense", "finetuned"]
+    assert report["target"] is None
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def test_a_finished_run_is_not_overwritten_without_force(run):
+    result = call("compress", *JOB, f"--out={run}")
+    assert result.exit_code == 2
+    assert "holds a finished run" in sentence(result)
+
+
+def test_a_folder_with_other_files_is_never_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    result = call("compress", *JOB, f"--out={tmp_path}", "--force")
+    assert result.exit_code == 2
+    assert (tmp_path / "thesis.tex").read_text() == "years"
+
+
+def test_resume_needs_something_to_resume(tmp_path):
+    result = call("compress", *JOB, f"--out={tmp_path / 'none'}", "--resume")
+    assert result.exit_code == 2
+    assert "no run to resume" in sentence(result)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_place_that_cannot_be_written_is_one_sentence():
+    result = call("compress", *JOB, "--out=/proc/nowhere")
+    assert result.exit_code == 1
+    assert "Cannot write /proc/nowhere" in sentence(result)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+class Exploit:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def weights_file(tmp_path: Path, kind: str) -> Path:
+    path = tmp_path / {"pickle": "w.pth", "truncated": "w.safetensors", "classes": "w.safetensors"}.get(kind, "w.pth")
+    state = prunecli_state()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Exploit(tmp_path / "executed")}))
+    elif kind == "truncated":
+        save_file(state, path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "classes":
+        head = [name for name, tensor in state.items() if tensor.shape[0] == 10]
+        save_file({name: t.repeat(2, *[1] * (t.dim() - 1)) if name in head else t for name, t in state.items()}, path)
+    return path
+
+
+def prunecli_state() -> dict[str, torch.Tensor]:
+    from prunecli import zoo
+
+    return dict(zoo.load_model("lenet5_relu", pretrained=False).model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("missing", 2, "w.pth"),
+        ("truncated", 1, "w.safetensors"),
+        ("pickle", 1, "w.pth"),
+        ("classes", 1, "num_classes=20"),
+    ],
+)
+def test_bad_weights(tmp_path, kind, code, said):
+    path = weights_file(tmp_path, kind)
+    result = call("compress", "lenet5_relu", f"--weights={path}", "--target=ratio=0.5", f"--out={tmp_path / 'run'}")
+    assert result.exit_code == code
+    assert said in sentence(result)
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["resnet18x", "--no-pretrained", "--target=ratio=0.5"], 2, "resnet18"),
+        (["lenet5_relu", "--target=ratio=0.5"], 2, "--weights"),
+        (["lenet5_relu", "--no-pretrained"], 2, "--target"),
+        (["lenet5_relu", "--no-pretrained", "--target=latency=5ms"], 2, "bench"),
+        (["lenet5_relu", "--no-pretrained", "--target=params=10"], 3, "each"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "prune.select=[nothing]"], 5, "no channel"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "finetune.epoch=3"], 2, "'epochs'"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--epochs=3"], 2, "--data"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--lr=fast"], 2, "--lr"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--device=cuda:99"], 2, "CUDA"),
+        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--data=/nowhere/at/all"], 2, "/nowhere/at/all"),
+        (["a", "b", "--target=ratio=0.5"], 2, "One model"),
+        (["--recipe=quickstrat"], 2, "'quickstart'"),
+    ],
+)
+def test_wrong_words_are_named(tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    result = call("compress", *arguments)
+    assert result.exit_code == code, sentence(result)
+    assert said in sentence(result)
+    assert not result.stdout
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverging_run_stops_and_keeps_its_state(tmp_path):
+    result = call("compress", *JOB, "--lr=1e12", "recover.steps=[]", f"--out={tmp_path / 'run'}")
+    assert result.exit_code == 1
+    assert "learning rate" in sentence(result)
+    assert (tmp_path / "run" / "plan.json").is_file()
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- kill and resume
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "prunecli", "compress", *JOB, "--epochs=6", "finetune.checkpoint_every=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, f"--out={out}", *more], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_fine_tuning_and_resumed_gives_the_same_weights(tmp_path):
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=300) == 0
+    broken = start(tmp_path / "broken")
+    saved = tmp_path / "broken" / "checkpoints" / "finetune"
+    wait_for(lambda: saved.is_dir() and len(list(saved.rglob("*.safetensors"))) > 0, broken)
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    assert not (tmp_path / "broken" / "report.json").exists()
+    resumed = subprocess.run(
+        [sys.executable, "-m", "prunecli", "compress", "--resume", f"--out={tmp_path / 'broken'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    found = load_file(tmp_path / "broken" / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path / "run")
+    wait_for((tmp_path / "run" / "plan.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in said
+    assert "Traceback" not in said
