@@ -1,0 +1,85 @@
+"""Each learning-rate rule with a case on both sides of its limit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prunecli.lr import recommend_lr
+from prunecli.report import LRReport
+
+
+def ask(**changes: Any) -> LRReport:
+    inputs: dict[str, Any] = {
+        "optimizer": "sgd",
+        "epochs": 10,
+        "batch_size": 128,
+        "small_images": True,
+        "removed_channels": 0.5,
+        "removed_params": 0.5,
+    }
+    return recommend_lr(**(inputs | changes))
+
+
+def fired(report: LRReport) -> list[str]:
+    return [rule["name"] for rule in report.evidence["rules"]]
+
+
+def test_sgd_starts_at_a_tenth_of_the_bases_peak() -> None:
+    assert ask().recommended == pytest.approx(1e-2)
+    assert "assumed" in ask().rule
+    recorded = ask(base_peak_lr=0.4)
+    assert recorded.recommended == pytest.approx(4e-2)
+    assert "assumed" not in recorded.rule
+    assert fired(recorded) == ["peak", "damage", "end"]
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [(0.0, 1e-3), (0.05, 1e-3), (0.10, 1e-3), (0.11, 1e-2), (0.3, 1e-2), (0.5, 1e-2), (0.95, 1e-2)],
+)
+def test_little_damage_takes_a_smaller_rate(removed: float, expected: float) -> None:
+    assert ask(removed_channels=removed).recommended == pytest.approx(expected)
+
+
+def test_damage_is_named_as_measured() -> None:
+    assert "30%" in ask(removed_channels=0.3).rule
+    assert "matters little" in ask(removed_channels=0.3).rule
+    assert "recover less" in ask(removed_channels=0.31).rule
+
+
+@pytest.mark.parametrize(("small", "expected"), [(True, 1e-4), (False, 1e-5)])
+def test_the_end_follows_the_image_size(small: bool, expected: float) -> None:
+    assert ask(small_images=small).evidence["final_lr"] == pytest.approx(expected)
+
+
+def test_the_end_is_never_above_the_start() -> None:
+    report = ask(removed_channels=0.0, base_peak_lr=1e-3)
+    assert report.evidence["final_lr"] == report.recommended == pytest.approx(1e-5)
+
+
+def test_adamw_takes_no_pruning_rule() -> None:
+    report = ask(optimizer="adamw", batch_size=256, small_images=False, removed_channels=0.05)
+    assert report.recommended == pytest.approx(2.5e-4)
+    assert fired(report) == ["adamw", "end"]
+    assert "No published pruning rule" in report.rule
+    assert ask(optimizer="adamw", base_peak_lr=2e-3).recommended == pytest.approx(2e-3)
+
+
+def test_evidence_holds_every_input_and_names_papers() -> None:
+    report = ask(narrowest_width=3, jsv_ratio=0.01, epochs=7)
+    assert {"narrowest_width": 3, "jsv_ratio": 0.01, "epochs": 7, "removed_params": 0.5}.items() <= (
+        report.evidence.items()
+    )
+    assert all("arXiv" in rule["source"] for rule in report.evidence["rules"])
+    assert LRReport.model_validate(json.loads(json.dumps(report.model_dump(mode="json")))) == report
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"removed_channels": 1.2}, {"removed_params": -0.1}, {"batch_size": 0}, {"base_peak_lr": 0.0}]
+)
+def test_impossible_measurements_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ask(**wrong)
