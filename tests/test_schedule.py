@@ -1,0 +1,91 @@
+"""Optimiser choice and learning rates, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prunecli.errors import UsageError
+from prunecli.recipe import FinetuneSettings
+from prunecli.schedule import build_optimizer, build_schedule, optimizer_name
+
+
+def rates(lr: float, *, epochs: int, steps: int, **settings: Any) -> list[float]:
+    asked = FinetuneSettings(optimizer="sgd", **settings)
+    optimizer = build_optimizer(nn.Linear(2, 2), asked, lr=lr)
+    schedule = build_schedule(optimizer, asked, lr=lr, steps_per_epoch=steps, epochs=epochs)
+    forward = [schedule.set_(step) for step in range(epochs * steps)]
+    assert forward == [schedule.set_(step) for step in reversed(range(epochs * steps))][::-1]  # position is all
+    return forward
+
+
+def test_papers_stepped_schedule() -> None:
+    found = rates(1e-2, epochs=120, steps=3, schedule="step")
+    by_epoch = [1e-2] * 60 + [1e-3] * 30 + [1e-4] * 30
+    assert found == pytest.approx([lr for lr in by_epoch for _ in range(3)])
+
+
+def test_steps_stop_at_the_last_rate_asked_for() -> None:
+    found = rates(1e-3, epochs=8, steps=1, schedule="step", milestones=(0.75, 0.5), min_lr=5e-5)
+    assert found == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [5e-5] * 2)
+
+
+def test_cosine_starts_at_the_peak_and_ends_at_min_lr() -> None:
+    found = rates(0.1, epochs=2, steps=5, schedule="cosine", min_lr=0.02)
+    assert found == pytest.approx([0.02 + 0.04 * (1 + math.cos(math.pi * t / 9)) for t in range(10)])
+    assert found[-1] == 0.02
+
+
+def test_a_peak_below_min_lr_is_not_raised() -> None:
+    assert rates(1e-5, epochs=2, steps=2, schedule="cosine", min_lr=1e-4) == pytest.approx([1e-5] * 4)
+
+
+def test_warmup_is_linear_and_the_first_step_counts() -> None:
+    found = rates(0.4, epochs=2, steps=4, schedule="constant", warmup_epochs=1.0)
+    assert found == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.4, 0.4])
+    cosine = rates(0.4, epochs=2, steps=4, schedule="cosine", warmup_epochs=1.0, min_lr=0.0)
+    assert cosine == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.3, 0.1, 0.0], abs=1e-12)
+
+
+def test_warmup_longer_than_the_run_leaves_one_step() -> None:
+    assert len(rates(0.4, epochs=1, steps=2, schedule="cosine", warmup_epochs=9.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)], "sgd"),
+        ([nn.LayerNorm(2), nn.BatchNorm2d(2)], "sgd"),
+        ([nn.Linear(2, 2)], "sgd"),
+        ([nn.Linear(2, 2), nn.LayerNorm(2)], "adamw"),
+        ([nn.Linear(2, 2), nn.RMSNorm(2)], "adamw"),
+    ],
+)
+def test_optimizer_follows_the_norm(layers: list[nn.Module], expected: str) -> None:
+    model = nn.Sequential(*layers)
+    assert optimizer_name(FinetuneSettings(), model) == expected
+    assert optimizer_name(FinetuneSettings(optimizer="adamw"), model) == "adamw"
+
+
+def test_momentum_and_decay_are_as_asked() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    for nesterov in (False, True):
+        settings = FinetuneSettings(nesterov=nesterov, momentum=0.8, weight_decay=0.01)
+        optimizer = build_optimizer(model, settings, lr=0.1)
+        assert isinstance(optimizer, torch.optim.SGD)
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert [decays[id(p)] for p in model.parameters()] == [0.01, 0.0, 0.0, 0.0]
+        assert {group["nesterov"] for group in optimizer.param_groups} == {nesterov}
+        assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+    adamw = build_optimizer(model, FinetuneSettings(optimizer="adamw", momentum=0.8), lr=0.1)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_nesterov_without_momentum_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="nesterov"):
+        build_optimizer(nn.Linear(2, 2), FinetuneSettings(nesterov=True, momentum=0.0), lr=0.1)
