@@ -1,0 +1,102 @@
+"""Forward passes that train nothing: accuracy, and BatchNorm re-estimation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prunecli.errors import PruneError
+from prunecli.report import Accuracy
+
+
+def evaluate(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, amp: bool = False
+) -> Accuracy:
+    """Top-1, top-5 (percent; none below five classes) and mean cross-entropy in nats, in evaluation mode.
+
+    Args:
+        model: images ``[B, C, H, W]`` -> logits ``[B, K]``; moved to ``device``, its mode is put back.
+        loader: batches of images and labels ``[B]``.
+        device: where to compute; sums are kept there in float64.
+        amp: forward in bfloat16.
+
+    Raises:
+        PruneError: the loader is empty.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    samples, classes = 0, 0
+    with evaluation_mode(model.to(device)), torch.no_grad():
+        for images, labels in loader:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                logits = model(images.to(device, non_blocking=True))
+            targets = labels.to(device, non_blocking=True)
+            samples, classes = samples + len(targets), logits.shape[1]
+            hits = logits.float().topk(min(5, classes), dim=1).indices == targets[:, None]
+            loss = functional.cross_entropy(logits.double(), targets, reduction="sum")
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+    if samples == 0:
+        raise PruneError("There is no image to evaluate on.")
+    top1, top5, loss_sum = sums.tolist()
+    return Accuracy(
+        top1=100 * top1 / samples,
+        top5=100 * top5 / samples if classes >= 5 else None,
+        loss=loss_sum / samples,
+        samples=samples,
+    )
+
+
+def recalibrate_bn_(
+    model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]], *, device: torch.device
+) -> int:
+    """Re-estimate the running statistics of every BatchNorm in place; the number of layers re-estimated.
+
+    Statistics are reset and become the plain mean over batches (momentum none) of forward passes in which only
+    BatchNorm is in training mode (the recipe of Jordan et al. 2023, "REPAIR"). Weights do not change. Batches should be
+    of one size, since each counts the same.
+
+    Args:
+        model: moved to ``device``; modes and momenta are put back.
+        batches: images ``[B, C, H, W]``, labels beside them are ignored.
+        device: where to compute.
+
+    Raises:
+        PruneError: there are BatchNorm layers and not one batch.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    source = iter(batches)
+    batch = next(source, None)
+    if batch is None:
+        raise PruneError("BatchNorm cannot be re-estimated without a training image.")
+    momenta = [layer.momentum for layer in layers]
+    with evaluation_mode(model.to(device)), torch.no_grad():
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        try:
+            while batch is not None:
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device, non_blocking=True))
+                batch = next(source, None)
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
+    return len(layers)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Everything in evaluation mode; each module's own mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

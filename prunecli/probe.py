@@ -1,0 +1,124 @@
+"""A short trial of fixed length: which starting point is worth fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunecli.errors import PruneError
+from prunecli.evaluation import evaluate
+from prunecli.objective import build_objective
+from prunecli.recipe import DistillSettings, FinetuneSettings
+from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+
+_HELD_OUT = 512  # most images a probe is judged on
+_BYTES = 2**29  # most memory a probe's images take
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """A short trial. Losses in nats, top-1 in percent; infinite losses where the trial diverged."""
+
+    train_loss: float | None  # mean over the steps; none where no step was taken
+    val_loss: float
+    val_top1: float
+
+
+def probe_loss(
+    model: nn.Module,
+    images: TrainingImages,
+    *,
+    steps: int,
+    lr: float,
+    settings: FinetuneSettings,
+    device: torch.device,
+    seed: int,
+) -> ProbeResult:
+    """Take ``steps`` optimiser steps at constant ``lr`` on a copy and judge it on training images it did not see.
+
+    Both parts come from the calibration images, a quarter of them (at most 512) held out; the validation split is never
+    touched, nor is ``model``. Small sets are gone through again in another order. Distillation and the weight average
+    are left out: the trial compares starting points, and it is too short for either.
+
+    Args:
+        model: the starting point.
+        images: ``calibration`` of it is read.
+        steps: optimiser steps; 0 only evaluates.
+        lr: learning rate of every step.
+        settings: optimiser, clipping, mixup and precision of the trial.
+        device: where to compute.
+        seed: of the order and of dropout and mixup.
+
+    Raises:
+        PruneError: fewer than two calibration images, or a frozen model.
+    """
+    trial = copy.deepcopy(model)
+    batch_size = _batch_size(images)
+    inputs, labels = images.calibration(_image_count(images, steps * batch_size))
+    held = min(_HELD_OUT, len(labels) // 4 or 1) if steps else len(labels)
+    if steps and len(labels) <= held:
+        raise PruneError("A trial fine-tuning needs at least two training images.")
+    losses: list[float] = []
+    plain = settings.model_copy(
+        update={"schedule": "constant", "warmup_epochs": 0.0, "ema": None, "distill": DistillSettings()}
+    )
+    with own_randomness(device):
+        if steps:
+            trainer = build_trainer(
+                trial,
+                plain,
+                lr=lr,
+                epochs=1,
+                steps_per_epoch=steps,
+                device=device,
+                seed=seed,
+                make_objective=lambda _: build_objective(plain, num_classes=images.num_classes, teacher=None),
+            )
+            losses = _train(trainer, inputs[held:], labels[held:], batch_size=batch_size, seed=seed)
+        judged = zip(torch.split(inputs[:held], batch_size), torch.split(labels[:held], batch_size), strict=True)
+        accuracy = evaluate(trial, judged, device=device)
+    return ProbeResult(
+        train_loss=_finite(sum(losses) / steps) if steps else None,
+        val_loss=_finite(accuracy.loss),
+        val_top1=accuracy.top1,
+    )
+
+
+def _train(trainer: Trainer, inputs: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> list[float]:
+    """Loss of every step of the one epoch."""
+    batches = _orders(len(labels), min(batch_size, len(labels)), seed=seed)
+    losses = []
+    for step in range(trainer.steps_per_epoch):
+        rows = next(batches)
+        losses.append(trainer.step_(inputs[rows], labels[rows], epoch=0, step=step)[0])
+    values: list[float] = torch.stack(losses).double().tolist()
+    return values
+
+
+def _orders(count: int, batch_size: int, *, seed: int) -> Iterator[Tensor]:
+    """Endless batches of row numbers below ``count``: whole shuffles one after the other, each batch full."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randperm(count, generator=generator)
+        yield from torch.split(rows[: count - count % batch_size], batch_size)
+
+
+def _batch_size(images: TrainingImages) -> int:
+    loader = images.train_loader(epoch=0)
+    size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    return int(size) if size else len(next(iter(loader))[1])
+
+
+def _image_count(images: TrainingImages, wanted: int) -> int:
+    """How many calibration images a trial takes: its steps' and the held-out ones, within its memory."""
+    one = images.calibration(1)[0]
+    return max(2, min(wanted + max(_HELD_OUT, wanted // 3), _BYTES // (one.numel() * one.element_size())))
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf

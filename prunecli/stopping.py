@@ -1,0 +1,56 @@
+"""Stopping a loop between two steps, never inside one, so that what is saved is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from torch import Tensor
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """Raised between batches once a stop was requested: nothing is half done."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop between two steps; a second one acts at once.
+
+    Signals reach the main thread only, so elsewhere the request is simply never made.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def until(stop: threading.Event, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; raises Stopped before the next one once a stop was requested."""
+    batches = iter(loader)
+    while True:
+        if stop.is_set():
+            raise Stopped
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError:  # Ctrl-C also ends the loader's worker processes
+            if stop.is_set():
+                raise Stopped from None
+            raise
+        yield batch

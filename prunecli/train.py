@@ -1,0 +1,326 @@
+"""The fine-tuning loop: explicit, resumable bit for bit, and honest about what it did."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from prunecli import checkpoint
+from prunecli.checkpoint import Progress
+from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.evaluation import evaluate, recalibrate_bn_
+from prunecli.objective import build_objective
+from prunecli.probe import ProbeResult, probe_loss
+from prunecli.recipe import FinetuneSettings
+from prunecli.report import Accuracy, FinetuneReport
+from prunecli.schedule import optimizer_name
+from prunecli.stopping import Stopped, stop_requests, until
+from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+
+__all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]
+
+Event = dict[str, Any]
+_EVENT_SECONDS = 0.5  # at most one step event in this time
+_LOSSES_HELD = 16  # losses a GPU run collects before it waits for them; a NaN is found that many steps late
+
+
+def finetune(
+    model: nn.Module,
+    images: TrainingImages,
+    settings: FinetuneSettings,
+    *,
+    lr: float,
+    epochs: int,
+    device: torch.device,
+    seed: int,
+    folder: Path | None = None,
+    teacher: nn.Module | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> FinetuneReport:
+    """Fine-tune ``model`` in place; afterwards it holds the exported weights (last or best epoch, averaged if asked).
+
+    Killed at any moment and called again with the same arguments, it goes on from the newest checkpoint in ``folder``
+    to the same weights, on a CPU bit for bit. Events (``step`` at most twice a second, ``epoch``, ``saved``,
+    ``resume``) are JSON-able dicts.
+
+    Args:
+        model: the starting weights; another start is another job and doesn't resume this one.
+        images: training and validation images.
+        settings: ``epochs`` and ``lr`` of it are not read, the resolved values are arguments.
+        lr: the peak learning rate.
+        epochs: at least 1.
+        device: where to train.
+        seed: of all random numbers but the loader's own.
+        folder: where checkpoints go; none: no resuming.
+        teacher: the dense model, needed where ``settings.distill.alpha`` is above 0.
+        on_event: called between steps.
+
+    Raises:
+        InterruptedRunError: Ctrl-C or SIGTERM; the state is saved.
+        PruneError: NaN loss, full disk, frozen model, no training images.
+        UsageError: distillation without a teacher, fewer than one epoch.
+    """
+    if epochs < 1:
+        raise UsageError(f"Fine-tuning needs at least one epoch, not {epochs}.")
+    if images.steps_per_epoch < 1:
+        raise PruneError("There is not one batch of training images.")
+    job = _job(model, images, settings, lr=lr, epochs=epochs, seed=seed, teacher=teacher)
+    with own_randomness(device), stop_requests() as stop:
+        trainer = build_trainer(
+            model,
+            settings,
+            lr=lr,
+            epochs=epochs,
+            steps_per_epoch=images.steps_per_epoch,
+            device=device,
+            seed=seed,
+            make_objective=lambda where: build_objective(
+                settings, num_classes=images.num_classes, teacher=_frozen(teacher, where)
+            ),
+        )
+        run = _Finetuning(trainer, images, settings, job, epochs, folder, stop, on_event or (lambda _: None))
+        try:
+            run.train_all()
+            return run.finished(lr)
+        except Stopped:
+            run.save()
+            raise InterruptedRunError(*_interrupted(run.progress, saved=folder is not None)) from None
+        except KeyboardInterrupt:
+            raise InterruptedRunError(*_interrupted(run.progress, saved=False)) from None
+        finally:
+            model.to(memory_format=torch.contiguous_format)
+
+
+class _Finetuning:
+    """One fine-tuning run: its position, what it measured, and the loop itself."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        images: TrainingImages,
+        settings: FinetuneSettings,
+        job: str,
+        epochs: int,
+        folder: Path | None,
+        stop: threading.Event,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.trainer, self.images, self.settings = trainer, images, settings
+        self.epochs, self.folder, self.stop, self.emit = epochs, folder, stop, emit
+        self.progress = Progress(job=job)
+        self.best: dict[str, Tensor] = {}  # on the CPU; kept only where the best epoch is exported
+        self.start = checkpoint.digest(_trainable(trainer.model))
+
+    def train_all(self) -> None:
+        self._resume()
+        while self.progress.epoch < self.epochs:
+            self._train_epoch()
+            self._close_epoch()
+            self.save()
+
+    def _train_epoch(self) -> None:
+        """The rest of the running epoch, from the position in ``progress``."""
+        epoch, first, steps = self.progress.epoch, self.progress.step, self.images.steps_per_epoch
+        seconds, began, shown = self.progress.seconds, time.monotonic(), -math.inf
+        pending: list[tuple[Tensor, float]] = []
+        held = _LOSSES_HELD if self.trainer.device.type == "cuda" else 1
+        loader = self.trainer.shared(self.images.train_loader(epoch=epoch, skip_batches=first))
+        for images, labels in until(self.stop, loader):
+            step = self.progress.step
+            pending.append(self.trainer.step_(images, labels, epoch=epoch, step=step))
+            loss_sum, now = self.progress.loss_sum, time.monotonic()
+            due = self.settings.checkpoint_every is not None and (step + 1) % self.settings.checkpoint_every == 0
+            last = step + 1 == steps
+            if len(pending) >= held or due or last or self.stop.is_set():
+                loss_sum += self._checked_sum(pending)
+                pending = []
+            self._advance(step=step + 1, loss_sum=loss_sum, seconds=seconds + now - began)
+            if not pending and (last or now - shown >= _EVENT_SECONDS):
+                shown = now
+                rate = (now - began) / (step + 1 - first)
+                self._show_step(loss_sum / (step + 1), images_per_second=len(labels) / rate, seconds_per_step=rate)
+            if due and not last:
+                self.save()
+        if self.progress.step != steps:
+            raise PruneError(f"Epoch {epoch + 1} had {self.progress.step} batches where {steps} were promised.")
+
+    def _checked_sum(self, pending: list[tuple[Tensor, float]]) -> float:
+        """Sum of the last losses in float64; the first that is not finite stops the run."""
+        values = torch.stack([loss for loss, _ in pending]).double().tolist()
+        for offset, (value, (_, lr)) in enumerate(zip(values, pending, strict=True)):
+            if not math.isfinite(value):
+                step = self.progress.step + 2 - len(pending) + offset
+                raise self._diverged(f"The loss is {value} at step {step} of epoch {self.progress.epoch + 1}", lr)
+        return math.fsum(values)
+
+    def _close_epoch(self) -> None:
+        """Validate and enter the epoch in the history."""
+        epoch, lr = self.progress.epoch + 1, self._lr
+        if epoch == 1 and checkpoint.digest(_trainable(self.trainer.model)) == self.start:
+            raise PruneError(f"Epoch 1 at learning rate {lr:g} changed no parameter; nothing is being fine-tuned.")
+        began = time.monotonic()
+        accuracy = self._validated()
+        if not math.isfinite(accuracy.loss):
+            raise self._diverged(f"The validation loss after epoch {epoch} is {accuracy.loss}", lr)
+        top5 = {} if accuracy.top5 is None else {"top5": accuracy.top5}
+        entry = {
+            "epoch": float(epoch),
+            "lr": lr,
+            "train_loss": self.progress.loss_sum / self.images.steps_per_epoch,
+            "loss": accuracy.loss,
+            "top1": accuracy.top1,
+            **top5,
+            "seconds": self.progress.seconds + time.monotonic() - began,
+        }
+        history = (*self.progress.history, entry)
+        if self.settings.export == "best" and _best(history) is entry:
+            self.best = _snapshot(self.trainer.exported)
+        self._advance(epoch=epoch, step=0, loss_sum=0.0, seconds=0.0, history=history)
+        self.emit({"event": "epoch", **entry, "epoch": epoch, "epochs": self.epochs})
+
+    def _validated(self) -> Accuracy:
+        """Accuracy of what would be exported now; with several processes all go by the main one's."""
+        trainer = self.trainer
+        loader = until(self.stop, self.images.val_loader())
+        accuracy = evaluate(trainer.exported, loader, device=trainer.device, amp=trainer.bf16)
+        if trainer.accelerator.num_processes > 1:
+            accuracy = broadcast_object_list([accuracy])[0]
+        return accuracy
+
+    def finished(self, lr: float) -> FinetuneReport:
+        """Put the exported weights into the model and report both the last and the best epoch."""
+        model = self.trainer.model
+        if self.best:
+            model.load_state_dict(self.best)
+        elif self.trainer.ema is not None:
+            model.load_state_dict(self.trainer.ema.module.state_dict())
+        history = self.progress.history
+        best = _best(history)
+        return FinetuneReport(
+            epochs=self.epochs,
+            steps=self.epochs * self.images.steps_per_epoch,
+            lr=lr,
+            schedule=self.settings.schedule,
+            best_epoch=int(best["epoch"]),
+            best_top1=best["top1"],
+            last_top1=history[-1]["top1"],
+            history=history,
+        )
+
+    # ------------------------------------------------------------------------------------------ position
+
+    def save(self) -> None:
+        """Checkpoint, by the main process. Raises PruneError where a weight is not finite, so that no such state is
+        ever kept, and where the disk refuses.
+        """
+        if self.folder is None or not self.trainer.is_main:
+            return
+        trainer, named = self.trainer, checkpoint.prefixed
+        if not all(bool(tensor.isfinite().all()) for tensor in trainer.model.parameters()):
+            raise self._diverged("A weight is not finite", self._lr)
+        tensors = named("model", trainer.model.state_dict())
+        tensors |= named("optimizer", checkpoint.optimizer_tensors(trainer.schedule.optimizer, trainer.model))
+        tensors |= named("best", self.best)
+        if trainer.ema is not None:
+            tensors |= named("ema", trainer.ema.module.state_dict())
+        path = checkpoint.save(self.folder, self.progress, tensors)
+        self.emit({"event": "saved", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})
+
+    def _resume(self) -> None:
+        found = checkpoint.newest(self.folder, job=self.progress.job) if self.folder is not None else None
+        if found is None:
+            return
+        self.progress, tensors = found
+        trainer, part = self.trainer, checkpoint.unprefixed
+        trainer.model.load_state_dict(part("model", tensors))
+        checkpoint.restore_optimizer_(trainer.schedule.optimizer, trainer.model, part("optimizer", tensors))
+        self.best = part("best", tensors)
+        if trainer.ema is not None:
+            trainer.ema.module.load_state_dict(part("ema", tensors))
+        self.emit({"event": "resume", "epoch": self.progress.epoch, "step": self.progress.step})
+
+    def _advance(self, **changes: object) -> None:
+        self.progress = self.progress.model_copy(update=changes)
+
+    def _show_step(self, loss: float, *, images_per_second: float, seconds_per_step: float) -> None:
+        """``step`` of ``steps`` counts the whole run; ``loss`` is the epoch's mean so far."""
+        steps = self.images.steps_per_epoch
+        done, total = self.progress.epoch * steps + self.progress.step, self.epochs * steps
+        self.emit(
+            {
+                "event": "step",
+                "step": done,
+                "steps": total,
+                "epoch": self.progress.epoch + 1,
+                "epochs": self.epochs,
+                "loss": loss,
+                "lr": self._lr,
+                "images_per_second": images_per_second,
+                "eta_seconds": (total - done) * seconds_per_step,
+            }
+        )
+
+    @property
+    def _lr(self) -> float:
+        return float(self.trainer.optimizer.param_groups[0]["lr"])
+
+    def _diverged(self, what: str, lr: float) -> PruneError:
+        kept = f" The last good state is kept in {self.folder}." if self.folder is not None else ""
+        return PruneError(f"{what} (learning rate {lr:g}).{kept}", hint="Use a smaller --lr or finetune.clip_grad=1.")
+
+
+def _job(
+    model: nn.Module,
+    images: TrainingImages,
+    settings: FinetuneSettings,
+    *,
+    lr: float,
+    epochs: int,
+    seed: int,
+    teacher: nn.Module | None,
+) -> str:
+    """Digest of all that decides the resulting weights; how often a run saves does not."""
+    parts = {
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "lr", "epochs"}),
+        "optimizer": optimizer_name(settings, model),
+        "lr": lr,
+        "epochs": epochs,
+        "seed": seed,
+        "steps_per_epoch": images.steps_per_epoch,
+        "num_classes": images.num_classes,
+        "weights": checkpoint.digest(model.state_dict().items()),
+        "teacher": checkpoint.digest(teacher.state_dict().items()) if teacher and settings.distill.alpha > 0 else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
+    return None if teacher is None else teacher.to(device).eval()
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _best(history: Iterable[Mapping[str, float]]) -> Mapping[str, float]:
+    """The first epoch with the highest top-1."""
+    return max(history, key=lambda entry: entry["top1"])
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+def _interrupted(progress: Progress, *, saved: bool) -> tuple[str]:
+    where = f"Fine-tuning was interrupted in epoch {progress.epoch + 1} after step {progress.step}"
+    return (f"{where}; its state is saved, --resume continues it." if saved else f"{where}.",)

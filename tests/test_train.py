@@ -1,0 +1,475 @@
+"""Fine-tuning: what it computes, that it resumes bit for bit, and how it fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from toy_training import ADAMW, CPU, RUN, SGD, ToyImages, toy_net
+
+from prunecli import checkpoint, train
+from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.recipe import DistillSettings, FinetuneSettings
+
+PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def figures(report: Any) -> list[dict[str, float]]:
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in report.history]
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+class Answers(nn.Module):
+    """Images are the logits already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_evaluate_by_hand() -> None:
+    logits = torch.tensor([[4.0, 3, 2, 1, 0, -1], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
+    labels = torch.tensor([0, 0, 4])
+    found = train.evaluate(Answers(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])], device=CPU)
+    assert found.samples == 3
+    assert found.top1 == pytest.approx(100 / 3)
+    assert found.top5 == pytest.approx(200 / 3)
+    assert found.loss == pytest.approx(float(functional.cross_entropy(logits.double(), labels)), rel=1e-12)
+
+
+def test_evaluate_has_no_top5_below_five_classes_and_puts_modes_back() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Dropout(0.9))
+    model[1].eval()
+    found = train.evaluate(model, [(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))], device=CPU)
+    assert found.top5 is None
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+def test_evaluate_refuses_an_empty_split() -> None:
+    with pytest.raises(PruneError, match="no image"):
+        train.evaluate(Answers(), [], device=CPU)
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+def test_sgd_equals_a_loop_written_out() -> None:
+    images = ToyImages()
+    model = toy_net(dropout=0.0)
+    twin = copy.deepcopy(model).train()
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for epoch in range(2):
+        for inputs, labels in images.train_loader(epoch=epoch):
+            loss = functional.cross_entropy(twin(inputs), labels)
+            gradients = torch.autograd.grad(loss, list(twin.parameters()))
+            with torch.no_grad():
+                for (name, weight), gradient in zip(twin.named_parameters(), gradients, strict=True):
+                    decay = 5e-4 * weight if weight.ndim > 1 else 0.0
+                    velocity[name] = 0.9 * velocity[name] + gradient + decay
+                    weight.sub_(0.02 * velocity[name])
+    settings = FinetuneSettings(optimizer="sgd", schedule="constant")
+    report = train.finetune(model, images, settings, lr=0.02, epochs=2, device=CPU, seed=0)
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    assert report.steps == 24
+    assert report.schedule == "constant"
+
+
+def test_it_learns_and_reports_last_and_best() -> None:
+    images, model, events = ToyImages(), toy_net(), []
+    before = train.evaluate(model, images.val_loader(), device=CPU)
+    report = train.finetune(model, images, SGD, on_event=events.append, **(RUN | {"epochs": 5}))
+    after = train.evaluate(model, images.val_loader(), device=CPU)
+    assert after.top1 > before.top1 + 20
+    assert report.best_top1 == after.top1 == max(entry["top1"] for entry in report.history)
+    assert report.last_top1 == report.history[-1]["top1"]
+    assert [entry["epoch"] for entry in report.history] == [1, 2, 3, 4, 5]
+    assert report.history[-1]["lr"] == pytest.approx(1e-4)
+    json.dumps(events)
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[-1]["step"] == steps[-1]["steps"] == 60
+    assert steps[-1]["eta_seconds"] == 0
+    assert sum(event["event"] == "epoch" for event in events) == 5
+
+
+def test_the_average_is_exported_where_asked() -> None:
+    settings = PLAIN.model_copy(update={"ema": 0.5})
+    images, model, raw = ToyImages(), toy_net(), toy_net()
+    trajectory: list[Tensor] = []
+    handle = raw[5].register_forward_pre_hook(lambda *_: trajectory.append(raw[5].weight.detach().clone()))
+    train.finetune(raw, images, PLAIN, **(RUN | {"epochs": 1}))
+    handle.remove()
+    train.finetune(model, images, settings, **(RUN | {"epochs": 1}))
+    seen = [*trajectory[1 : images.steps_per_epoch], raw[5].weight.detach()]
+    average = seen[0]
+    for step, value in enumerate(seen[1:], start=1):
+        average = average.lerp(value, 1 - min(0.5, 1 - (1 + step) ** (-2 / 3)))
+    torch.testing.assert_close(model[5].weight.detach(), average)
+
+
+def test_runs_repeat_and_leave_the_callers_random_state_alone() -> None:
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+        model = toy_net()
+        torch.manual_seed(11)
+        train.finetune(model, ToyImages(), SGD, **RUN)
+        results.append((weights(model), float(torch.rand(())), np.random.rand(), random.random()))  # noqa: NPY002
+    torch.manual_seed(11)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    assert same(results[0][0], results[1][0])
+    assert results[0][1:] == (float(torch.rand(())), np.random.rand(), random.random())  # noqa: NPY002
+
+
+def test_bf16_trains_and_leaves_the_model_plain() -> None:
+    model = toy_net()
+    settings = SGD.model_copy(update={"amp": "bf16", "channels_last": "on"})
+    report = train.finetune(model, ToyImages(), settings, **RUN)
+    assert report.last_top1 is not None
+    assert report.last_top1 > 50
+    assert "forward" not in vars(model)
+    assert all(parameter.dtype == torch.float32 and parameter.is_contiguous() for parameter in model.parameters())
+    assert not model._forward_hooks
+
+
+def test_distillation_pulls_towards_the_teacher() -> None:
+    images, teacher, alone = ToyImages(), toy_net(), toy_net(dropout=0.0)
+    train.finetune(teacher, images, PLAIN, **(RUN | {"epochs": 8}))
+    student = copy.deepcopy(alone)
+    settings = PLAIN.model_copy(update={"distill": DistillSettings(alpha=1.0, temperature=2.0)})
+    train.finetune(alone, images, PLAIN, **RUN)
+    before = weights(teacher)
+    train.finetune(student, images, settings, teacher=teacher, **RUN)
+    inputs = images.val.tensors[0]
+
+    def distance(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model.eval()(inputs).softmax(1) - teacher.eval()(inputs).softmax(1)).abs().mean())
+
+    assert distance(student) < distance(alone)
+    assert same(before, weights(teacher))
+
+
+def test_distillation_needs_a_teacher() -> None:
+    settings = PLAIN.model_copy(update={"distill": DistillSettings(alpha=0.5)})
+    with pytest.raises(UsageError, match="no dense model"):
+        train.finetune(toy_net(), ToyImages(), settings, **RUN)
+
+
+# ----------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "moment", "resumed_at"),
+    [("sgd", SGD, "18", (1, 4)), ("adamw", ADAMW, "in-write", (1, 0))],
+)
+def test_killed_run_resumes_to_the_same_bits(
+    tmp_path: Path, name: str, settings: FinetuneSettings, moment: str, resumed_at: tuple[int, int]
+) -> None:
+    whole = toy_net()
+    expected = train.finetune(whole, ToyImages(), settings, **RUN)
+
+    program = [sys.executable, str(Path(__file__).parent / "toy_training.py"), str(tmp_path / "run"), name, moment]
+    root = Path(__file__).parents[1]
+    killed = subprocess.run(program, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+
+    events: list[dict[str, Any]] = []
+    model = toy_net()
+    report = train.finetune(model, ToyImages(), settings, folder=tmp_path / "run", on_event=events.append, **RUN)
+    assert events[0] == {"event": "resume", "epoch": resumed_at[0], "step": resumed_at[1]}
+    assert figures(report) == figures(expected)
+    assert same(weights(model), weights(whole))
+    assert states(tmp_path / "run") == ["state-00003-00000000.safetensors"]
+
+
+@pytest.mark.parametrize("stop_at", range(1, 36, 5))
+def test_interrupted_anywhere_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    settings = SGD.model_copy(update={"checkpoint_every": None})
+    whole = toy_net()
+    train.finetune(whole, ToyImages(), settings, **RUN)
+
+    images = ToyImages()
+    images.train = Interrupting(images.train, stop_at * images.batch_size)
+    with pytest.raises(InterruptedRunError, match="saved") as caught:
+        train.finetune(toy_net(), images, settings, folder=tmp_path, **RUN)
+    assert caught.value.exit_code == 130
+    model = toy_net()
+    train.finetune(model, ToyImages(), settings, folder=tmp_path, **RUN)
+    assert same(weights(model), weights(whole))
+
+
+class Interrupting(torch.utils.data.Dataset[Any]):
+    """Sends SIGTERM to the process once ``after`` images were read."""
+
+    def __init__(self, data: Any, after: int) -> None:
+        self.data, self.left = data, after
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.data[index]
+
+
+def test_interrupted_in_validation_trains_no_step_twice(tmp_path: Path) -> None:
+    images = ToyImages()
+    images.val = Interrupting(images.val, 40)
+    with pytest.raises(InterruptedRunError):
+        train.finetune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
+    assert states(tmp_path) == ["state-00000-00000012.safetensors"]
+    whole, model = toy_net(), toy_net()
+    train.finetune(whole, ToyImages(), PLAIN, **RUN)
+    train.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    assert same(weights(model), weights(whole))
+
+
+def test_signals_work_as_before_afterwards_and_threads_may_train() -> None:
+    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train.finetune(toy_net(), ToyImages(), PLAIN, **RUN)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
+    model, expected = toy_net(), toy_net()
+    thread = threading.Thread(target=train.finetune, args=(model, ToyImages(), PLAIN), kwargs=RUN)
+    thread.start()
+    thread.join()
+    train.finetune(expected, ToyImages(), PLAIN, **RUN)
+    assert same(weights(model), weights(expected))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def impatient(event: dict[str, Any]) -> None:
+        if event["event"] == "saved":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError) as caught:
+        train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=impatient, **RUN)
+    assert "saved" not in caught.value.message
+    assert states(tmp_path) == ["state-00001-00000000.safetensors"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    model = toy_net()
+    report = train.finetune(model, ToyImages(), SGD, folder=tmp_path, **RUN)
+    images, again = ToyImages(), toy_net()
+    assert train.finetune(again, images, SGD, folder=tmp_path, **RUN) == report
+    assert images.val_loads == 0
+    assert same(weights(again), weights(model))
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.04}, {"seed": 8}, {"epochs": 4}])
+def test_another_job_starts_afresh(tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    fresh, model = toy_net(), toy_net()
+    train.finetune(fresh, ToyImages(), PLAIN, **(RUN | change))
+    train.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **(RUN | change))
+    assert same(weights(model), weights(fresh))
+    assert "another job" in caplog.text
+    assert len(states(tmp_path)) == 1
+
+
+def test_other_starting_weights_are_another_job(tmp_path: Path) -> None:
+    train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    other, expected = toy_net(), toy_net()
+    for model in (other, expected):
+        model[5].weight.data.mul_(0.5)
+    train.finetune(expected, ToyImages(), PLAIN, **RUN)
+    train.finetune(other, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    assert same(weights(other), weights(expected))
+
+
+def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    whole = tmp_path / states(tmp_path)[0]
+    (tmp_path / "state-00009-00000000.safetensors").write_bytes(whole.read_bytes()[:200])
+    images = ToyImages()
+    train.finetune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
+    assert images.val_loads == 0
+    assert "passed over" in caplog.text
+
+
+def test_a_checkpoint_holds_no_pickle_and_every_state(tmp_path: Path) -> None:
+    train.finetune(toy_net(), ToyImages(), SGD, folder=tmp_path, **RUN)
+    path = tmp_path / states(tmp_path)[0]
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    progress = json.loads(header.pop("__metadata__")["prunecli_finetune"])
+    assert progress["epoch"] == 3
+    assert len(progress["history"]) == 3
+    assert {name.split(".")[0] for name in header} == {"model", "optimizer", "best", "ema"}
+    assert "optimizer.0.weight.momentum_buffer" in header
+
+
+# --------------------------------------------------------------------------------------------------- failures
+
+
+def test_full_disk_keeps_the_former_checkpoint(tmp_path: Path) -> None:
+    train_until_saved = ToyImages()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(event: dict[str, Any]) -> None:
+        if event["event"] == "saved":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+    try:
+        with pytest.raises(PruneError, match=r"Cannot write .*state-00002"):
+            train.finetune(toy_net(), train_until_saved, PLAIN, folder=tmp_path, on_event=fill, **RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert states(tmp_path) == ["state-00001-00000000.safetensors"]
+    whole, model = toy_net(), toy_net()
+    train.finetune(whole, ToyImages(), PLAIN, **RUN)
+    train.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    assert same(weights(model), weights(whole))
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    images = ToyImages()
+    inputs, labels = images.train.tensors
+    poisoned = torch.randperm(96, generator=torch.Generator().manual_seed(1))[40]  # epoch 2, step 6
+
+    def poison(event: dict[str, Any]) -> None:
+        if event["event"] == "epoch":
+            inputs[poisoned] = torch.nan
+
+    with pytest.raises(PruneError, match=r"loss is nan at step 6 of epoch 2 \(learning rate 0.05\)") as caught:
+        train.finetune(toy_net(), images, PLAIN, folder=tmp_path, on_event=poison, **RUN)
+    assert str(tmp_path) in caught.value.message
+    assert states(tmp_path) == ["state-00001-00000000.safetensors"]
+    assert not torch.equal(labels, inputs)
+
+
+def test_a_state_with_infinite_weights_is_never_saved(tmp_path: Path) -> None:
+    settings = PLAIN.model_copy(update={"checkpoint_every": 1})
+    with pytest.raises(PruneError, match=r"not finite|loss is (nan|inf)"):
+        train.finetune(toy_net(), ToyImages(), settings, folder=tmp_path, **(RUN | {"lr": 1e30}))
+    for path in tmp_path.glob("state-*"):
+        progress = checkpoint.newest(tmp_path, job=json.loads(_header(path)["prunecli_finetune"])["job"])
+        assert progress is not None
+        assert all(tensor.isfinite().all() for tensor in progress[1].values())
+
+
+def _header(path: Path) -> dict[str, str]:
+    raw = path.read_bytes()
+    metadata: dict[str, str] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    return metadata
+
+
+def test_frozen_models_are_refused() -> None:
+    model = toy_net()
+    model.requires_grad_(requires_grad=False)
+    with pytest.raises(PruneError, match="frozen"):
+        train.finetune(model, ToyImages(), PLAIN, **RUN)
+
+
+def test_training_that_changes_nothing_is_an_error() -> None:
+    with pytest.raises(PruneError, match="changed no parameter"):
+        train.finetune(toy_net(), ToyImages(), PLAIN, **(RUN | {"lr": 1e-60}))
+
+
+def test_no_epochs_or_no_batches() -> None:
+    with pytest.raises(UsageError, match="at least one epoch"):
+        train.finetune(toy_net(), ToyImages(), PLAIN, **(RUN | {"epochs": 0}))
+    with pytest.raises(PruneError, match="not one batch"):
+        train.finetune(toy_net(), ToyImages(train=4), PLAIN, **RUN)
+
+
+# ------------------------------------------------------------------------------------- BatchNorm re-estimation
+
+
+def test_bn_statistics_by_hand() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    model[1].running_mean.fill_(9.0)
+    batches = [torch.randn(5, 3, 4, 4) for _ in range(3)]
+    assert train.recalibrate_bn_(model, [batches[0], (batches[1], torch.zeros(5)), batches[2]], device=CPU) == 2
+    torch.testing.assert_close(model[1].running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    assert model[1].momentum == 0.3
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bn_without_batches_keeps_the_statistics() -> None:
+    model = toy_net()
+    before = weights(model)
+    with pytest.raises(PruneError, match="training image"):
+        train.recalibrate_bn_(model, [], device=CPU)
+    assert same(weights(model), before)
+    assert train.recalibrate_bn_(nn.Linear(2, 2), [], device=CPU) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ probe
+
+
+def probe(model: nn.Module, images: ToyImages, steps: int, lr: float = 0.05) -> train.ProbeResult:
+    return train.probe_loss(model, images, steps=steps, lr=lr, settings=SGD, device=CPU, seed=5)
+
+
+def test_probe_leaves_the_model_and_the_validation_split_alone() -> None:
+    images, model = ToyImages(), toy_net()
+    before = weights(model)
+    result = probe(model, images, steps=20)
+    assert same(weights(model), before)
+    assert images.val_loads == 0
+    assert result == probe(model, images, steps=20)
+    assert result.train_loss is not None
+    assert result.val_loss < probe(model, images, steps=0).val_loss
+
+
+def test_probe_of_no_steps_only_evaluates() -> None:
+    images, model = ToyImages(), toy_net()
+    result = probe(model, images, steps=0)
+    expected = train.evaluate(model, [images.calibration(96)], device=CPU)
+    assert result.train_loss is None
+    assert result.val_loss == pytest.approx(expected.loss)
+    assert result.val_top1 == expected.top1
+
+
+def test_probe_is_judged_on_images_it_did_not_train_on() -> None:
+    images = ToyImages()
+    inputs, labels = images.train.tensors
+    held = inputs[:24]
+    labels[:24] = (labels[:24] + 1) % 6  # a lie in the held-out part: only fitting it could give a small loss
+    result = probe(toy_net(), images, steps=200)
+    assert torch.equal(held, images.calibration(96)[0][:24])
+    assert result.val_loss > 1.5
+    assert result.train_loss is not None
+    assert result.train_loss < result.val_loss
+
+
+def test_a_diverging_probe_is_infinitely_bad() -> None:
+    result = probe(toy_net(), ToyImages(), steps=5, lr=1e30)
+    assert result.val_loss == float("inf")

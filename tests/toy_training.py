@@ -1,0 +1,105 @@
+"""A tiny labelled data set and nets to fine-tune; run as a program it trains and is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from prunecli import files, train
+from prunecli.recipe import FinetuneSettings
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+SGD = FinetuneSettings(
+    optimizer="sgd", ema=0.9, mixup=0.4, label_smoothing=0.1, warmup_epochs=0.5, checkpoint_every=4, export="best"
+)
+ADAMW = FinetuneSettings(optimizer="adamw", schedule="step", clip_grad=1.0, checkpoint_every=5)
+RUN: dict[str, Any] = {"lr": 0.05, "epochs": 3, "device": CPU, "seed": 7}
+
+
+class ToyImages:
+    """Six classes of noisy 8x8 patterns; the order of an epoch follows from (seed, epoch) alone."""
+
+    num_classes = 6
+
+    def __init__(self, *, train: int = 96, val: int = 60, batch_size: int = 8, kill_at: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        patterns = torch.randn(self.num_classes, 1, 8, 8, generator=generator)
+        labels = torch.arange(train + val) % self.num_classes
+        images = patterns[labels] + 1.5 * torch.randn(train + val, 1, 8, 8, generator=generator)
+        self.train, self.val = (
+            TensorDataset(images[:train], labels[:train]),
+            TensorDataset(images[train:], labels[train:]),
+        )
+        self.batch_size, self.kill_at = batch_size, kill_at
+        self.steps_per_epoch = train // batch_size
+        self.val_loads = 0
+
+    def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]:
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(epoch))
+        batches = list(order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size).tolist())
+        return DataLoader(_Deadly(self.train, self.kill_at, epoch, batches), batch_sampler=batches[skip_batches:])
+
+    def val_loader(self) -> DataLoader[Any]:
+        self.val_loads += 1
+        return DataLoader(self.val, batch_size=32)
+
+    def calibration(self, count: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.train.tensors
+        return images[:count], labels[:count]
+
+
+class _Deadly(torch.utils.data.Dataset[Any]):
+    """Kills the process, as kill -9 would, when the batch of global step ``kill_at`` is fetched."""
+
+    def __init__(self, data: TensorDataset, kill_at: int | None, epoch: int, batches: list[list[int]]) -> None:
+        self.data = data
+        step = -1 if kill_at is None else kill_at - epoch * len(batches)
+        self.fatal = batches[step][0] if 0 <= step < len(batches) else None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if index == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.data[index]
+
+
+def toy_net(*, dropout: float = 0.2) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+        nn.Linear(6 * 64, 6),
+    )
+
+
+def _kill_in_write(count: int) -> None:
+    """Die inside the ``count``-th write, after the temporary file is filled and before it is renamed."""
+    fsync, seen = os.fsync, 0
+
+    def deadly(handle: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2 * count - 1:  # each write flushes the file, then the folder
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    files.os.fsync = deadly  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    where, name, moment = sys.argv[1:]
+    if moment == "in-write":
+        _kill_in_write(4)
+    images = ToyImages(kill_at=None if moment == "in-write" else int(moment))
+    train.finetune(toy_net(), images, {"sgd": SGD, "adamw": ADAMW}[name], folder=Path(where), **RUN)
