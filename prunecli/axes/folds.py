@@ -1,0 +1,146 @@
+"""Which rows make the queries of a default-scale attention: they take up the change of ``1 / sqrt(head width)``.
+
+From the query one walks back through operators that are linear and homogeneous in it, to the last affine ones: a linear
+layer or convolution (weight rows and bias) or a norm (scale and shift). Multiplying these rows by a number multiplies
+the query by it. The positions come from replaying the layout operators on tensors of indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunecli.axes.record import Call, Record
+
+_Step = Callable[[Tensor], Tensor]
+
+_IDENTITY = frozenset({"clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "native_dropout"})
+_LAYOUT = frozenset(
+    "view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand select slice unbind split"
+    " split_with_sizes chunk".split()
+)
+
+
+class UnknownQueryError(Exception):
+    """The way from the query back to its weights is not one this module knows; the message says where it ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Positions of one tensor along one dimension."""
+
+    tensor: str
+    dim: int
+    positions: frozenset[int]
+
+
+def query_rows(record: Record, query: Tensor) -> list[Rows]:
+    """The weight rows and bias entries that a query is linear in.
+
+    Raises:
+        UnknownQueryError: an operator on the way is not linear in the query, or its weights are no plain parameters.
+    """
+    found: dict[tuple[str, int], frozenset[int]] = {}
+    for rows in _walk(record, query, []):
+        key = (rows.tensor, rows.dim)
+        found[key] = found.get(key, frozenset()) | rows.positions
+    return [Rows(tensor=tensor, dim=dim, positions=at) for (tensor, dim), at in found.items()]
+
+
+def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
+    made = record.made(tensor)
+    if made is None:
+        raise UnknownQueryError("the query is no output of a layer")
+    call = made.call
+    if any(tensor is source for source in call.inputs):
+        raise UnknownQueryError(f"the query is overwritten by {call.name!r}")
+    if call.name in _IDENTITY:
+        return _walk(record, call.args[0], path)
+    if call.name in _LAYOUT:
+        return _walk(record, call.args[0], [_replay(call, made.position), *path])
+    if call.name in {"mul", "div", "neg"}:
+        return _walk(record, _scaled_operand(record, call), [_expanded(tensor.shape), *path])
+    if call.name in {"add", "sub"}:
+        if not all(isinstance(part, Tensor) for part in call.args[:2]):
+            raise UnknownQueryError("a number is added to the query")
+        step = _expanded(tensor.shape)
+        return [rows for part in call.args[:2] for rows in _walk(record, part, [step, *path])]
+    if call.name in {"cat", "stack"}:
+        parts = call.args[0]
+        return [rows for i in range(len(parts)) for rows in _walk(record, parts[i], [_embedded(call, i), *path])]
+    return _affine_rows(record, call, path)
+
+
+def _replay(call: Call, position: int) -> _Step:
+    def step(index: Tensor) -> Tensor:
+        out = call.function(index, *call.args[1:], **call.kwargs)
+        return out if isinstance(out, Tensor) else out[position]
+
+    return step
+
+
+def _expanded(shape: torch.Size) -> _Step:
+    return lambda index: index.expand(shape)
+
+
+def _embedded(call: Call, position: int) -> _Step:
+    """One part of a concatenation; -1 marks what comes from the others."""
+
+    def step(index: Tensor) -> Tensor:
+        parts = [torch.full(part.shape, -1) for part in call.args[0]]
+        parts[position] = index
+        return call.function(parts, *call.args[1:], **call.kwargs)  # type: ignore[no-any-return]
+
+    return step
+
+
+def _scaled_operand(record: Record, call: Call) -> Tensor:
+    """The one factor of a product that comes from the network's input."""
+    operands = [arg for arg in call.args if isinstance(arg, Tensor)]
+    varying = [operand for operand in operands if record.value(operand).data]
+    if len(varying) != 1 or (call.name == "div" and varying[0] is not call.args[0]):
+        raise UnknownQueryError(f"the query is a {call.name!r} of two tensors that depend on the input")
+    return varying[0]
+
+
+def _affine_rows(record: Record, call: Call, path: Sequence[_Step]) -> list[Rows]:
+    """The parameter entries behind each feature of an affine operator's output."""
+    match call.name:
+        case "mm":
+            axis, parameters = -1, [(call.args[1], 1)]
+        case "addmm":
+            axis, parameters = -1, [(call.args[2], 1), (call.args[0], 0)]
+        case "convolution":
+            axis, parameters = 1, [(call.args[1], 0), (call.args[2], 0)]
+        case "native_layer_norm" | "rms_norm" | "_fused_rms_norm":
+            axis, parameters = -1, _norm_parameters(call)
+        case _:
+            raise UnknownQueryError(f"{call.name!r} is not known to be linear in the query")
+    out = call.outputs[0]
+    shape = [1] * out.dim()
+    shape[axis] = -1
+    index = torch.arange(out.shape[axis]).view(shape).expand(out.shape)
+    for step in path:
+        index = step(index)
+    positions = frozenset(index.unique().tolist()) - {-1}
+    return [_rows(record, *entry, positions) for entry in parameters if entry[0] is not None]
+
+
+def _norm_parameters(call: Call) -> list[tuple[Any, int]]:
+    weight = call.get(2, "weight")
+    if weight is None or len(call.args[1]) != 1:
+        raise UnknownQueryError("the query comes from a norm without a scale")
+    bias = call.get(3, "bias") if call.name == "native_layer_norm" else None
+    return [(weight, 0), (bias, 0)]
+
+
+def _rows(record: Record, parameter: Tensor, dim: int, positions: frozenset[int]) -> Rows:
+    value = record.value(parameter)
+    if value.data or value.origin is None:
+        raise UnknownQueryError("the weights of the query are computed, not stored")
+    name, dims = value.origin
+    return Rows(tensor=name, dim=dims[dim], positions=positions)

@@ -1,0 +1,335 @@
+"""The record of one trace: a value per tensor, equations, operator costs, attention calls. Filled by rules and calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunecli.axes.ints import Attribute, Expression, Extent, Ledger, TracedInt
+from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
+
+CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
+KERNEL = "it is a kernel axis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """What is known about one tensor.
+
+    Attributes:
+        dims: a term per dimension.
+        silent: per dimension, whether entries of a channel are zero once the channel is zeroed in every parameter.
+        data: whether the tensor depends on the network input.
+        sources: names of the parameters and buffers it is computed from, where it depends on nothing else.
+        origin: the one tensor it is a mere transposition of, with the dimension each dimension comes from.
+    """
+
+    dims: tuple[Atom, ...]
+    silent: tuple[bool, ...]
+    data: bool = False
+    sources: frozenset[str] = frozenset()
+    origin: tuple[str, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One operator call as it reached a rule."""
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    def get(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or name."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return tensors_in(self.out)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """How a tensor came to be: output ``position`` of ``call``."""
+
+    call: Call
+    position: int
+
+
+@dataclass(frozen=True)
+class Equation:
+    """``expression`` has to equal the summed sizes of ``parts``."""
+
+    expression: Expression
+    parts: tuple[Atom, ...]
+    place: str
+
+    @property
+    def axes(self) -> list[Atom]:
+        return [leaf for part in self.parts for leaf in leaves(part)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightUse:
+    """A parameter used as the weight of a contraction: dims (or, where it was reworked first, terms) in and out."""
+
+    tensor: str
+    dims: Mapping[int, str] | None
+    produced: tuple[Atom, ...]
+    contracted: tuple[Atom, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermCost:
+    """The multiply-adds of one call: the product of the extents of ``terms``."""
+
+    module: str
+    op: str
+    terms: tuple[Atom, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefaultScale:
+    """A scaled_dot_product_attention call with ``scale=None``: its query and where it was made."""
+
+    module: str
+    query: Tensor
+    key: Tensor
+    width: Atom
+
+
+@dataclass(kw_only=True)
+class ModuleCall:
+    """Terms of the tensors a module was first called with and returned."""
+
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+
+class Record:
+    """Everything one trace learns. Terms keep getting refined until the trace ends, so nothing is summed up before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[int, list[str]] = {}
+        self.homes: dict[str, Tensor] = {}
+        self.used: dict[str, None] = {}
+        self.attributes: dict[Attribute, int] = {}
+        self.ledger = Ledger()
+        self.equations: dict[Equation, None] = {}
+        self.weights: list[WeightUse] = []
+        self.costs: list[TermCost] = []
+        self.heads: list[Atom] = []
+        self.head_dims: list[Atom] = []
+        self.norms: list[tuple[str, Atom]] = []
+        self.default_scales: list[DefaultScale] = []
+        self.unknown: Counter[str] = Counter()
+        self.module_calls: dict[str, ModuleCall] = {}
+        self.features: list[Value] = []
+        self.stack: list[str] = []
+        self.operator = ""
+        self.request: tuple[str, tuple[Any, ...], Mapping[str, Any]] = ("", (), {})
+        self._values: dict[int, Value] = {}
+        self._made: dict[int, Made] = {}
+        self._alive: list[Any] = []
+        self._views: Counter[int] = Counter()
+        self._call: Call | None = None
+        self._register_homes()
+
+    def _register_homes(self) -> None:
+        parameters = {id(p) for p in self.model.parameters()}
+        for path, module in self.model.named_modules():
+            own = {**module._parameters, **module._buffers, **module.__dict__}  # noqa: SLF001
+            for name, tensor in own.items():
+                if isinstance(tensor, Tensor):
+                    full = f"{path}.{name}" if path else name
+                    self.homes[full] = tensor
+                    self.names.setdefault(id(tensor), []).append(full)
+                    if id(tensor) not in self._values:
+                        dims = tuple(Atom(size) for size in tensor.shape)
+                        silent = id(tensor) in parameters
+                        self._values[id(tensor)] = Value(
+                            dims=dims,
+                            silent=(silent,) * len(dims),
+                            sources=frozenset({full}),
+                            origin=(full, tuple(range(len(dims)))),
+                        )
+
+    # -------------------------------------------------------------------------------------------- places
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward is running."""
+        return self.stack[-1] if self.stack else ""
+
+    @property
+    def place(self) -> str:
+        """The running module in words."""
+        return f"module {self.module!r}" if self.module else "the model's own forward"
+
+    # -------------------------------------------------------------------------------------------- values
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known about a tensor; a constant nobody registered is frozen."""
+        known = self._values.get(id(tensor))
+        if known is None:
+            known = Value(dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim())
+            self._values[id(tensor)] = known
+            self._alive.append(tensor)
+        for name in self.names.get(id(tensor), ())[:1]:
+            self.used.setdefault(name)
+        return known
+
+    def dims(self, tensor: Tensor) -> tuple[Atom, ...]:
+        """The term of each dimension."""
+        return self.value(tensor).dims
+
+    def put(
+        self,
+        tensor: Tensor,
+        dims: Sequence[Atom],
+        silent: Sequence[bool] | bool,
+        *,
+        origin: tuple[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Record an output of the current call."""
+        sizes = [find(dim).size for dim in dims]
+        assert sizes == list(tensor.shape), (self.operator, sizes, tensor.shape)
+        inputs = self._inputs_of_call()
+        data = any(value.data for value in inputs)
+        flags = (silent,) * len(dims) if isinstance(silent, bool) else tuple(silent)
+        self._check_in_place(tensor, flags)
+        self._values[id(tensor)] = Value(
+            dims=tuple(dims),
+            silent=flags,
+            data=data,
+            sources=frozenset() if data else frozenset().union(*(value.sources for value in inputs)),
+            origin=origin,
+        )
+        self._alive.append(tensor)
+
+    def put_input(self, tensor: Tensor, reason: str) -> None:
+        """Record a tensor the network is fed with; its axes stay."""
+        dims = tuple(Atom(size, reason) for size in tensor.shape)
+        self._values[id(tensor)] = Value(dims=dims, silent=(False,) * len(dims), data=True)
+        self._alive.append(tensor)
+
+    def _inputs_of_call(self) -> list[Value]:
+        return [self.value(t) for t in self._call.inputs] if self._call else []
+
+    def _check_in_place(self, tensor: Tensor, silent: tuple[bool, ...]) -> None:
+        """An in-place op that makes channels non-zero is seen by every view of the same memory: freeze them there."""
+        storage = tensor.untyped_storage()._cdata  # noqa: SLF001 - the identity of the memory has no public name
+        before = self._values.get(id(tensor))
+        if before is None:
+            self._views[storage] += 1
+        elif self._views[storage] > 1:
+            for dim, was, now in zip(before.dims, before.silent, silent, strict=False):
+                if was and not now:
+                    freeze(dim, f"a view of it is overwritten in place in {self.place}")
+
+    def begin(self, call: Call) -> None:
+        """Everything put until the next call comes from ``call``."""
+        self._call = call
+        self.operator = call.name
+        for position, tensor in enumerate(call.outputs):
+            self._made[id(tensor)] = Made(call=call, position=position)
+
+    def made(self, tensor: Tensor) -> Made | None:
+        """How a tensor came to be, if it is the output of a recorded call."""
+        return self._made.get(id(tensor))
+
+    # -------------------------------------------------------------------------------------------- statements
+
+    def freeze(self, dims: Iterable[Atom], reason: str) -> None:
+        """Forbid cutting these axes."""
+        for dim in dims:
+            freeze(dim, reason)
+
+    def equate(self, size: int, parts: Sequence[Atom]) -> None:
+        """A Python int sizes consecutive ``parts``: an equation, or, for a literal, a reason to freeze them."""
+        if isinstance(size, TracedInt):
+            if any(leaves(part) for part in parts) or not isinstance(size.expression, Extent):
+                self.equations[Equation(size.expression, tuple(parts), self.place)] = None
+        elif size != -1:
+            self.freeze(parts, f"its size {size} is written as a number in the code of {self.place}")
+
+    def sized(self, size: int) -> Atom:
+        """A new axis made with a Python int as its size."""
+        value = size.plain if isinstance(size, TracedInt) else size
+        axis = Atom(value)
+        self.equate(size, [axis])
+        return axis
+
+    def contract(self, left: Tensor, left_dim: int, right: Tensor, right_dim: int) -> None:
+        """Two dimensions are multiplied and summed over: they are one axis, and one side has to be silent."""
+        a, b = self.value(left), self.value(right)
+        unify(a.dims[left_dim], b.dims[right_dim])
+        if not (a.silent[left_dim] or b.silent[right_dim]):
+            freeze(a.dims[left_dim], f"{self.place} sums over it where silenced channels are not zero")
+            freeze(b.dims[right_dim], f"{self.place} sums over it where silenced channels are not zero")
+
+    def weigh(self, weight: Tensor, *, produced: Sequence[int], contracted: Sequence[int]) -> None:
+        """``weight`` is used in a contraction with data; its dims by what they do."""
+        value = self.value(weight)
+        if value.data:
+            return
+        for source in value.sources:
+            dims = None
+            if value.origin is not None and value.origin[0] == source:
+                at = value.origin[1]
+                dims = {at[d]: "out" for d in produced} | {at[d]: "in" for d in contracted if d not in produced}
+            self.weights.append(
+                WeightUse(
+                    tensor=source,
+                    dims=dims,
+                    produced=tuple(value.dims[d] for d in produced),
+                    contracted=tuple(value.dims[d] for d in contracted),
+                )
+            )
+
+    def normalise(self, dims: Iterable[Atom]) -> None:
+        """A statistic is taken over ``dims``; whether the running module is a norm there is decided at the end."""
+        self.norms.extend((self.module, dim) for dim in dims)
+
+    def cost(self, op: str, terms: Sequence[Atom]) -> None:
+        """Count the multiply-adds of a call."""
+        self.costs.append(TermCost(module=self.module, op=op, terms=tuple(terms)))
+
+    def traced_size(self, tensor: Tensor) -> torch.Size:
+        """The shape, each extent remembering its axis."""
+        return torch.Size([TracedInt.of(find(dim).size, Extent(dim), self.ledger) for dim in self.dims(tensor)])
+
+    def same_size(self, left: Tensor, right: Tensor) -> None:
+        """Two shapes are the same by construction (``view_as``): their extents are equal after a cut too."""
+        for a, b in zip(self.dims(left), self.dims(right), strict=True):
+            self.equal_sizes(a, b)
+
+    def equal_sizes(self, left: Atom, right: Atom) -> None:
+        """Two extents stay equal."""
+        if find(left) is not find(right) and not (is_frozen(left) and is_frozen(right)):
+            self.equations[Equation(Extent(left), (right,), self.place)] = None
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested sequences and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors_in(item)]
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors_in(item)]
+    return []

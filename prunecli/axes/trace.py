@@ -1,0 +1,257 @@
+"""Run a model's own forward once on fake tensors and record what happens to axes.
+
+Three modes are stacked: `FakeTensorMode` (no data is touched, weights may be on the meta device), a dispatch mode
+(aten operators → rules) and a function mode (Python calls, where ints still know their origin). Int attributes of
+modules are replaced by `TracedInt` for the time of the trace; the model is left exactly as it was found.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunecli.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
+from prunecli.axes.ints import Attribute, TracedInt, untraced
+from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
+from prunecli.axes.rules import apply_rule, layer_norm, sdpa
+from prunecli.errors import UnsupportedError
+
+INPUT = "it is an axis of the network's input"
+OUTPUT = "it is an axis of the network's output (classes)"
+
+_GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+#: Operators that say nothing about axes.
+_SILENT_OPERATORS = frozenset(
+    "device _local_scalar_dense item is_contiguous sym_size sym_numel sym_stride set_ is_same_size _assert_async"
+    " equal is_pinned _assert_tensor_metadata".split()
+)
+#: Calls recorded as one, whatever they are made of on this device and torch version.
+_WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
+#: Module attributes that belong to nn.Module itself.
+_NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"})
+
+
+class _Operators(TorchDispatchMode):
+    """Applies the rule of every aten operator."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        self.record.operator = name
+        out = func(*args, **kwargs)
+        if self.paused or name in _SILENT_OPERATORS or not tensors_in(out):
+            return out
+        call = Call(name=name, function=func, args=args, kwargs=kwargs, out=out)
+        apply_rule(self.record, call, func.tags)
+        return out
+
+
+class _Functions(TorchFunctionMode):
+    """Reads the int arguments of Python-level calls, and hands out shapes that know their axes."""
+
+    def __init__(self, record: Record, operators: _Operators) -> None:
+        super().__init__()
+        self.record = record
+        self.operators = operators
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func == _GET_SHAPE:
+            return self.record.traced_size(args[0])
+        if name == "size":
+            return self._size(args, kwargs)
+        if name == "numel" and args[0].dim() == 1:
+            return self.record.traced_size(args[0])[0]
+        if name == "__get__":
+            return func(*args, **kwargs)
+        return self._call(func, name, args, kwargs)
+
+    def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        dim = untraced(args[1] if len(args) > 1 else kwargs.get("dim"))
+        shape = self.record.traced_size(args[0])
+        return shape if dim is None else shape[dim]
+
+    def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        known = name in HANDLERS or name in READ_BY_RULE
+        plain_args = untraced(list(args), pin=not known)
+        plain_kwargs = untraced(dict(kwargs), pin=not known)
+        if isinstance(func, types.FunctionType) and not known and name not in TRANSPARENT and name not in _WHOLE_CALLS:
+            self._distrust(name, tensors_in([args, kwargs]))
+        self.record.request = (name, args, kwargs)
+        try:
+            if name in _WHOLE_CALLS:
+                out = self._whole(func, name, plain_args, plain_kwargs)
+            else:
+                out = func(*plain_args, **plain_kwargs)
+            handler = HANDLERS.get(name)
+            if handler is not None:
+                handler(self.record, args, kwargs, out)
+        finally:
+            self.record.request = ("", (), {})
+        return out
+
+    def _whole(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        self.operators.paused = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.operators.paused = False
+        call = Call(name=name, function=func, args=tuple(args), kwargs=kwargs, out=out)
+        self.record.begin(call)
+        _WHOLE_CALLS[name](self.record, call)
+        return out
+
+    def _distrust(self, name: str, tensors: list[Tensor]) -> None:
+        """A Python function whose inner sizes are out of sight: its inputs stay as they are."""
+        for tensor in tensors:
+            self.record.freeze(
+                self.record.dims(tensor), f"{self.record.place} calls {name!r}, whose inside is not followed"
+            )
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put back every module's state: attributes, parameters, buffers, and caches filled on the way."""
+    state = [(module, {name: _copied(value) for name, value in module.__dict__.items()}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in state:
+            for name in set(module.__dict__) - set(before):
+                del module.__dict__[name]
+            for name, (value, content) in before.items():
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
+                module.__dict__[name] = value
+
+
+def _copied(value: Any) -> tuple[Any, Any]:
+    """A value, and the present content of the containers that a forward might fill."""
+    if isinstance(value, dict):
+        return value, dict(value)
+    return value, list(value) if isinstance(value, list) else None
+
+
+def _trace_attributes(model: nn.Module, record: Record) -> None:
+    """Replace every int (and tuple or list of ints) attribute by one that remembers its name."""
+    for path, module in model.named_modules():
+        for name, value in list(module.__dict__.items()):
+            if name in _NOT_OWN:
+                continue
+            if type(value) is int:
+                module.__dict__[name] = _traced(record, Attribute(path, name), value)
+            elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+                items = [_traced(record, Attribute(path, name, i), item) for i, item in enumerate(value)]
+                module.__dict__[name] = type(value)(items)
+
+
+def _traced(record: Record, attribute: Attribute, value: int) -> TracedInt:
+    record.attributes[attribute] = value
+    return TracedInt.of(value, attribute, record.ledger)
+
+
+def _watch_features(model: nn.Module, record: Record) -> None:
+    """Keep what ``forward_features`` returns, where the model has that method."""
+    method = getattr(model, "forward_features", None)
+    if not callable(method):
+        return
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        features = method(*args, **kwargs)
+        record.features = _values_of(record, features)
+        return features
+
+    model.__dict__["forward_features"] = watched
+
+
+def _values_of(record: Record, tensors: Any) -> list[Value]:
+    with torch._C.DisableTorchFunction():  # the record reads shapes; these reads are no part of the program
+        return [record.value(t) for t in tensors_in(tensors)]
+
+
+@contextmanager
+def _module_stack(model: nn.Module, record: Record) -> Iterator[None]:
+    """Keep the path of the running module, and what each module got and gave at its first call."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        record.stack.append(paths.get(id(module), record.module))
+        call = record.module_calls.setdefault(record.module, ModuleCall())
+        if not call.inputs:
+            call.inputs = _values_of(record, inputs)
+
+    def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        call = record.module_calls[record.module]
+        if not call.outputs:
+            call.outputs = _values_of(record, outputs)
+        record.stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
+    """Run the model on one fake image and record what its axes are.
+
+    Args:
+        model: on any device, meta included, in any dtype; traced in eval mode and left as it was.
+        input_size: channels, height, width.
+
+    Raises:
+        UnsupportedError: the forward does not run on fake tensors (its path depends on data); names module and op.
+    """
+    record = Record(model)
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with ExitStack() as stack:
+        stack.enter_context(_as_found(model))
+        model.eval()
+        _trace_attributes(model, record)
+        _watch_features(model, record)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        image = torch.empty(1, *input_size, dtype=first.dtype, device=first.device)
+        record.put_input(image, INPUT)
+        outputs = _run(model, image, record)
+    for tensor in outputs:
+        record.freeze(record.dims(tensor), OUTPUT)
+    return record
+
+
+def _run(model: Callable[[Tensor], Any], image: Tensor, record: Record) -> list[Tensor]:
+    operators = _Operators(record)
+    with operators, _Functions(record, operators), _module_stack(record.model, record):
+        try:
+            return tensors_in(model(image))
+        except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
+            reason = str(error).strip().splitlines()
+            raise UnsupportedError(
+                f"{record.place} cannot be traced: operator {record.operator!r} failed"
+                f" ({type(error).__name__}{': ' + reason[0] if reason else ''}).",
+                hint="Its path depends on data, or it does not take an image of this size.",
+            ) from error

@@ -1,0 +1,34 @@
+"""Module → dependency graph: which axes of which tensors must shrink together, by one of two engines."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from prunecli.errors import UsageError, nearest
+from prunecli.groups import Graph
+
+ENGINES = ("axes", "torch_pruning")
+
+
+def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: str = "axes") -> Graph:
+    """The dependency graph of a model; the model is left exactly as it was.
+
+    Args:
+        model: on the CPU or the meta device, in any dtype.
+        input_size: channels, height, width of one image.
+        engine: ``axes`` (axis inference) or ``torch_pruning`` (Torch-Pruning's DependencyGraph).
+
+    Raises:
+        UnsupportedError: the forward cannot be followed; names the place.
+        UsageError: no such engine.
+    """
+    if engine == "axes":
+        from prunecli.axes.collect import to_graph
+        from prunecli.axes.trace import trace
+
+        return to_graph(trace(model, input_size))
+    if engine == "torch_pruning":
+        from prunecli.graph_tp import build
+
+        return build(model, input_size)
+    raise UsageError(f"There is no graph engine {engine!r}.", hint=nearest(engine, ENGINES))
