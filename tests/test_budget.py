@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunecli.budget import TOLERANCE, Choice, choose
+from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
+from prunecli.groups import (
+    AttributeConflictError,
+    AttributeEdit,
+    Const,
+    Graph,
+    Group,
+    Member,
+    OpCost,
+    Product,
+    Size,
+    Sum,
+    Width,
+)
+from prunecli.plan import Cost
+from prunecli.recipe import PruneSettings, Target
+
+
+def no_edits(kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
+    return ()
+
+
+def chain(widths: list[int], *, names: list[str] | None = None, solve=no_edits, **more) -> Graph:
+    """1x1 convolutions 3 → widths… → 10 on an 8x8 image; group i is the output of layer i."""
+    names = names or [f"conv{i}" for i in range(len(widths))]
+    extents: list[Size] = [Const(3), *(Width(n, w) for n, w in zip(names, widths, strict=True)), Const(10)]
+    layers = [*names, "head"]
+    groups = tuple(
+        Group(
+            name=name,
+            kind="channels",
+            width=width,
+            members=(
+                Member(tensor=f"{name}.weight", dim=0, role="out"),
+                Member(tensor=f"{name}.bias", dim=0, role="elementwise"),
+                Member(tensor=f"{layers[i + 1]}.weight", dim=1, role="in"),
+            ),
+        )
+        for i, (name, width) in enumerate(zip(names, widths, strict=True))
+    )
+    tensors: dict[str, tuple[Size, ...]] = {}
+    for i, layer in enumerate(layers):
+        tensors[f"{layer}.weight"] = (extents[i + 1], extents[i])
+        tensors[f"{layer}.bias"] = (extents[i + 1],)
+    ops = tuple(
+        OpCost(module=layer, op="conv", extents=(Const(64), extents[i + 1], extents[i]))
+        for i, layer in enumerate(layers)
+    )
+    values = {"frozen": (), "ties": (), "exclusive": (), "folds": ()} | more
+    return Graph(engine="test", groups=groups, tensors=tensors, ops=ops, solve=solve, **values)
+
+
+def costs(graph: Graph, kept: Mapping[str, int]) -> Cost:
+    """By evaluating everything anew."""
+    params = graph.numel(kept, graph.tensors)
+    return Cost(params=params, macs=graph.macs(kept), bytes=4 * params)
+
+
+def rising(graph: Graph, scale=lambda i: 1.0) -> dict[str, torch.Tensor]:
+    """Channel j of a group scores j + 1 (times ``scale`` of the group)."""
+    return {g.name: scale(i) * torch.arange(1.0, g.width + 1) for i, g in enumerate(graph.groups)}
+
+
+def run(graph: Graph, target: str, scores=None, **changes) -> Choice:
+    return choose(
+        graph,
+        scores if scores is not None else rising(graph),
+        Target.parse(target),
+        PruneSettings(**({"round_to": 1} | changes)),
+        parameters=list(graph.tensors),
+        stored=list(graph.tensors),
+        base=costs(graph, {}),
+    )
+
+
+def widths(graph: Graph, choice: Choice) -> list[int]:
+    return [len(choice.keep.get(group.name, range(group.width))) for group in graph.groups]
+
+
+# ---------------------------------------------------------------------------------------------- ratio
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"),
+    [
+        ("0.3", [11, 22, 44]),
+        ("0.5", [8, 16, 32]),
+        ("0.7", [4, 9, 19]),
+        ("0.9", [1, 3, 6]),
+        ("0.95", [1, 1, 3]),
+    ],
+)
+def test_the_papers_ratios_leave_the_papers_widths(ratio, kept):
+    graph = chain([16, 32, 64])
+    choice = run(graph, f"ratio={ratio}")
+    assert widths(graph, choice) == kept
+    assert choice.reached == pytest.approx(1 - sum(kept) / 112)
+    assert choice.asked == float(ratio)
+
+
+def test_the_lowest_scores_leave_and_equal_ones_in_order():
+    graph = chain([4])
+    scores = {"conv0": torch.tensor([3.0, 1.0, 2.0, 1.0])}
+    assert run(graph, "ratio=0.5", scores).keep == {"conv0": (0, 2)}
+    assert run(graph, "ratio=0.25", scores).keep == {"conv0": (0, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("width", "round_to", "kept"),
+    [(64, 8, 48), (32, 8, 24), (16, 8, 12), (8, 8, 6), (4, 8, 2), (3, 8, 2), (64, 16, 48), (100, 8, 72), (64, 1, 44)],
+)
+def test_rounding_goes_to_the_nearest_multiple_that_gives_at_least_four_steps(width, round_to, kept):
+    graph = chain([width])
+    choice = run(graph, "ratio=0.3", round_to=round_to)
+    assert widths(graph, choice) == [kept]
+
+
+def test_max_ratio_and_min_width_bound_every_group():
+    graph = chain([16, 32])
+    assert widths(graph, run(graph, "ratio=0.9", max_ratio=0.5)) == [8, 16]
+    assert widths(graph, run(graph, "ratio=0.9", min_width=5)) == [5, 5]
+    assert run(graph, "ratio=0.9", max_ratio=0.5).reachable == (0.0, 0.5)
+    assert widths(graph, run(graph, "ratio=0.9", min_width=20)) == [16, 20]
+
+
+# ---------------------------------------------------------------------------------------------- ranking
+
+
+def test_global_ranking_has_one_threshold_over_scores_divided_by_their_mean():
+    graph = chain([4, 4])
+    scores = {"conv0": torch.tensor([10.0, 10, 10, 10]), "conv1": torch.tensor([0.1, 0.1, 2, 2])}
+    # over their means: 1 1 1 1 and 0.095 0.095 1.9 1.9
+    assert widths(graph, run(graph, "ratio=0.25", scores, ranking="global")) == [4, 2]
+    assert widths(graph, run(graph, "ratio=0.5", scores, ranking="global")) == [2, 2]
+    assert widths(graph, run(graph, "ratio=0.5", scores, ranking="local")) == [2, 2]
+
+
+def test_criteria_with_a_unit_of_their_own_are_compared_as_they_are():
+    graph = chain([4, 4])
+    scores = {"conv0": torch.tensor([5.0, 6, 7, 8]), "conv1": torch.tensor([1.0, 2, 3, 9])}
+    assert widths(graph, run(graph, "ratio=0.25", scores, ranking="global", criterion="taylor")) == [4, 2]
+    assert widths(graph, run(graph, "ratio=0.25", scores, ranking="global", criterion="l1")) == [4, 2]
+    higher = {"conv0": scores["conv0"], "conv1": scores["conv1"] + 100}
+    assert widths(graph, run(graph, "ratio=0.25", higher, ranking="global", criterion="taylor")) == [2, 4]
+
+
+def test_global_ranking_passes_on_what_a_group_may_not_lose():
+    graph = chain([4, 4])
+    scores = {"conv0": torch.tensor([1.0, 1, 1, 1]) * 1e-9, "conv1": torch.tensor([1.0, 2, 3, 4])}
+    choice = run(graph, "ratio=0.5", scores, ranking="global", criterion="taylor", max_ratio=0.75)
+    assert widths(graph, choice) == [1, 3]
+
+
+def test_isomorphic_ranking_compares_only_equal_sub_structures():
+    graph = chain([4, 4, 4])
+    odd = graph.groups[2]
+    groups = (*graph.groups[:2], Group(name=odd.name, kind="channels", width=4, members=odd.members[:2]))
+    graph = Graph(**{**vars(graph), "groups": groups})
+    scores = {
+        "conv0": torch.tensor([1.0, 2, 50, 60]),
+        "conv1": torch.tensor([30.0, 40, 70, 80]),
+        "conv2": torch.tensor([0.1, 0.2, 0.3, 0.4]),
+    }
+    # conv0 and conv1 share a pool and give up their 4 lowest in common; conv2 is alone and gives up 2
+    choice = run(graph, "ratio=0.5", scores, ranking="isomorphic", criterion="taylor")
+    assert widths(graph, choice) == [2, 2, 2]
+    scores["conv1"] += 1000
+    choice = run(graph, "ratio=0.5", scores, ranking="isomorphic", criterion="taylor", max_ratio=0.75)
+    assert widths(graph, choice) == [1, 3, 2]
+
+
+# ---------------------------------------------------------------------------------------------- which groups
+
+
+def test_patterns_match_group_names_and_producing_layers():
+    graph = chain([8, 8, 8], names=["layer1.0.conv1", "layer1.0.conv2", "stem.conv1"])
+    assert set(run(graph, "ratio=0.5", select=("layer*.conv1",)).keep) == {"layer1.0.conv1"}
+    assert set(run(graph, "ratio=0.5", select=("*.conv1",)).keep) == {"layer1.0.conv1", "stem.conv1"}
+    assert set(run(graph, "ratio=0.5", exclude=("stem.*",)).keep) == {"layer1.0.conv1", "layer1.0.conv2"}
+    unknown = run(graph, "ratio=0.5", exclude=("blocks.*",))
+    assert any("'blocks.*' matches no group" in note for note in unknown.notes)
+    with pytest.raises(NothingPrunedError, match="No coupled group"):
+        run(graph, "ratio=0.5", select=("blocks.*",))
+
+
+def test_a_group_without_a_score_stays_and_is_named():
+    graph = chain([8, 8])
+    choice = run(graph, "ratio=0.5", {"conv0": torch.arange(8.0)})
+    assert set(choice.keep) == {"conv0"}
+    assert any("conv1" in note for note in choice.notes)
+
+
+def attention(heads: int = 4, head_dim: int = 8, **more) -> Graph:
+    graph = chain([heads, head_dim], names=["a.heads", "a.head_dim"], exclusive=(("a.heads", "a.head_dim"),), **more)
+    kinds = ("heads", "head_dim")
+    groups = tuple(Group(**{**vars(g), "kind": kind}) for g, kind in zip(graph.groups, kinds, strict=True))
+    return Graph(**{**vars(graph), "groups": groups})
+
+
+def test_one_factor_of_an_attention_width_is_cut():
+    assert set(run(attention(), "ratio=0.5").keep) == {"a.heads"}
+    assert set(run(attention(), "ratio=0.5", attention="head_dim").keep) == {"a.head_dim"}
+    assert set(run(attention(heads=1), "ratio=0.5").keep) == {"a.head_dim"}
+
+
+def test_heads_are_counted_singly_whatever_the_rounding():
+    graph = attention(heads=12)
+    assert widths(graph, run(graph, "ratio=0.5", round_to=8)) == [6, 8]
+    assert widths(graph, run(graph, "ratio=0.25", round_to=8)) == [9, 8]
+
+
+def test_a_factor_shared_by_two_products_is_resolved_once():
+    names = ["h", "qk", "v"]
+    graph = chain([4, 8, 16], names=names, exclusive=(("h", "qk"), ("h", "v")))
+    kinds = ("heads", "head_dim", "head_dim")
+    groups = tuple(Group(**{**vars(g), "kind": kind}) for g, kind in zip(graph.groups, kinds, strict=True))
+    graph = Graph(**{**vars(graph), "groups": groups})
+    assert set(run(graph, "ratio=0.5").keep) == {"h"}
+    assert set(run(graph, "ratio=0.5", attention="head_dim").keep) == {"qk", "v"}
+
+
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+def test_tied_groups_keep_equally_many_channels_but_not_the_same(ranking):
+    graph = chain([8, 8, 8], ties=(("conv0", "conv1"), ("conv1", "conv2")))
+    scores = {
+        "conv0": torch.arange(8.0) + 1,
+        "conv1": torch.arange(8.0).flip(0) + 100,
+        "conv2": torch.ones(8),
+    }
+    choice = run(graph, "ratio=0.4", scores, ranking=ranking)
+    assert widths(graph, choice) == [4, 4, 4]
+    assert choice.keep["conv0"] == (4, 5, 6, 7)
+    assert choice.keep["conv1"] == (0, 1, 2, 3)
+
+
+def test_a_tie_to_a_group_that_must_stay_keeps_all():
+    graph = chain([8, 8, 8], ties=(("conv0", "conv1"),))
+    choice = run(graph, "ratio=0.5", exclude=("conv1",))
+    assert set(choice.keep) == {"conv2"}
+    assert any("conv0, conv1 must keep equally many" in note for note in choice.notes)
+
+
+def test_groups_whose_attributes_cannot_follow_are_left_whole_and_named():
+    asked = []
+
+    def solve(kept):
+        asked.append(dict(kept))
+        if "conv0" in kept:
+            raise AttributeConflictError("num_heads of attn would be 2.5", ["conv0"])
+        return ()
+
+    graph = chain([8, 8], solve=solve)
+    choice = run(graph, "ratio=0.5")
+    assert choice.keep == {"conv1": (4, 5, 6, 7)}
+    assert asked == [{"conv0": 4, "conv1": 4}, {"conv1": 4}]
+    assert any("conv0 keeps all channels: num_heads" in note for note in choice.notes)
+
+
+def test_heads_that_cannot_follow_leave_their_place_to_the_head_dimension():
+    def solve(kept):
+        if "a.heads" in kept:
+            raise AttributeConflictError("no", ["a.heads"])
+        return ()
+
+    assert set(run(attention(solve=solve), "ratio=0.5").keep) == {"a.head_dim"}
+
+
+def test_a_conflict_without_a_culprit_is_unsupported():
+    def solve(kept):
+        raise AttributeConflictError("something is odd", [])
+
+    with pytest.raises(UnsupportedError, match="something is odd"):
+        run(chain([8], solve=solve), "ratio=0.5")
+
+
+# ---------------------------------------------------------------------------------------------- other metrics
+
+
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize(
+    ("target", "value"),
+    [
+        ("macs=50%", lambda dense, cost: cost.macs / dense.macs / 0.5),
+        ("speedup=3", lambda dense, cost: dense.macs / cost.macs / 3),
+        ("params=30%", lambda dense, cost: cost.params / dense.params / 0.3),
+        ("params=20K", lambda dense, cost: cost.params / 20e3),
+        ("size=60KB", lambda dense, cost: cost.bytes / 60e3),
+    ],
+)
+def test_every_metric_is_met_within_its_tolerance(target, value, round_to, ranking):
+    graph = chain([64, 96, 128, 128, 160, 64])
+    choice = run(graph, target, rising(graph, lambda i: 1 + i), ranking=ranking, round_to=round_to)
+    kept = {name: len(keep) for name, keep in choice.keep.items()}
+    assert choice.cost == costs(graph, kept)
+    assert value(costs(graph, {}), choice.cost) == pytest.approx(1, abs=1.02 * TOLERANCE)
+    assert choice.reached == pytest.approx(choice.asked, rel=1.02 * TOLERANCE)
+    assert choice.reachable[0] <= choice.reached <= choice.reachable[1]
+    if round_to == 8:
+        assert all(width % 8 == 0 for width in widths(graph, choice))
+
+
+def test_local_ranking_spreads_a_metric_evenly():
+    graph = chain([64, 128, 256])
+    shares = [kept / full for kept, full in zip(widths(graph, run(graph, "macs=40%")), (64, 128, 256), strict=True)]
+    assert max(shares) - min(shares) < 0.03
+
+
+def test_a_target_out_of_reach_names_the_range():
+    graph = chain([16, 32])
+    least = costs(graph, {"conv0": 8, "conv1": 16}).macs
+    with pytest.raises(TargetError, match=f"between {least:,} and {costs(graph, {}).macs:,} macs"):
+        run(graph, "macs=1%", max_ratio=0.5)
+    with pytest.raises(TargetError, match="asks for 1,000,000,000 params"):
+        run(graph, "params=1G")
+    with pytest.raises(NothingPrunedError, match="removes no channel"):
+        run(graph, "macs=99.9%")
+
+
+def test_a_target_between_coarse_steps_says_so():
+    graph = chain([4])
+    with pytest.raises(TargetError, match="nearest found is"):
+        run(graph, "params=60%")
+
+
+def test_the_prediction_starts_from_the_measured_cost():
+    graph = chain([16])
+    base = costs(graph, {})
+    shifted = Cost(params=base.params + 5, macs=base.macs + 7, bytes=base.bytes + 100)
+    choice = choose(
+        graph,
+        rising(graph),
+        Target.parse("ratio=0.5"),
+        PruneSettings(round_to=1),
+        parameters=[*graph.tensors, "unknown"],
+        stored=list(graph.tensors),
+        base=shifted,
+        bytes_per_element=2,
+    )
+    pruned = costs(graph, {"conv0": 8})
+    removed = base.params - pruned.params
+    assert choice.cost == Cost(params=pruned.params + 5, macs=pruned.macs + 7, bytes=shifted.bytes - 2 * removed)
+
+
+def test_scores_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="8 channels and 7 scores"):
+        run(chain([8]), "ratio=0.5", {"conv0": torch.ones(7)})
+
+
+# ---------------------------------------------------------------------------------------------- properties
+
+
+@st.composite
+def graphs(draw) -> Graph:
+    """Random chains with concatenated and multiplied extents, ties and exclusive pairs."""
+    sizes = draw(st.lists(st.integers(1, 70), min_size=2, max_size=6))
+    names = [f"conv{i}" for i in range(len(sizes))]
+    ties = []
+    if draw(st.booleans()):
+        sizes[1] = sizes[0]
+        ties.append((names[0], names[1]))
+    exclusive = [(names[-2], names[-1])] if len(sizes) > 3 and draw(st.booleans()) else []
+    graph = chain(sizes, names=names, ties=tuple(ties), exclusive=tuple(exclusive))
+    first, last = Width(names[0], sizes[0]), Width(names[-1], sizes[-1])
+    extra = OpCost(
+        module="extra",
+        op="mm",
+        extents=(Sum((first, Const(3), last)), Product((first, Const(2)))),
+    )
+    return Graph(**{**vars(graph), "ops": (*graph.ops, extra)})
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    graph=graphs(),
+    ranking=st.sampled_from(["local", "global", "isomorphic"]),
+    round_to=st.sampled_from([1, 2, 8]),
+    target=st.sampled_from(["ratio=0.1", "ratio=0.6", "macs=40%", "speedup=1.5", "params=70%", "size=20%"]),
+    min_width=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_whatever_the_graph_the_choice_keeps_its_promises(graph, ranking, round_to, target, min_width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {g.name: torch.rand(g.width, generator=generator) for g in graph.groups}
+    options = {"ranking": ranking, "round_to": round_to, "min_width": min_width}
+    try:
+        choice = run(graph, target, scores, **options)
+    except (TargetError, NothingPrunedError):
+        return
+    assert choice == run(graph, target, scores, **options)  # deterministic
+    for name, keep in choice.keep.items():
+        width = graph.group(name).width
+        assert list(keep) == sorted(set(keep))
+        assert min(width, min_width) <= len(keep) < width
+        assert 0 <= keep[0] <= keep[-1] < width
+        gone = set(range(width)) - set(keep)
+        assert max(scores[name][sorted(gone)]) <= min(scores[name][list(keep)])
+    for tie in graph.ties:
+        assert len({len(choice.keep.get(name, range(graph.group(name).width))) for name in tie}) == 1
+    for product in graph.exclusive:
+        assert sum(name in choice.keep for name in product) <= 1
+    assert choice.cost == costs(graph, {name: len(keep) for name, keep in choice.keep.items()})
+    if not target.startswith("ratio"):
+        assert choice.reached == pytest.approx(choice.asked, rel=1.02 * TOLERANCE)
+        assert choice.reachable[0] <= choice.reached <= choice.reachable[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    ranking=st.sampled_from(["local", "global"]),
+    share=st.integers(20, 95),
+)
+def test_two_groups_miss_a_target_only_where_no_pair_of_widths_meets_it(sizes, ranking, share):
+    graph = chain(list(sizes))
+    goal = share / 100 * graph.macs({})
+    pairs = itertools.product(range(1, sizes[0] + 1), range(1, sizes[1] + 1))
+    nearest = min(abs(graph.macs({"conv0": a, "conv1": b}) - goal) for a, b in pairs)
+    try:
+        choice = run(graph, f"macs={share}%", ranking=ranking)
+    except TargetError:
+        assert nearest > TOLERANCE * goal
+    except NothingPrunedError:
+        assert sizes == (1, 1)
+    else:
+        assert abs(choice.reached - goal) >= nearest * (1 - 1e-9)
