@@ -43,7 +43,7 @@ class Progress(Value):
 
     def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> Progress:
         """The progress after one more stage."""
-        jacobians = {**self.jacobians, **({stage.name: jacobian} if jacobian else {})}
+        jacobians = self.jacobians | ({str(stage.name): jacobian} if jacobian else {})
         return self.model_copy(update={"stages": (*self.stages, stage), "jacobians": jacobians, **changes})
 
     def stage(self, name: StageName) -> Stage | None:

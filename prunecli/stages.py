@@ -93,7 +93,8 @@ def load_source(recipe: Recipe) -> Source:
         if recipe.weights or recipe.model_args:
             raise UsageError(f"{path} is a run folder: it brings its own weights and arguments.")
         model, exported = store.load_exported(path)
-        ref, digest, notes = exported.model, exported.weights_sha256, (f"continues the pruned model of {path}",)
+        ref, digest = exported.model, exported.weights_sha256
+        notes: tuple[str, ...] = (f"The base is the pruned model of {path}.",)
     else:
         loaded = zoo.load_model(
             recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, model_args=recipe.model_args

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prunecli import __version__, surgery, zoo
-from prunecli.errors import PruneError, UsageError, VerificationError
+from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors
 from prunecli.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.recipe import Recipe
@@ -176,7 +177,8 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
     Raises PruneError where the disk refuses.
     """
     structure = surgery.structure_of(zoo.build(ref), model)
-    tensors = {**model.state_dict(), **{name: surgery.tensor_at(model, name) for name in structure.extra}}
+    held = surgery.named_tensors(model)
+    tensors = {**model.state_dict(), **{name: held[name] for name in structure.extra}}
     path = folder.path / WEIGHTS
     write_tensors(path, tensors, {"prunecli": __version__, "architecture": ref.name})
     exported = Exported(
@@ -220,16 +222,16 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist or is no folder.")
     exported = read_config(folder)
-    model = zoo.build(exported.model)
-    surgery.shape_(model, exported.structure)
     tensors = read_tensors(folder / WEIGHTS)
-    extra = {name: tensors.pop(name) for name in exported.structure.extra if name in tensors}
+    model = zoo.build(exported.model)
     try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise PruneError(f"{folder / WEIGHTS} does not fit its config.json ({' '.join(str(error).split())}).") from None
-    for name, tensor in extra.items():
-        surgery.set_tensor_(model, name, tensor)
+        surgery.shape_(model, exported.structure)
+        surgery.fill_(model, tensors)
+    except UnsupportedError as error:
+        raise PruneError(
+            f"{folder} does not fit {exported.model.name} of timm {version('timm')}: {error.message}",
+            hint=f"It was made with timm {exported.model.timm}.",
+        ) from None
     return model.eval(), exported
 
 
