@@ -1,0 +1,112 @@
+"""Jacobian spectrum: ours against the plain loop (one backward pass a class, one SVD a sample), in one process.
+
+Both sides compute all singular values of the input-logit Jacobian of the same eval-mode model on the same images. The
+loop is METHODS' reference: ``autograd.grad`` of each logit summed over the batch (inputs only, no parameter gradients,
+one forward pass for all classes), then ``torch.linalg.svdvals`` of each sample's ``[K, C*H*W]`` matrix in float32. The
+two are timed in turn, the order swapped every repeat, after one warm-up each, and the result is the median of the
+paired ratios with its quartiles. The largest difference of the two, relative to the largest singular value, is checked
+against 1e-4 (float32 SVD of wide matrices alone rounds to about 1e-5), so that no speed is bought with accuracy.
+
+    python benchmarks/spectrum.py --repeats 5 --threads 2 --out spectrum.json
+    python benchmarks/spectrum.py --case vit_tiny_patch16_224:224:2:1000 --device cuda
+
+A case is ``MODEL:PIXELS:IMAGES:CLASSES`` (random weights, noise images: neither changes the work done).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import prunecli.nets  # noqa: F401 - registers the CIFAR nets with timm
+from prunecli.spectrum import jacobian_spectrum
+
+CASES = ("cifar_resnet20:32:16:10", "resnet18:64:4:100", "resnet18:64:2:1000", "vit_tiny_patch16_224:224:1:1000")
+
+
+def by_loop(model: nn.Module, images: Tensor) -> Tensor:
+    inputs = images.clone().requires_grad_()
+    logits = model(inputs)
+    rows = [
+        torch.autograd.grad(logits[:, k].sum(), inputs, retain_graph=True)[0].flatten(1) for k in range(logits.shape[1])
+    ]
+    return torch.stack([torch.linalg.svdvals(jacobian) for jacobian in torch.stack(rows, dim=1)])
+
+
+def seconds(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    started = time.perf_counter()
+    values = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, values
+
+
+def measure(case: str, *, repeats: int, chunk: int, device: torch.device) -> dict[str, object]:
+    name, pixels, count, classes = case.split(":")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=int(classes)).eval().to(device)
+    images = torch.randn(int(count), 3, int(pixels), int(pixels), device=device)
+    sides: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: jacobian_spectrum(model, images, chunk=chunk).values,
+        "loop": lambda: by_loop(model, images),
+    }
+    results = {side: seconds(work, device)[1].double().cpu() for side, work in sides.items()}
+    error = float((results["ours"] - results["loop"]).abs().max() / results["loop"].max())
+    if not error < 1e-4:
+        raise SystemExit(f"{case}: the two disagree by {error:.1e} of the largest singular value")
+    times: dict[str, list[float]] = {"ours": [], "loop": []}
+    for repeat in range(repeats):
+        for side in ("ours", "loop") if repeat % 2 == 0 else ("loop", "ours"):
+            times[side].append(seconds(sides[side], device)[0])
+    ratios = [loop / ours for ours, loop in zip(times["ours"], times["loop"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "case": case,
+        "ours_s": statistics.median(times["ours"]),
+        "loop_s": statistics.median(times["loop"]),
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+        "max_rel_difference": error,
+        "repeats": repeats,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Jacobian spectrum against a per-class loop with per-sample SVD.")
+    parser.add_argument("--case", action="append", help=f"MODEL:PIXELS:IMAGES:CLASSES, repeatable; default {CASES}")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error("--repeats must be at least 2: a spread needs two")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    print(f"{'case':42} {'ours s':>8} {'loop s':>8} {'loop/ours':>10} {'quartiles':>13} {'max diff':>9}")
+    rows = []
+    for case in options.case or CASES:
+        row = measure(case, repeats=options.repeats, chunk=options.chunk, device=device)
+        rows.append(row)
+        low, high = row["ratio_quartiles"]  # type: ignore[misc]
+        print(
+            f"{case:42} {row['ours_s']:8.3f} {row['loop_s']:8.3f} {row['ratio']:9.2f}x {low:6.2f}-{high:<6.2f}"
+            f" {row['max_rel_difference']:9.0e}",
+            flush=True,
+        )
+    if options.out:
+        settings = {"torch": torch.__version__, "device": str(device), "threads": options.threads}
+        options.out.write_text(json.dumps({**settings, "chunk": options.chunk, "cases": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

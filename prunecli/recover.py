@@ -1,0 +1,253 @@
+"""Isometry recovery (OrthP): replace every weight matrix by an orthogonal one made from it.
+
+Shapes: a convolution weight ``[N, C, k, k]`` is read as the matrix ``[N, C*k*k]``, a linear weight as ``[out, in]``.
+A grouped convolution is block-diagonal, so each of its blocks ``[N/g, C/g*k*k]`` is made orthogonal on its own.
+*Orthogonal* means orthonormal rows where the matrix is wide or square, orthonormal columns where it is tall.
+
+Source: Wang and Fu, "Dynamical Isometry: The Missing Ingredient for Neural Network Pruning" (arXiv 2105.05916); the QR
+variant is the paper's, the polar factor is the nearest orthogonal matrix, and the Newton-Schulz iteration (Björck and
+Bowie 1971) reaches the polar factor with matrix products alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunecli.errors import PruneError, UsageError, nearest
+
+Method = Literal["qr", "polar", "newton_schulz"]
+
+# Names of activation modules and functions (lower case, without underscores), by nn.init.calculate_gain. Sigmoids are
+# left out: in vision nets they are gates on a side branch and do not sit between two weights of the main path.
+_RELU_LIKE = """relu relu6 leakyrelu prelu rrelu elu celu gelu gelutanh quickgelu silu swish mish hardswish hardmish
+    softplus starrelu squaredrelu""".split()
+_GAINS = {"tanh": 5.0 / 3.0, "selu": 0.75} | dict.fromkeys(_RELU_LIKE, math.sqrt(2.0))
+_NEWTON_SCHULZ_STEPS = 120  # 1.5**120 lifts a singular value of 1e-16 to 1 with 30 steps to spare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonalized:
+    """What ``orthogonalize_`` did.
+
+    Attributes:
+        residual: largest entry of ``|W W^T / gain^2 - I|`` (``W^T W`` where W is tall) over all layers and blocks,
+            measured on the weights as stored.
+        gain: the factor that every orthogonal matrix was multiplied by.
+        layers: the layers that were replaced, in module order.
+    """
+
+    residual: float
+    gain: float
+    layers: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------- matrices
+
+
+def orthogonal(matrix: Tensor, method: Method = "qr") -> Tensor:
+    """The orthogonal matrix of the same shape that ``method`` makes from ``matrix``.
+
+    Args:
+        matrix: ``[..., N, M]``, any floating dtype; the work is done in float64 and cast back once.
+        method: ``qr`` (Q of the tall orientation, columns signed so that R has a diagonal >= 0; depends on the order
+            of the filters), ``polar`` (U V^T of the SVD, the nearest orthogonal matrix) or ``newton_schulz`` (the
+            same, by iteration).
+
+    Directions that the matrix lacks (zero or dependent filters) are filled with an arbitrary orthonormal completion,
+    so that the result is orthogonal for any finite input, zero included.
+
+    Raises:
+        UsageError: unknown method.
+        ValueError: fewer than two dimensions.
+        PruneError: NaN or infinite entries.
+    """
+    if method not in _METHODS:
+        raise UsageError(f"Unknown orthogonalisation {method!r}.", hint=nearest(method, _METHODS))
+    if matrix.dim() < 2:
+        raise ValueError(f"expected [..., N, M], got shape {tuple(matrix.shape)}")
+    if not torch.isfinite(matrix).all():
+        raise PruneError("A matrix with NaN or infinite entries cannot be made orthogonal.")
+    wide = matrix.shape[-2] < matrix.shape[-1]
+    tall = (matrix.mT if wide else matrix).double()
+    result = _METHODS[method](tall)
+    return (result.mT if wide else result).to(matrix.dtype)
+
+
+def _qr(tall: Tensor) -> Tensor:
+    Q, R = torch.linalg.qr(tall)
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    # sign(0) would be 0 and wipe out the column of a zero or dependent filter.
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(Q)
+    return Q * signs.unsqueeze(-2)
+
+
+def _polar(tall: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(tall, full_matrices=False)
+    return U @ Vh
+
+
+def _newton_schulz(tall: Tensor) -> Tensor:
+    """``X <- 1.5 X - 0.5 X X^T X`` from ``X = A / ||A||_F``, until ``X^T X`` is the identity to rounding.
+
+    All singular values start in (0, 1], where the cubic converges to 1. A singular value of exactly zero never moves,
+    so what has not converged after all steps (rank-deficient input) gets its missing directions from an SVD.
+    """
+    norm = torch.linalg.matrix_norm(tall, keepdim=True)
+    X = tall / torch.where(norm > 0, norm, 1.0)
+    eye = torch.eye(tall.shape[-1], dtype=X.dtype, device=X.device)
+    tolerance = 8 * tall.shape[-1] * torch.finfo(X.dtype).eps
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = X.mT @ X
+        if (gram - eye).abs().max() <= tolerance:
+            return X
+        X = X @ (1.5 * eye - 0.5 * gram)
+    return _polar(X)
+
+
+_METHODS: dict[str, Callable[[Tensor], Tensor]] = {"qr": _qr, "polar": _polar, "newton_schulz": _newton_schulz}
+
+
+def weight_matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The weight as ``[groups, N / groups, M]``, one matrix a group of channels (a linear layer has one)."""
+    weight = layer.weight.detach()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def orthogonality_residual(matrices: Tensor) -> float:
+    """Largest entry of ``|W W^T - I|`` over a stack ``[..., N, M]`` (``W^T W`` where N > M), in float64."""
+    W = matrices.double()
+    gram = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return float((gram - eye).abs().max())
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@torch.no_grad()
+def orthogonalize_(
+    module: nn.Module,
+    method: Method = "qr",
+    *,
+    gain: Literal["auto"] | float = "auto",
+    example: Tensor | None = None,
+    layers: Collection[str] | None = None,
+) -> Orthogonalized:
+    """OrthP in place: ``W <- gain * orthogonal(W)`` for every Conv2d and Linear, classifier and shortcuts included.
+
+    Biases and normalisation layers (parameters and statistics) stay; re-estimate BatchNorm statistics afterwards. The
+    old norms of the layers are not restored: that would undo the isometry.
+
+    Args:
+        module: the net; weights keep dtype and device.
+        method: see ``orthogonal``.
+        gain: the factor, or ``auto`` for ``activation_gain(module, example)``.
+        example: a batch for ``auto`` to find functional activations with.
+        layers: module paths to replace; none is all.
+
+    Raises:
+        UsageError: unknown method, a gain that is not above zero, or a name in ``layers`` that is no such layer.
+        PruneError: a layer with NaN or infinite weights (named); nothing has been changed then.
+    """
+    chosen = _chosen(module, layers)
+    factor = activation_gain(module, example) if gain == "auto" else float(gain)
+    if not (math.isfinite(factor) and factor > 0):
+        raise UsageError(f"The gain must be above zero, not {factor:g}.")
+    if method not in _METHODS:
+        raise UsageError(f"Unknown orthogonalisation {method!r}.", hint=nearest(method, _METHODS))
+    for name, layer in chosen.items():
+        if not torch.isfinite(layer.weight).all():
+            raise PruneError(f"Layer {name!r} has NaN or infinite weights and cannot be made orthogonal.")
+    residual = 0.0
+    for layer in chosen.values():
+        layer.weight.copy_((factor * orthogonal(weight_matrices(layer).double(), method)).reshape(layer.weight.shape))
+        residual = max(residual, orthogonality_residual(weight_matrices(layer).double() / factor))
+    return Orthogonalized(residual=residual, gain=factor, layers=tuple(chosen))
+
+
+def weight_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Module path → layer for every Conv2d and Linear, in module order; a shared weight is listed once."""
+    seen: set[int] = set()
+    found: dict[str, nn.Conv2d | nn.Linear] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and id(layer.weight) not in seen:
+            seen.add(id(layer.weight))
+            found[name] = layer
+    return found
+
+
+def _chosen(module: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Conv2d | nn.Linear]:
+    known = weight_layers(module)
+    if layers is None:
+        return known
+    for name in layers:
+        if name not in known:
+            raise UsageError(f"{name!r} is no Conv2d or Linear of this model.", hint=nearest(name, known))
+    return {name: layer for name, layer in known.items() if name in layers}
+
+
+# ---------------------------------------------------------------------------------------------- gain
+
+
+def activation_gain(module: nn.Module, example: Tensor | None = None) -> float:
+    """One gain for the whole net, from the activation met most often: sqrt(2) ReLU-like, 5/3 tanh, 1 for a linear net.
+
+    Activation modules are looked up by class. Activations called as functions are invisible there, so where no module
+    is found and ``example`` (a batch ``[B, C, H, W]``) is given, one eval-mode forward pass records the functions that
+    run. Without ``example`` a net that only uses functional activations counts as linear: pass one if in doubt.
+    """
+    kinds: Counter[str] = Counter(_kind(type(child).__name__) for child in module.modules())
+    kinds = _known(kinds)
+    if not kinds and example is not None:
+        kinds = _known(_called_functions(module, example))
+    return _GAINS[kinds.most_common(1)[0][0]] if kinds else 1.0
+
+
+def _known(kinds: Counter[str]) -> Counter[str]:
+    return Counter({kind: count for kind, count in kinds.items() if kind in _GAINS})
+
+
+def _kind(name: str) -> str:
+    """``LeakyReLU``, ``leaky_relu_`` and timm's ``LeakyReLUMe`` are one kind."""
+    return name.lower().replace("_", "").removesuffix("me").removesuffix("jit")
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # The mode is off while ``func`` runs, so F.relu is counted once although it calls torch.relu.
+        self.names[_kind(getattr(func, "__name__", ""))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _called_functions(module: nn.Module, example: Tensor) -> Counter[str]:
+    with evaluating(module), torch.no_grad(), _Recorder() as recorder:
+        module(example)
+    return recorder.names
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has its own training flag back."""
+    flags = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training

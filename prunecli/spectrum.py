@@ -1,0 +1,266 @@
+"""Singular values: of the input-logit Jacobian (exact, per sample) and of every layer's weight matrix.
+
+Shapes: images ``[B, C, H, W]``, logits ``[B, K]``, one Jacobian ``[K, C*H*W]`` a sample, its ``min(K, C*H*W)`` singular
+values largest first.
+
+The Jacobian is that of the eval-mode net from normalised input to logits (no softmax), as in Wang and Fu (arXiv
+2105.05916); there, one backward pass a class collects it. Here ``vmap`` pulls back many rows of many samples at once,
+three identities save work, and none of them approximates:
+
+* BatchNorm in eval mode is a fixed scale and shift, whose pull-back is one product.
+* Logits that come out of a linear layer narrower than it is wide, ``y = W f + b`` with ``W [K, D]``, ``D < K``:
+  with ``W = Q R``, the singular values of ``W J_f`` are those of ``R J_f`` and ``K - D`` zeros, so ``D`` rows do.
+* Singular values of a float32 matrix are the roots of the eigenvalues of its float64 Gram matrix: that resolves down to
+  about 1e-8 of the largest one, and a float32 Jacobian holds no more. A float64 model gets a plain SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from prunecli.errors import PruneError, UnsupportedError
+from prunecli.recover import evaluating, weight_layers, weight_matrices
+from prunecli.report import SpectrumSummary
+
+_HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits
+_GRAM_COLUMNS = 2**14  # columns cast to float64 at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacobianSpectrum:
+    """Singular values ``[B, min(K, C*H*W)]`` (float64, on the CPU, largest first) and their summary."""
+
+    values: Tensor
+    summary: SpectrumSummary
+
+
+def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 64) -> JacobianSpectrum:
+    """Exact singular values of the input-logit Jacobian of every image in ``batch``.
+
+    The model is evaluated in eval mode whatever its training flags say, and is left as it was: flags, buffers and
+    parameter gradients. Memory: the Jacobians of as many samples as fit 256 MiB, at least one (``K*C*H*W`` entries).
+
+    Operators whose backward ``vmap`` cannot batch are handled by running the images once for each row of a chunk
+    through an ordinary backward pass: same values, up to half as fast again.
+
+    Args:
+        model: maps ``[B, C, H, W]`` to logits ``[B, K]``; samples must not influence each other.
+        batch: images on the model's device and in its dtype. float64 throughout gives singular values to 1e-16 of the
+            largest; in float32 those below about 1e-7 of the largest are rounding.
+        chunk: rows of all Jacobians that are pulled back at once; trades memory for speed.
+
+    Raises:
+        ValueError: an empty batch, or a chunk below one.
+        UnsupportedError: the output is not ``[B, K]``, does not depend on the input, or samples are coupled
+            (BatchNorm without running statistics).
+        PruneError: a Jacobian with NaN or infinite entries.
+    """
+    if batch.dim() < 2 or len(batch) == 0:
+        raise ValueError(f"expected a batch [B, C, H, W] of at least one image, got shape {tuple(batch.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    net = _Net(model)
+    with evaluating(model), torch.enable_grad():
+        classes = net.classes(batch[:1])
+        size = math.prod(batch.shape[1:])
+        held = max(1, min(len(batch), chunk, _HELD_ELEMENTS // (classes * size)))
+        parts = []
+        for start in range(0, len(batch), held):
+            jacobians = net.jacobians(batch[start : start + held], chunk)
+            if not torch.isfinite(jacobians).all():
+                raise PruneError("The Jacobian has NaN or infinite entries; the weights or the images are broken.")
+            parts.append(functional.pad(found := singular_values(jacobians), (0, min(classes, size) - found.shape[-1])))
+            del jacobians  # before the next one is made: it may be all the memory there is room for
+    values = torch.cat(parts).cpu()
+    return JacobianSpectrum(values=values, summary=summarise(values))
+
+
+def summarise(values: Tensor) -> SpectrumSummary:
+    """Mean, population std, min and max over all of ``values`` ``[B, N]``; mean condition over the samples.
+
+    A sample whose smallest singular value is zero has no finite condition and is left out of that mean.
+    """
+    ratios = values.amax(dim=1) / values.amin(dim=1)
+    ratios = ratios[torch.isfinite(ratios)]
+    return SpectrumSummary(
+        mean=float(values.mean()),
+        std=float(values.std(correction=0)),
+        min=float(values.min()),
+        max=float(values.max()),
+        condition=float(ratios.mean()) if len(ratios) else None,
+        samples=len(values),
+    )
+
+
+@torch.no_grad()
+def weight_spectra(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name → singular values of its weight matrix ``[out, in*k*k]``, largest first (float64, on the CPU).
+
+    Every Conv2d and Linear, in module order. A grouped convolution is block-diagonal: its values are those of all
+    blocks together.
+    """
+    return {
+        name: singular_values(weight_matrices(layer)).flatten().sort(descending=True).values.cpu()
+        for name, layer in weight_layers(model).items()
+    }
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """Singular values ``[..., min(N, M)]`` of ``[..., N, M]`` in float64, largest first.
+
+    float64 input: SVD. Narrower input: roots of the float64 Gram matrix's eigenvalues, exact to the input's rounding.
+    """
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    if wide.dtype == torch.float64:
+        return torch.linalg.svdvals(wide)
+    rows = wide.shape[-2]
+    gram = torch.zeros(*wide.shape[:-1], rows, dtype=torch.float64, device=wide.device)
+    for columns in wide.split(_GRAM_COLUMNS, dim=-1):
+        block = columns.double()
+        gram += block @ block.mT
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+
+
+# ---------------------------------------------------------------------------------------------- Jacobians
+
+
+class _EvalForward(TorchFunctionMode):
+    """Eval-mode BatchNorm as scale and shift; remembers the last linear layer that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.batch_norm:
+            return _fixed_batch_norm(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is functional.linear:
+            inputs, weight = (*args, *kwargs.values())[:2]
+            self.linear = (inputs, weight, result)
+        return result
+
+
+def _fixed_batch_norm(
+    input: Tensor,  # noqa: A002 - the name callers may pass it by
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:
+        if input.requires_grad:
+            raise UnsupportedError(
+                "A BatchNorm without running statistics makes every logit depend on the whole batch.",
+                hint="A per-sample Jacobian needs running statistics.",
+            )
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = (running_var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = (1, -1) + (1,) * (input.dim() - 2)
+    return input * scale.to(input.dtype).view(shape) + shift.to(input.dtype).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tape:
+    """A recorded forward pass: rows of the Jacobian are ``seeds [rows, D]`` pulled back from ``point [B, D]``."""
+
+    images: Tensor
+    point: Tensor
+    seeds: Tensor
+
+
+class _Net:
+    """The model with its parameters as constants, so that a backward pass computes input gradients and nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._constants: Mapping[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+
+    def classes(self, image: Tensor) -> int:
+        with torch.no_grad():
+            return _logits(torch.func.functional_call(self._model, dict(self._constants), (image,)), 1).shape[1]
+
+    def jacobians(self, images: Tensor, chunk: int) -> Tensor:
+        """``[S, rows, C*H*W]``: matrices with the Jacobians' singular values, those beyond ``rows`` being zero."""
+        tape = self._record(images)
+        try:
+            return _stacked(_pulled_by_vmap(tape), tape, chunk)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "atching rule" not in str(error):
+                raise
+        return _stacked(self._pulled_by_repetition(images), tape, chunk)
+
+    def _record(self, images: Tensor) -> _Tape:
+        leaf = images.detach().clone().requires_grad_()
+        # Fused attention kernels have no batching rule for their backward; the plain formula has.
+        with sdpa_kernel(SDPBackend.MATH), _EvalForward() as forward:
+            logits = torch.func.functional_call(self._model, dict(self._constants), (leaf,))
+        logits = _logits(logits, len(images))
+        if not logits.requires_grad:
+            raise UnsupportedError("The logits do not depend on the images; there is no Jacobian.")
+        if forward.linear is not None:
+            features, weight, result = forward.linear
+            narrow = weight.dim() == 2 and weight.shape[1] < weight.shape[0]
+            if result is logits and features.dim() == 2 and features.requires_grad and narrow:
+                seeds = torch.linalg.qr(weight.double()).R.to(weight.dtype)
+                return _Tape(images=leaf, point=features, seeds=seeds)
+        eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        return _Tape(images=leaf, point=logits, seeds=eye)
+
+    def _pulled_by_repetition(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        def pull(seeds: Tensor) -> Tensor:
+            tape = self._record(images.repeat(len(seeds), *[1] * (images.dim() - 1)))
+            cotangents = seeds.repeat_interleave(len(images), dim=0)
+            (gradients,) = torch.autograd.grad(tape.point, tape.images, cotangents)
+            return gradients.reshape(len(seeds), len(images), -1)
+
+        return pull
+
+
+def _pulled_by_vmap(tape: _Tape) -> Callable[[Tensor], Tensor]:
+    def one_row(seed: Tensor) -> Tensor:
+        cotangents = seed.expand(len(tape.images), -1)
+        (gradients,) = torch.autograd.grad(tape.point, tape.images, cotangents, retain_graph=True)
+        return gradients.flatten(1)
+
+    # Not autograd.grad(is_grads_batched=True): its older vmap falls back to a loop over rows in every convolution.
+    return torch.func.vmap(one_row)
+
+
+def _stacked(pull: Callable[[Tensor], Tensor], tape: _Tape, chunk: int) -> Tensor:
+    """All rows, ``chunk`` at a time over rows and samples together."""
+    samples, rows = len(tape.images), len(tape.seeds)
+    size = math.prod(tape.images.shape[1:])
+    jacobians = torch.empty(samples, rows, size, dtype=tape.images.dtype, device=tape.images.device)
+    at = 0
+    for seeds in tape.seeds.split(max(1, chunk // samples)):
+        jacobians[:, at : at + len(seeds)] = pull(seeds).transpose(0, 1)
+        at += len(seeds)
+    return jacobians
+
+
+def _logits(output: object, samples: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != samples:
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedError(f"The model returns {found} where logits [{samples}, classes] are needed.")
+    return output
