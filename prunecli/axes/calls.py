@@ -23,8 +23,7 @@ Handler = Callable[[Record, Args, Kwargs, Any], None]
 
 #: Calls whose ints are read by the rule of their operator, from `Record.request`.
 READ_BY_RULE = frozenset(
-    "pad expand zeros ones empty full new_zeros new_ones new_empty new_full conv1d conv2d conv3d"
-    " conv_transpose1d conv_transpose2d conv_transpose3d".split()
+    ["pad", "expand", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 )
 
 
@@ -153,12 +152,5 @@ HANDLERS: dict[str, Handler] = {
 
 #: Functions written in Python whose body calls operators with sizes it takes from shapes alone.
 TRANSPARENT = frozenset(
-    "linear dropout dropout1d dropout2d dropout3d relu relu6 gelu silu softmax log_softmax gumbel_softmax hardswish"
-    " hardsigmoid hardtanh leaky_relu elu selu celu mish sigmoid tanh softplus softsign prelu glu threshold rrelu"
-    " batch_norm instance_norm group_norm normalize interpolate upsample adaptive_avg_pool2d adaptive_avg_pool3d"
-    " adaptive_max_pool2d adaptive_max_pool2d_with_indices boolean_dispatch fn max_pool2d max_pool1d"
-    " max_pool2d_with_indices avg_pool2d einsum norm meshgrid embedding unfold fold feature_alpha_dropout alpha_dropout"
-    " logsigmoid tanhshrink softmin lp_pool2d cdist __rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __contains__ __len__"
-    " __iter__ broadcast_tensors cosine_similarity __hash__ is_shared dim_order tensor_split unbind atleast_1d"
-    " atleast_2d atleast_3d block_diag pad _assert grid_sample affine_grid stft unique".split()
+    ["linear", "dropout", "dropout1d", "dropout2d", "dropout3d", "relu", "relu6", "gelu", "silu", "softmax", "log_softmax", "gumbel_softmax", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "selu", "celu", "mish", "sigmoid", "tanh", "softplus", "softsign", "prelu", "glu", "threshold", "rrelu", "batch_norm", "instance_norm", "group_norm", "normalize", "interpolate", "upsample", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "boolean_dispatch", "fn", "max_pool2d", "max_pool1d", "max_pool2d_with_indices", "avg_pool2d", "einsum", "norm", "meshgrid", "embedding", "unfold", "fold", "feature_alpha_dropout", "alpha_dropout", "logsigmoid", "tanhshrink", "softmin", "lp_pool2d", "cdist", "__rsub__", "__rdiv__", "__rtruediv__", "__rpow__", "__pow__", "__contains__", "__len__", "__iter__", "broadcast_tensors", "cosine_similarity", "__hash__", "is_shared", "dim_order", "tensor_split", "unbind", "atleast_1d", "atleast_2d", "atleast_3d", "block_diag", "pad", "_assert", "grid_sample", "affine_grid", "stft", "unique"]
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunecli.axes.folds import UnknownQueryError, query_rows
-from prunecli.axes.ints import Attribute, Extent, attributes_in, axes_in
+from prunecli.axes.ints import Attribute, Extent, Fact, Number, attributes_in, axes_in
 from prunecli.axes.named import named_sizes
 from prunecli.axes.record import KERNEL, DefaultScale, Equation, Record
 from prunecli.axes.solve import HeadScale, Solver
@@ -104,12 +104,29 @@ def _settle(record: Record) -> None:
     for expression in record.ledger.pins:
         pinned |= attributes_in(expression)
         record.freeze(axes_in(expression), "its size enters a computation as a number")
+    for fact in record.ledger.facts:
+        if _is_threshold(fact):
+            pinned |= attributes_in(fact.left)
+            record.freeze(axes_in(fact.left), "its size is compared with a number in the code")
     while True:
         before = (len(pinned), _count_free(record.equations))
         for equation in record.equations:
             _settle_equation(record, equation, pinned)
         if (len(pinned), _count_free(record.equations)) == before:
             return
+
+
+def _is_threshold(fact: Fact) -> bool:
+    """``size >= 8``: which sizes keep the outcome is a matter of the program, not of the axis. ``size > 0`` is none."""
+    if not isinstance(fact.right, Number) or fact.comparison in {"eq", "ne"}:
+        return False
+    always = isinstance(fact.left, Extent | Attribute) and (fact.comparison, fact.right.value) in {
+        ("gt", 0),
+        ("le", 0),
+        ("ge", 1),
+        ("lt", 1),
+    }
+    return not always
 
 
 def _count_free(equations: Iterable[Equation]) -> int:

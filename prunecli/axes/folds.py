@@ -20,8 +20,7 @@ _Step = Callable[[Tensor], Tensor]
 
 _IDENTITY = frozenset({"clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "native_dropout"})
 _LAYOUT = frozenset(
-    "view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand select slice unbind split"
-    " split_with_sizes chunk".split()
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "squeeze", "unsqueeze", "expand", "select", "slice", "unbind", "split", "split_with_sizes", "chunk"]
 )
 
 
@@ -52,6 +51,8 @@ def query_rows(record: Record, query: Tensor) -> list[Rows]:
 
 
 def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
+    if record.value(tensor).origin is not None and tensor.dim() == 1:
+        return _entries(record, tensor, 0, torch.arange(len(tensor)), path)
     made = record.made(tensor)
     if made is None:
         raise UnknownQueryError("the query is no output of a layer")
@@ -107,40 +108,46 @@ def _scaled_operand(record: Record, call: Call) -> Tensor:
     return varying[0]
 
 
-def _affine_rows(record: Record, call: Call, path: Sequence[_Step]) -> list[Rows]:
+def _affine_rows(record: Record, call: Call, path: list[_Step]) -> list[Rows]:
     """The parameter entries behind each feature of an affine operator's output."""
-    match call.name:
-        case "mm":
-            axis, parameters = -1, [(call.args[1], 1)]
-        case "addmm":
-            axis, parameters = -1, [(call.args[2], 1), (call.args[0], 0)]
-        case "convolution":
-            axis, parameters = 1, [(call.args[1], 0), (call.args[2], 0)]
-        case "native_layer_norm" | "rms_norm" | "_fused_rms_norm":
-            axis, parameters = -1, _norm_parameters(call)
-        case _:
-            raise UnknownQueryError(f"{call.name!r} is not known to be linear in the query")
+    weight, bias, axis = _affine_parameters(call)
     out = call.outputs[0]
     shape = [1] * out.dim()
     shape[axis] = -1
-    index = torch.arange(out.shape[axis]).view(shape).expand(out.shape)
-    for step in path:
-        index = step(index)
-    positions = frozenset(index.unique().tolist()) - {-1}
-    return [_rows(record, *entry, positions) for entry in parameters if entry[0] is not None]
+
+    def along(index: Tensor) -> Tensor:
+        return index.view(shape).expand(out.shape)
+
+    rows = _entries(record, *weight, torch.arange(out.shape[axis]), [along, *path])
+    return rows + (_walk(record, bias, [along, *path]) if bias is not None else [])
 
 
-def _norm_parameters(call: Call) -> list[tuple[Any, int]]:
-    weight = call.get(2, "weight")
-    if weight is None or len(call.args[1]) != 1:
-        raise UnknownQueryError("the query comes from a norm without a scale")
-    bias = call.get(3, "bias") if call.name == "native_layer_norm" else None
-    return [(weight, 0), (bias, 0)]
+def _affine_parameters(call: Call) -> tuple[tuple[Tensor, int], Tensor | None, int]:
+    """Weight with its feature dimension, bias, and the feature dimension of the output."""
+    match call.name:
+        case "mm":
+            return (call.args[1], 1), None, -1
+        case "addmm":
+            return (call.args[2], 1), call.args[0], -1
+        case "convolution":
+            return (call.args[1], 0), call.args[2], 1
+        case "native_layer_norm" | "rms_norm" | "_fused_rms_norm":
+            weight = call.get(2, "weight")
+            if weight is None or len(call.args[1]) != 1:
+                raise UnknownQueryError("the query comes from a norm without a scale")
+            return (weight, 0), call.get(3, "bias") if call.name == "native_layer_norm" else None, -1
+    raise UnknownQueryError(f"{call.name!r} is not known to be linear in the query")
 
 
-def _rows(record: Record, parameter: Tensor, dim: int, positions: frozenset[int]) -> Rows:
+def _entries(record: Record, parameter: Tensor, dim: int, index: Tensor, path: Sequence[_Step]) -> list[Rows]:
+    """Which entries of a stored tensor along ``dim`` arrive at the end of ``path``, started with their numbers."""
     value = record.value(parameter)
     if value.data or value.origin is None:
         raise UnknownQueryError("the weights of the query are computed, not stored")
+    seen = torch.zeros(len(index) + 1, dtype=torch.bool)
+    for step in path:
+        index = step(index)
+    seen[index.reshape(-1)] = True  # -1, from other parts, marks the extra last entry
+    positions = frozenset(seen[:-1].nonzero().flatten().tolist())
     name, dims = value.origin
-    return Rows(tensor=name, dim=dims[dim], positions=positions)
+    return [Rows(tensor=name, dim=dims[dim], positions=positions)] if positions else []

@@ -72,6 +72,9 @@ COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+_MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
+
+
 def evaluate(expression: Expression, attributes: Mapping[Attribute, int], extent: Callable[[Atom], int]) -> int | None:
     """The value of an expression, or None where it divides by zero."""
     match expression:
@@ -134,6 +137,8 @@ class Ledger:
                 if isinstance(other, Number):
                     self.pins[side] = other.value
                     return
+        if isinstance(left, Number):
+            comparison, left, right = _MIRRORED[comparison], right, left
         self.facts[Fact(comparison, left, right, outcome)] = None
 
 

@@ -77,9 +77,7 @@ def _rows(record: Record, dim: Atom, count: int) -> tuple[Atom, Atom]:
 # ------------------------------------------------------------------------------------------------ elementwise
 
 _ZERO_KEEPING = frozenset(
-    "abs asin asinh atan ceil celu clone contiguous deg2rad elu erf expm1 floor gelu hardswish hardshrink leaky_relu"
-    " log1p mish neg nan_to_num positive relu relu6 round rrelu selu sgn sign silu sin sinh softshrink sqrt square tan"
-    " tanh tanhshrink trunc frac _prelu_kernel prelu real".split()
+    ["abs", "asin", "asinh", "atan", "ceil", "celu", "clone", "contiguous", "deg2rad", "elu", "erf", "expm1", "floor", "gelu", "hardswish", "hardshrink", "leaky_relu", "log1p", "mish", "neg", "nan_to_num", "positive", "relu", "relu6", "round", "rrelu", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanhshrink", "trunc", "frac", "_prelu_kernel", "prelu", "real"]
 )
 _ALL_ZERO = frozenset({"add", "sub", "maximum", "minimum", "fmax", "fmin", "hypot", "lerp", "atan2"})
 
@@ -774,6 +772,17 @@ def _roll(record: Record, call: Call) -> None:
     record.put(call.out, value.dims, value.silent)
 
 
+@_rule("as_strided_")
+def _restride(record: Record, call: Call) -> None:
+    """Only accepted as the new stride of a tensor with one long axis: entries stay where they are."""
+    out, strides = call.out, call.args[2]
+    long = [stride for size, stride in zip(out.shape, strides, strict=True) if size != 1]
+    if [find(dim).size for dim in record.dims(out)] == list(call.args[1]) and long in ([], [1]):
+        record.put(out, record.dims(out), record.value(out).silent)
+    else:
+        opaque(record, call)
+
+
 @_rule("sort", "topk", "cumsum", "cumprod", "argsort", "triu", "tril")
 def _ordered(record: Record, call: Call) -> None:
     value = record.value(call.args[0])
@@ -810,8 +819,7 @@ def _by_position(record: Record, call: Call) -> None:
 
 #: Elementwise in effect, but without the tag.
 UNTAGGED_POINTWISE = frozenset(
-    "where floor_divide masked_fill clamp hardsigmoid hardswish lerp addcmul mish softplus logical_not bitwise_and"
-    " prelu _prelu_kernel dropout isnan".split()
+    ["where", "floor_divide", "masked_fill", "clamp", "hardsigmoid", "hardswish", "lerp", "addcmul", "mish", "softplus", "logical_not", "bitwise_and", "prelu", "_prelu_kernel", "dropout", "isnan"]
 )
 
 

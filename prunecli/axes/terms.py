@@ -233,7 +233,7 @@ def unify(first: Atom, second: Atom) -> None:
     elif second.form == "leaf":
         _merge_leaf(second, first)
     elif is_frozen(first) or is_frozen(second):
-        _freeze_both(first, second, _reason(first) or _reason(second) or "frozen")
+        _freeze_both(first, second, _reason([first, second]))
     else:
         try:
             _unify_structures(first, second)
@@ -254,8 +254,10 @@ def _freeze_both(first: Atom, second: Atom, reason: str) -> None:
     freeze(second, reason)
 
 
-def _reason(atom: Atom) -> str | None:
-    return next((leaf.reason for leaf in leaves(atom) if leaf.reason is not None), None)
+def _reason(atoms: Iterable[Atom]) -> str:
+    """The first reason found among the axes of ``atoms``; axes of one entry have none."""
+    found = (leaf.reason for atom in atoms for leaf in leaves(atom) if leaf.reason is not None)
+    return next(found, "it has one entry")
 
 
 def _unify_structures(first: Atom, second: Atom) -> None:
@@ -305,7 +307,7 @@ def merge_frozen_runs(parts: Sequence[Atom]) -> list[Atom]:
     for frozen, run in itertools.groupby(parts, key=is_frozen):
         atoms = list(run)
         if frozen and (len(atoms) > 1 or find(atoms[0]).form == "concat"):
-            merged.append(Atom(math.prod(find(atom).size for atom in atoms), _reason(atoms[0]) or "frozen"))
+            merged.append(Atom(math.prod(find(atom).size for atom in atoms), _reason(atoms)))
         else:
             merged.extend(atoms)
     return merged

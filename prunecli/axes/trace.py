@@ -31,8 +31,7 @@ OUTPUT = "it is an axis of the network's output (classes)"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 #: Operators that say nothing about axes.
 _SILENT_OPERATORS = frozenset(
-    "device _local_scalar_dense item is_contiguous sym_size sym_numel sym_stride set_ is_same_size _assert_async"
-    " equal is_pinned _assert_tensor_metadata".split()
+    ["device", "_local_scalar_dense", "item", "is_contiguous", "sym_size", "sym_numel", "sym_stride", "set_", "is_same_size", "_assert_async", "equal", "is_pinned", "_assert_tensor_metadata"]
 )
 #: Calls recorded as one, whatever they are made of on this device and torch version.
 _WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
