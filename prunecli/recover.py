@@ -28,8 +28,10 @@ Method = Literal["qr", "polar", "newton_schulz"]
 
 # Names of activation modules and functions (lower case, without underscores), by nn.init.calculate_gain. Sigmoids are
 # left out: in vision nets they are gates on a side branch and do not sit between two weights of the main path.
-_RELU_LIKE = """relu relu6 leakyrelu prelu rrelu elu celu gelu gelutanh quickgelu silu swish mish hardswish hardmish
-    softplus starrelu squaredrelu""".split()
+_RELU_LIKE = (
+    "relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "celu", "gelu", "gelutanh", "quickgelu", "silu", "swish",
+    "mish", "hardswish", "hardmish", "softplus", "starrelu", "squaredrelu",
+)  # fmt: skip
 _GAINS = {"tanh": 5.0 / 3.0, "selu": 0.75} | dict.fromkeys(_RELU_LIKE, math.sqrt(2.0))
 _NEWTON_SCHULZ_STEPS = 120  # 1.5**120 lifts a singular value of 1e-16 to 1 with 30 steps to spare
 
