@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "prunecli"
 LEVELS = [
     "errors groups plan report recipe",
     "axes score budget recover spectrum lr files",
-    "nets zoo graph graph_tp surgery check cost data"
+    "nets zoo graph graph_tp surgery check cost sources data"
     " schedule objective checkpoint stopping trainer evaluation probe train",
     "store stages job recovery summary catalog",
     "render page pipeline progress",

@@ -1,0 +1,279 @@
+"""Where images come from: folders, timm's dataset names, scikit-learn's digits. Decoded images and labels, no tensors.
+
+A source opens to a training split (or none), a validation split and the class names. Nothing is ever downloaded into a
+folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import create_dataset
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.recipe import DataSettings
+
+ARRAY_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+FILE_DATASETS = ("imagenet", "inaturalist", "places365")
+TRAIN_FOLDERS = ("train", "training")
+VAL_FOLDERS = ("validation", "val", "valid", "test")
+
+# What decoding raises, by file format and by how the file is broken.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Split(Protocol):
+    """A list of labelled images that can be read one by one, in any order, in any process."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class. Raises one of ``UNREADABLE`` where the image cannot be decoded."""
+
+    def name(self, position: int) -> str:
+        """What to call the image in a message."""
+
+    def subset(self, positions: Sequence[int]) -> Self:
+        """Only these images, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSplit:
+    """Image files (path below ``root``, class)."""
+
+    root: Path
+    files: tuple[tuple[str, int], ...]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, position: int) -> tuple[Image.Image, int]:
+        file, label = self.files[position]
+        with Image.open(self.root / file) as image:
+            return image.convert(self.mode), label
+
+    def name(self, position: int) -> str:
+        return str(self.root / self.files[position][0])
+
+    def subset(self, positions: Sequence[int]) -> Self:
+        return replace(self, files=tuple(self.files[i] for i in positions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySplit:
+    """Images held in memory: uint8 ``[N, H, W]`` grey or ``[N, H, W, 3]`` colour, labels int64 ``[N]``."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def load(self, position: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[position]).convert(self.mode), int(self.labels[position])
+
+    def name(self, position: int) -> str:
+        return f"image {position}"
+
+    def subset(self, positions: Sequence[int]) -> Self:
+        return replace(self, pixels=self.pixels[list(positions)], labels=self.labels[list(positions)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmSplit:
+    """A dataset that timm made. Where it has a reader, files are decoded here: timm's class swaps bad ones silently."""
+
+    dataset: Any
+    title: str
+    mode: str
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def load(self, position: int) -> tuple[Image.Image, int]:
+        at = self.positions[position]
+        if not hasattr(self.dataset, "reader"):
+            image, label = self.dataset[at]
+            return image.convert(self.mode), int(label)
+        file, label = self.dataset.reader[at]
+        with file, Image.open(file) as image:
+            return image.convert(self.mode), int(label)
+
+    def name(self, position: int) -> str:
+        return f"{self.title} image {self.positions[position]}"
+
+    def subset(self, positions: Sequence[int]) -> Self:
+        return replace(self, positions=tuple(self.positions[i] for i in positions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened source; ``train`` is None where it is for evaluation only."""
+
+    train: Split | None
+    val: Split
+    class_names: tuple[str, ...]
+
+
+def open_source(settings: DataSettings, *, mode: str) -> Source:
+    """Find what ``settings.name`` and ``settings.dir`` say; ``mode`` is Pillow's ``RGB`` or ``L``.
+
+    Raises:
+        UsageError: the folder or dataset name does not exist.
+        PruneError: it exists and holds no usable images.
+    """
+    name = settings.name
+    if name is None:
+        raise UsageError("No data is given.", hint="Give --data FOLDER, --data torch/cifar10 --data-dir DIR or digits.")
+    if name == "digits":
+        return _open_digits(mode)
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix == "torch" and rest in ARRAY_DATASETS + FILE_DATASETS:
+        return _open_torch(settings, rest, mode)
+    if slash and prefix == "hfds":
+        return _open_hub_dataset(settings, mode)
+    folder = Path(name)
+    if folder.is_dir():
+        return _open_folder(folder, settings, mode)
+    known = ("digits", *(f"torch/{n}" for n in ARRAY_DATASETS + FILE_DATASETS))
+    what = "is a file, not a folder" if folder.exists() else "is no folder and no known dataset name"
+    raise UsageError(f"Data {name!r} {what}.", hint=nearest(name, known))
+
+
+def _open_digits(mode: str) -> Source:
+    """1,797 handwritten digits of 8x8 pixels, 16 grey levels: every fifth image of each class is validation."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target.astype(np.int64)
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for label in range(10):
+        rank[labels == label] = np.arange((labels == label).sum())
+    held_out = rank % 5 == 4
+    train, val = (ArraySplit(pixels=pixels[at], labels=labels[at], mode=mode) for at in (~held_out, held_out))
+    return Source(train=train, val=val, class_names=tuple(map(str, range(10))))
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _open_folder(root: Path, settings: DataSettings, mode: str) -> Source:
+    train_root = _first_folder(root, (settings.train_split, *TRAIN_FOLDERS))
+    val_root = _first_folder(root, (settings.val_split, *VAL_FOLDERS))
+    if train_root is None and val_root is None:
+        val_root = root  # the class folders themselves: for evaluation
+    if val_root is None:
+        raise PruneError(
+            f"Folder {root} has training images and no validation images.",
+            hint=f"Put them into {root / 'val'}, one folder a class.",
+        )
+    class_names = _class_folders(train_root or val_root)
+    if unknown := sorted(set(_class_folders(val_root)) - set(class_names)):
+        raise PruneError(f"Folder {val_root} has the class {unknown[0]!r}, which {train_root} lacks.")
+    train = None if train_root is None else _folder_split(train_root, class_names, mode)
+    return Source(train=train, val=_folder_split(val_root, class_names, mode), class_names=class_names)
+
+
+def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
+    """Class folders in timm's order: numbers in names count as numbers, so that 2 comes before 10."""
+    return tuple(sorted((f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."), key=natural_key))
+
+
+def _folder_split(root: Path, class_names: Sequence[str], mode: str) -> FolderSplit:
+    files = tuple(
+        (str(file.relative_to(root)), label)
+        for label, name in enumerate(class_names)
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
+    )
+    if not files:
+        raise PruneError(
+            f"Folder {root} holds no images in class folders.",
+            hint=f"Expected {root}/CLASS/IMAGE with {', '.join(IMG_EXTENSIONS)}.",
+        )
+    return FolderSplit(root=root, files=files, mode=mode)
+
+
+# ---------------------------------------------------------------------------------------------- timm's names
+
+
+def _open_torch(settings: DataSettings, name: str, mode: str) -> Source:
+    root = _dataset_folder(settings)
+    if name in ARRAY_DATASETS:
+        _require_split(settings, settings.train_split, TRAIN_FOLDERS)
+        _require_split(settings, settings.val_split, TRAIN_FOLDERS + VAL_FOLDERS)
+    datasets = []
+    for split in (settings.train_split, settings.val_split):
+        try:
+            datasets.append(create_dataset(f"torch/{name}", root=str(root), split=split, download=False))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise PruneError(
+                f"Data {settings.name} ({split}) is not there, or damaged, below {root}; nothing is downloaded.",
+                hint="Put the official files there, in torchvision's layout.",
+            ) from error
+    names = tuple(map(str, datasets[0].classes))
+    if name in ARRAY_DATASETS:
+        train, val = (_array_split(dataset, mode) for dataset in datasets)
+        return Source(train=train, val=val, class_names=names)
+    return _timm_source(datasets, settings, names, mode)
+
+
+def _require_split(settings: DataSettings, split: str, known: Sequence[str]) -> None:
+    """For any word but ``train`` timm reads the test images, so a misspelt one must not get there."""
+    if split not in known:
+        raise UsageError(f"Data {settings.name} has no split {split!r}.", hint=nearest(split, known))
+
+
+def _open_hub_dataset(settings: DataSettings, mode: str) -> Source:
+    datasets = []
+    for split in (settings.train_split, settings.val_split):
+        try:
+            datasets.append(create_dataset(settings.name, root=settings.dir, split=split, input_img_mode=mode))
+        except ImportError as error:
+            raise UsageError(
+                f"Data {settings.name} needs the package `datasets`.", hint="Run pip install datasets."
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise PruneError(f"Data {settings.name} ({split}) cannot be opened: {reason}.") from error
+    return _timm_source(datasets, settings, tuple(map(str, datasets[0].reader.class_to_idx)), mode)
+
+
+def _dataset_folder(settings: DataSettings) -> Path:
+    if settings.dir is None:
+        raise UsageError(f"Data {settings.name} needs its folder.", hint="Give --data-dir DIR.")
+    folder = Path(settings.dir)
+    if not folder.is_dir():
+        raise UsageError(f"Data folder {folder} does not exist.")
+    return folder
+
+
+def _timm_source(datasets: Sequence[Any], settings: DataSettings, names: tuple[str, ...], mode: str) -> Source:
+    train, val = (
+        TimmSplit(dataset=dataset, title=f"{settings.name} {split}", mode=mode, positions=range(len(dataset)))
+        for dataset, split in zip(datasets, (settings.train_split, settings.val_split), strict=True)
+    )
+    return Source(train=train, val=val, class_names=names)
+
+
+def _array_split(dataset: Any, mode: str) -> ArraySplit:
+    """What torchvision holds in memory; qmnist's labels have more columns, the class is the first."""
+    labels = np.asarray(dataset.targets, dtype=np.int64).reshape(len(dataset), -1)[:, 0]
+    return ArraySplit(pixels=np.asarray(dataset.data), labels=labels, mode=mode)
