@@ -1,0 +1,279 @@
+"""Reports, plans and graphs as text for people: values in, rich renderables out. Nothing is printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from prunecli import wording
+from prunecli.plan import Cost, Plan
+from prunecli.report import Accuracy, LRReport, Report, SpectrumSummary, Stage, TargetResult, VerifyReport
+
+if TYPE_CHECKING:
+    from prunecli.groups import Frozen, Graph
+    from prunecli.stages import Inspection
+
+_NAMES_SHOWN = 3  # of layers in one cell: what 80 columns hold
+
+
+def _table(title: str | None, *columns: str, numeric: Iterable[str] = ()) -> Table:
+    """A table whose ``numeric`` columns are right-aligned and never folded."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    right = set(numeric)
+    for name in columns:
+        if name in right:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    """Cells as plain text: names may hold brackets, which rich would read as markup."""
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def _fields(*pairs: tuple[str, str]) -> Table:
+    """Label and sentence, a pair a line; long sentences fold under their own column."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    for label, sentence in pairs:
+        _row(grid, label, sentence)
+    return grid
+
+
+def _notes(notes: Sequence[str]) -> list[RenderableType]:
+    return [Text(f"! {note}", style="yellow") for note in notes]
+
+
+# ---------------------------------------------------------------------------------------------- a finished run
+
+
+def report_summary(report: Report, folder: Path) -> RenderableType:
+    """The end of a run: dense against final, every stage, target, learning rate, verification, where the report is."""
+    parts: list[RenderableType] = [
+        Text(wording.headline(report)),
+        final_table(report),
+        stages_table(report.stages),
+        _fields(*_outcome(report, folder)),
+        *_notes(report.warnings),
+    ]
+    return Group(*parts)
+
+
+def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    if report.target:
+        lines.append(("target", wording.target_line(report.target)))
+    lines += [(f"recovery {step.name}", step.rule) for step in report.recovery]
+    if report.lr:
+        lines.append(("LR", f"{report.lr.recommended:g}. {report.lr.rule}"))
+    if report.finetune:
+        lines.append(("fine-tuning", _finetuning(report)))
+    if report.verify:
+        lines.append(("verified", _verdict(report.verify)))
+    return [*lines, ("report", str(folder / "report.html")), ("model", str(folder / "model.safetensors"))]
+
+
+def _finetuning(report: Report) -> str:
+    done = report.finetune
+    assert done is not None
+    text = f"{done.epochs} epochs, {done.steps} steps, LR {done.lr:g}, {done.schedule}"
+    if done.best_top1 is None or done.best_epoch is None:
+        return text
+    return (
+        f"{text}; best top-1 {done.best_top1:.2f} % (epoch {done.best_epoch}), last {wording.percent(done.last_top1)}"
+    )
+
+
+def final_table(report: Report) -> Table:
+    """Dense against final, a figure a row."""
+    first, last = wording.ends(report)
+    table = _table(None, "", "dense", "final", "change", numeric=("dense", "final", "change"))
+    for label, before, after in (("top-1", first.top1, last.top1), ("top-5", first.top5, last.top5)):
+        if before is not None or after is not None:
+            _row(table, label, wording.percent(before), wording.percent(after), wording.points(before, after))
+    if first.loss is not None or last.loss is not None:
+        _row(table, "loss", *_before_after(first.loss, last.loss))
+    _add_costs(table, first, last)
+    if first.jsv and last.jsv:
+        _row(table, "mean JSV", *_before_after(first.jsv.mean, last.jsv.mean))
+    return table
+
+
+def _before_after(before: float | None, after: float | None) -> tuple[str, str, str]:
+    """A measured number before, after, and their difference."""
+    change = wording.DASH if before is None or after is None else f"{after - before:+.3g}"
+    return wording.figure(before), wording.figure(after), change
+
+
+def _add_costs(table: Table, before: Cost | Stage, after: Cost | Stage) -> None:
+    """Rows of parameters, multiply-adds and bytes: before, after, change."""
+    params, macs, weights = before.params, before.macs, before.bytes
+    _row(
+        table,
+        "parameters",
+        wording.count(params),
+        wording.count(after.params),
+        wording.relative(params, after.params),
+    )
+    _row(table, "multiply-adds", wording.count(macs), wording.count(after.macs), wording.factor(macs, after.macs))
+    _row(table, "weights", wording.size(weights), wording.size(after.bytes), wording.relative(weights, after.bytes))
+
+
+def stages_table(stages: Sequence[Stage]) -> Table:
+    """Every stage: accuracy, cost, Jacobian singular values, time."""
+    numeric = ("top-1", "params", "MACs", "mean JSV", "condition", "time")
+    table = _table(None, "stage", *numeric, numeric=numeric)
+    table.columns[0].no_wrap = True
+    for stage in stages:
+        jsv = stage.jsv
+        _row(
+            table,
+            wording.STAGE_NAMES[stage.name],
+            wording.percent(stage.top1),
+            wording.count(stage.params),
+            wording.count(stage.macs),
+            wording.figure(jsv.mean if jsv else None),
+            wording.figure(jsv.condition if jsv else None),
+            wording.duration(stage.seconds),
+        )
+    return table
+
+
+def verify_line(run: Path, found: VerifyReport) -> Text:
+    """The verdict on a run folder in one line."""
+    return Text(f"{run}: {_verdict(found)}", style="" if found.ok else "bold red")
+
+
+def _verdict(found: VerifyReport) -> str:
+    difference = f"largest logit difference {found.reload_max_abs_diff:.1e}"
+    classes = "same classes" if found.classes_equal else "another number of classes"
+    return f"{'ok' if found.ok else 'FAILED'}, reloaded in a fresh process: {difference}, {classes}"
+
+
+# ---------------------------------------------------------------------------------------------- plan and graph
+
+
+def plan_table(plan: Plan, target: TargetResult, proof: str, notes: Sequence[str]) -> RenderableType:
+    """A dry run: what would be cut, and what the model would then cost."""
+    groups = _table(None, "group", "kind", "width", "kept", "change", numeric=("width", "kept", "change"))
+    for group in plan.cut_groups:
+        kept = len(group.keep)
+        _row(groups, group.name, group.kind, str(group.width), str(kept), wording.relative(group.width, kept))
+    uncut = len(plan.groups) - len(plan.cut_groups)
+    costs = _table(None, "", "dense", "planned", "change", numeric=("dense", "planned", "change"))
+    _add_costs(costs, plan.base, plan.predicted)
+    fields = _fields(
+        ("target", wording.target_line(target)),
+        (
+            "cut",
+            f"{len(plan.cut_groups)} coupled groups by {plan.criterion}, {plan.ranking} ranking; {uncut} stay whole",
+        ),
+        ("proof", proof),
+    )
+    return Group(Text(f"Plan for {plan.model.name}; nothing has been changed."), groups, costs, fields, *_notes(notes))
+
+
+def inspection(found: Inspection) -> RenderableType:
+    """Coupled groups, frozen axes with their reasons, totals."""
+    graph, cost, count = found.graph, found.source.cost, wording.count
+    shape = " x ".join(str(extent) for extent in found.source.spec.size)
+    totals = _fields(
+        ("model", f"{found.source.ref.name}, input {shape}, {found.source.ref.num_classes} classes"),
+        ("cost", f"{count(cost.params)} parameters, {count(cost.macs)} multiply-adds, {wording.size(cost.bytes)}"),
+        ("prunable", f"{len(graph.groups)} coupled groups, {found.prunable_share:.1%} of the parameters"),
+        ("engine", graph.engine),
+    )
+    parts: list[RenderableType] = [totals, _groups_table(graph)]
+    if graph.frozen:
+        parts.append(_frozen_table(graph.frozen))
+    parts += _notes([f"tied, cut alike: {', '.join(names)}" for names in graph.ties])
+    parts += _notes([f"factors of one width, at most one is cut: {', '.join(names)}" for names in graph.exclusive])
+    if graph.unknown_ops:
+        met = ", ".join(f"{name} ({times}x)" for name, times in sorted(graph.unknown_ops.items()))
+        parts += _notes([f"operators without a rule, their axes stay: {met}"])
+    return Group(*parts)
+
+
+def _groups_table(graph: Graph) -> Table:
+    """One row a group; the kind only where groups differ in it."""
+    several = len({group.kind for group in graph.groups}) > 1
+    columns = ("group", *(["kind"] if several else []), "width", "written by", "read by")
+    table = _table("May be cut", *columns, numeric=("width",))
+    for group in graph.groups:
+        kind = [group.kind] if several else []
+        writes, reads = (wording.listed(group.layers(role), _NAMES_SHOWN) for role in ("out", "in"))
+        _row(table, group.name, *kind, str(group.width), writes, reads)
+    return table
+
+
+def _frozen_table(frozen: Sequence[Frozen]) -> Table:
+    """Axes that stay, one row a reason."""
+    reasons: dict[str, list[Frozen]] = {}
+    for axis in frozen:
+        reasons.setdefault(axis.reason, []).append(axis)
+    table = _table("Stays whole", "why", "axes", "which (width)", numeric=("axes",))
+    for reason, axes in reasons.items():
+        names = [f"{axis.name} ({axis.width})" for axis in axes]
+        _row(table, reason, str(len(axes)), wording.listed(names, _NAMES_SHOWN))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- single commands
+
+
+def spectrum_table(
+    model: str, summary: SpectrumSummary, layers: Mapping[str, Sequence[float]], inputs: str
+) -> RenderableType:
+    """Jacobian summary, and the ends of every layer's weight spectrum (values largest first)."""
+    jacobian = (
+        f"mean {wording.figure(summary.mean, 4)}, std {wording.figure(summary.std, 4)},"
+        f" min {wording.figure(summary.min)}, max {wording.figure(summary.max, 4)},"
+        f" condition {wording.figure(summary.condition)}"
+    )
+    table = _table("Singular values of the weights", "layer", "values", "largest", "mean", "smallest", "condition",
+                   numeric=("values", "largest", "mean", "smallest", "condition"))  # fmt: skip
+    for name, values in layers.items():
+        condition = values[0] / values[-1] if values[-1] > 0 else None
+        figures = (values[0], sum(values) / len(values), values[-1], condition)
+        _row(table, name, str(len(values)), *(wording.figure(value) for value in figures))
+    heading = _fields(
+        ("model", model), ("Jacobian", jacobian), ("measured on", f"{summary.samples} images, {inputs}, eval mode")
+    )
+    return Group(heading, table)
+
+
+def lr_table(found: LRReport) -> RenderableType:
+    """The recommended learning rate, the rule, and what the rule read."""
+    table = _table("Evidence", "measurement", "value")
+    for name, value in wording.evidence_rows(found):
+        _row(table, name, value)
+    return Group(_fields(("LR", f"{found.recommended:g}"), ("why", found.rule)), table)
+
+
+def accuracy_table(model: str, data: str, found: Accuracy, notes: Sequence[str]) -> RenderableType:
+    """Evaluation of one model on one data set."""
+    fields = _fields(
+        ("model", model),
+        ("data", f"{data}, {found.samples} images"),
+        ("top-1", wording.percent(found.top1)),
+        ("top-5", wording.percent(found.top5)),
+        ("loss", wording.figure(found.loss, 4)),
+    )
+    return Group(fields, *_notes(notes))
+
+
+def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
+    """Packaged recipes and what each is for."""
+    table = _table(None, "recipe", "for")
+    for name, purpose in rows:
+        _row(table, name, purpose)
+    return table

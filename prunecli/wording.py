@@ -1,0 +1,143 @@
+"""Numbers and outcomes in words, shared by the terminal and the page: one convention for counts, sizes and changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from prunecli.report import LRReport, Report, Stage, TargetResult
+
+DASH = "-"
+STAGE_NAMES = {"dense": "dense", "pruned": "pruned", "recovered": "recovered", "finetuned": "fine-tuned"}
+
+
+def count(value: float) -> str:
+    """Parameters or multiply-adds at three to four significant digits: ``853.0 k``, ``4.089 G``."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * 0.99995:
+            scaled = value / factor
+            return f"{scaled:.{3 if scaled < 10 else 2 if scaled < 100 else 1}f} {unit}"
+    return f"{value:g}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units, as targets are given: ``3.41 MB``."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:g} B"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A measured number at ``digits`` significant digits, or a dash where there is none; exponents only far from 1."""
+    if value is None:
+        return DASH
+    if not 1 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
+
+
+def percent(value: float | None) -> str:
+    """A percentage (0 to 100) at two decimals, or a dash."""
+    return DASH if value is None else f"{value:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``75 s``, ``12.5 min``, ``3.2 h``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def relative(before: float, after: float) -> str:
+    """Change in per cent of ``before``: ``-49.8 %``."""
+    return DASH if before == 0 else f"{100 * (after / before - 1):+.1f} %"
+
+
+def points(before: float | None, after: float | None) -> str:
+    """Change of a percentage in points: ``-0.59``."""
+    return DASH if before is None or after is None else f"{after - before:+.2f}"
+
+
+def factor(before: float, after: float) -> str:
+    """How many times less: ``1.99x fewer``; a dash where nothing is left to divide by."""
+    return DASH if after == 0 else f"{before / after:.2f}x fewer" if after < before else "unchanged"
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"
+
+
+def metric_value(metric: str, value: float) -> str:
+    """A target's value in its metric's own unit."""
+    if metric == "size":
+        return size(value)
+    if metric in ("macs", "params"):
+        return count(value)
+    return f"{value:.3g}x" if metric == "speedup" else f"{value:.3g}"
+
+
+def target_line(target: TargetResult) -> str:
+    """Asked, reached and reachable in one sentence."""
+    asked, reached, low, high = (
+        metric_value(target.metric, value) for value in (target.asked, target.reached, *target.reachable)
+    )
+    return f"{target.metric}: asked {asked}, reached {reached} (reachable {low} to {high})"
+
+
+def ends(report: Report) -> tuple[Stage, Stage]:
+    """The first and the last stage of a run. Raises ValueError where a report has none."""
+    if not report.stages:
+        raise ValueError("a report needs at least one stage")
+    return report.stages[0], report.stages[-1]
+
+
+def headline(report: Report) -> str:
+    """The result of a run in one sentence."""
+    first, last = ends(report)
+    if last.macs < first.macs or last.params < first.params:
+        result = (
+            f"{report.model} now has {count(last.params)} parameters ({relative(first.params, last.params)})"
+            f" and {count(last.macs)} multiply-adds ({factor(first.macs, last.macs)})"
+        )
+    else:
+        result = f"{report.model} keeps its {count(last.params)} parameters"
+    if last.top1 is None:
+        return f"{result}; its accuracy was not measured."
+    if first.top1 is None or first is last:
+        return f"{result}, at {last.top1:.2f} % top-1."
+    return f"{result}, at {last.top1:.2f} % top-1 (dense {first.top1:.2f} %)."
+
+
+def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
+    """What a learning rate rests on, as label and text; nested values as ``outer inner``."""
+    return [(label.replace("_", " "), _text(value)) for label, value in _leaves("", found.evidence)]
+
+
+def _leaves(label: str, value: object) -> Iterator[tuple[str, object]]:
+    """Every value of a nested structure; an entry of a list goes by its ``name``, else by its place."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{label} {key}".strip(), inner)
+    elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
+        for place, entry in enumerate(value, start=1):
+            inner = dict(entry) if isinstance(entry, Mapping) else entry
+            name = inner.pop("name", place) if isinstance(inner, dict) else place
+            yield from _leaves(f"{label} {name}".strip(), inner)
+    else:
+        yield label, value
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return DASH
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(_text(entry) for entry in value)
+        case _:
+            return str(value)

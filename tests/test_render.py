@@ -1,0 +1,170 @@
+"""Text for people, against golden files (rewrite them with ``python tests/test_render.py`` and read the difference)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sample_report as sample
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+
+from prunecli import render, wording
+from prunecli.groups import Const, Frozen, Graph, Group, Member
+from prunecli.report import Accuracy, TargetResult, VerifyReport
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def text(view: RenderableType, width: int = 100) -> str:
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(view)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def graph() -> Graph:
+    def member(layer: str, dim: int) -> Member:
+        return Member(tensor=f"{layer}.weight", dim=dim, role="out" if dim == 0 else "in")
+
+    groups = (
+        Group(name="stem", kind="channels", width=64, members=(member("stem", 0), member("blocks.0.fc1", 1))),
+        Group(
+            name="blocks.0.attn.heads",
+            kind="heads",
+            width=3,
+            members=tuple(member(f"blocks.{place}.attn.qkv", 0) for place in range(5)),
+        ),
+    )
+    frozen = (
+        Frozen(name="head", width=1000, tensors=("head.weight",), reason="it is the axis of the classes"),
+        Frozen(name="pos_embed", width=197, tensors=("pos_embed",), reason="it counts positions, not channels"),
+        Frozen(name="rel_pos", width=49, tensors=("rel_pos",), reason="it counts positions, not channels"),
+    )
+    return Graph(
+        engine="axes",
+        groups=groups,
+        frozen=frozen,
+        ties=(("stem", "blocks.0.attn.heads"),),
+        exclusive=(),
+        tensors={"stem.weight": (Const(64),)},
+        ops=(),
+        folds=(),
+        solve=lambda kept: (),
+        unknown_ops={"aten.frobnicate": 2},
+    )
+
+
+def views() -> dict[str, RenderableType]:
+    report = sample.report()
+    inspected = SimpleNamespace(
+        graph=graph(),
+        prunable_share=0.834,
+        source=SimpleNamespace(
+            cost=sample.DENSE,
+            ref=sample.plan().model,
+            spec=SimpleNamespace(size=(3, 32, 32)),
+        ),
+    )
+    proof = "pruned net equals silenced dense net to 3.1e-15 (relative, float64)"
+    layers = {layer.name: layer.sv_before for layer in report.layers[:3]} | {"dead": (2.0, 0.0)}
+    assert report.target
+    assert report.lr
+    assert report.verify
+    return {
+        "report": render.report_summary(report, Path("runs/cifar_resnet20-1")),
+        "plan": render.plan_table(sample.plan(), report.target, proof, ("[b]rounded[/b] up to 8",)),
+        "inspect": render.inspection(inspected),  # type: ignore[arg-type]
+        "spectrum": render.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
+        "lr": render.lr_table(report.lr),
+        "verify": render.verify_line(Path("runs/a"), report.verify),
+        "eval": render.accuracy_table(
+            "cifar_resnet20", "digits", Accuracy(top1=91.504, top5=None, loss=0.3124, samples=360), ("EMA weights",)
+        ),
+        "recipes": render.recipe_list([("quickstart", "digits in two minutes"), ("papers/tpp_resnet56", "")]),
+    }
+
+
+@pytest.mark.parametrize("name", ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes"])
+def test_golden_text(name):
+    assert text(views()[name]) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes"])
+def test_eighty_columns_hold_every_number(name):
+    """No line overflows, and nothing but long names and sentences is folded: all figures survive in one piece."""
+    narrow, wide = text(views()[name], 80), text(views()[name], 160)
+    assert max(cell_len(line) for line in narrow.splitlines()) <= 80
+    numbers = {word for word in wide.split() if word.replace(".", "").replace("-", "").isdigit()}
+    assert numbers <= set(narrow.split())
+    assert "…" not in narrow
+
+
+def test_a_run_without_data_or_target_or_spectrum():
+    bare = sample.stages()[1].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
+    dense = sample.stages()[0].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
+    report = sample.report(stages=(dense, bare), target=None, lr=None, finetune=None, verify=None, recovery=())
+    shown = text(render.report_summary(report, Path("runs/a")), 200)
+    assert "its accuracy was not measured" in shown
+    assert "top-1" not in shown.split("stage")[0]
+    assert "runs/a/report.html" in shown
+    assert "target" not in shown
+
+
+def test_a_failed_verification_says_so():
+    failed = VerifyReport(reload_max_abs_diff=0.5, classes_equal=False, ok=False)
+    shown = text(render.verify_line(Path("runs/a"), failed), 200)
+    assert "FAILED" in shown
+    assert "5.0e-01" in shown
+    assert "another number of classes" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0"), (999, "999"), (1000, "1.000 k"), (853_018, "853.0 k"), (999_990, "1.000 M"), (4.0891e9, "4.089 G")],
+)
+def test_counts(value, expected):
+    assert wording.count(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (2034.4, "2034"),
+        (16.24, "16.2"),
+        (3.0, "3.00"),
+        (0.00123, "0.00123"),
+        (2.5e7, "2.5e+07"),
+    ],
+)
+def test_figures(value, expected):
+    assert wording.figure(value) == expected
+
+
+def test_sizes_durations_and_changes():
+    assert [wording.size(n) for n in (12, 3_412_000, 2.1e9)] == ["12 B", "3.41 MB", "2.10 GB"]
+    assert [wording.duration(s) for s in (0.44, 119, 750, 11_520)] == ["0.4 s", "119.0 s", "12.5 min", "3.2 h"]
+    assert wording.relative(200, 100) == "-50.0 %"
+    assert wording.relative(0, 1) == "-"
+    assert wording.factor(200, 100) == "2.00x fewer"
+    assert wording.factor(100, 100) == "unchanged"
+    assert wording.points(91.5, 89.92) == "-1.58"
+
+
+def test_targets_speak_their_own_unit():
+    def line(metric: str, asked: float) -> str:
+        return wording.target_line(TargetResult(metric=metric, asked=asked, reached=asked, reachable=(asked, asked)))
+
+    assert line("size", 2e7).startswith("size: asked 20.00 MB")
+    assert line("speedup", 2.0).startswith("speedup: asked 2x")
+    assert line("ratio", 0.3).startswith("ratio: asked 0.3,")
+    assert line("params", 1e7).startswith("params: asked 10.00 M")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for view_name, view in views().items():
+        (GOLDEN / f"{view_name}.txt").write_text(text(view), encoding="utf-8")
