@@ -6,11 +6,10 @@ moment leaves a whole one. Random state needs no bytes: the loop's random number
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -121,12 +120,3 @@ def restore_optimizer_(optimizer: Optimizer, model: nn.Module, tensors: Mapping[
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # noqa: PLW2901
         state.setdefault(index[id(parameter)], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, types and bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors:
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()

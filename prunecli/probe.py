@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError
-from prunecli.evaluation import evaluate
+from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.objective import build_objective
 from prunecli.recipe import DistillSettings, FinetuneSettings
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
@@ -43,7 +43,9 @@ def probe_loss(
 
     Both parts come from the calibration images, a quarter of them (at most 512) held out; the validation split is never
     touched, nor is ``model``. Small sets are gone through again in another order. Distillation and the weight average
-    are left out: the trial compares starting points, and it is too short for either.
+    are left out: the trial compares starting points, and it is too short for either. After the steps BatchNorm
+    statistics are re-estimated on the trial's own images, since a running average still lags behind the weights by then
+    and would decide the outcome (training itself never reads it, so it is no property of a starting point).
 
     Args:
         model: the starting point.
@@ -79,7 +81,9 @@ def probe_loss(
                 seed=seed,
                 make_objective=lambda _: build_objective(plain, num_classes=images.num_classes, teacher=None),
             )
-            losses = _train(trainer, inputs[held:], labels[held:], batch_size=batch_size, seed=seed)
+            losses = _train(
+                trainer, inputs[held:], labels[held:], batch_size=min(batch_size, len(labels) - held), seed=seed
+            )
         judged = zip(torch.split(inputs[:held], batch_size), torch.split(labels[:held], batch_size), strict=True)
         accuracy = evaluate(trial, judged, device=device)
     return ProbeResult(
@@ -90,12 +94,14 @@ def probe_loss(
 
 
 def _train(trainer: Trainer, inputs: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> list[float]:
-    """Loss of every step of the one epoch."""
-    batches = _orders(len(labels), min(batch_size, len(labels)), seed=seed)
+    """Loss of every step of the one epoch; BatchNorm statistics are re-estimated after the last."""
+    batches = _orders(len(labels), batch_size, seed=seed)
     losses = []
     for step in range(trainer.steps_per_epoch):
         rows = next(batches)
         losses.append(trainer.step_(inputs[rows], labels[rows], epoch=0, step=step)[0])
+    full = inputs[: len(inputs) - len(inputs) % batch_size]
+    recalibrate_bn_(trainer.model, torch.split(full, batch_size), device=trainer.device)
     values: list[float] = torch.stack(losses).double().tolist()
     return values
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from prunecli import checkpoint
@@ -26,6 +26,7 @@ from prunecli.report import Accuracy, FinetuneReport
 from prunecli.schedule import optimizer_name
 from prunecli.stopping import Stopped, stop_requests, until
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.zoo import state_digest
 
 __all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]
 
@@ -119,7 +120,7 @@ class _Finetuning:
         self.epochs, self.folder, self.stop, self.emit = epochs, folder, stop, emit
         self.progress = Progress(job=job)
         self.best: dict[str, Tensor] = {}  # on the CPU; kept only where the best epoch is exported
-        self.start = checkpoint.digest(_trainable(trainer.model))
+        self.start = state_digest(_trainable(trainer.model))
 
     def train_all(self) -> None:
         self._resume()
@@ -166,7 +167,7 @@ class _Finetuning:
     def _close_epoch(self) -> None:
         """Validate and enter the epoch in the history."""
         epoch, lr = self.progress.epoch + 1, self._lr
-        if epoch == 1 and checkpoint.digest(_trainable(self.trainer.model)) == self.start:
+        if epoch == 1 and state_digest(_trainable(self.trainer.model)) == self.start:
             raise PruneError(f"Epoch 1 at learning rate {lr:g} changed no parameter; nothing is being fine-tuned.")
         began = time.monotonic()
         accuracy = self._validated()
@@ -204,6 +205,8 @@ class _Finetuning:
             model.load_state_dict(self.best)
         elif self.trainer.ema is not None:
             model.load_state_dict(self.trainer.ema.module.state_dict())
+        if self.trainer.accelerator.num_processes > 1:  # BatchNorm statistics are each process's own
+            model.load_state_dict(broadcast(model.state_dict()))
         history = self.progress.history
         best = _best(history)
         return FinetuneReport(
@@ -229,7 +232,7 @@ class _Finetuning:
         if not all(bool(tensor.isfinite().all()) for tensor in trainer.model.parameters()):
             raise self._diverged("A weight is not finite", self._lr)
         tensors = named("model", trainer.model.state_dict())
-        tensors |= named("optimizer", checkpoint.optimizer_tensors(trainer.schedule.optimizer, trainer.model))
+        tensors |= named("optimizer", checkpoint.optimizer_tensors(trainer.optimizer, trainer.model))
         tensors |= named("best", self.best)
         if trainer.ema is not None:
             tensors |= named("ema", trainer.ema.module.state_dict())
@@ -243,7 +246,7 @@ class _Finetuning:
         self.progress, tensors = found
         trainer, part = self.trainer, checkpoint.unprefixed
         trainer.model.load_state_dict(part("model", tensors))
-        checkpoint.restore_optimizer_(trainer.schedule.optimizer, trainer.model, part("optimizer", tensors))
+        checkpoint.restore_optimizer_(trainer.optimizer, trainer.model, part("optimizer", tensors))
         self.best = part("best", tensors)
         if trainer.ema is not None:
             trainer.ema.module.load_state_dict(part("ema", tensors))
@@ -298,8 +301,8 @@ def _job(
         "seed": seed,
         "steps_per_epoch": images.steps_per_epoch,
         "num_classes": images.num_classes,
-        "weights": checkpoint.digest(model.state_dict().items()),
-        "teacher": checkpoint.digest(teacher.state_dict().items()) if teacher and settings.distill.alpha > 0 else None,
+        "weights": state_digest(model.state_dict()),
+        "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.alpha > 0 else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -308,8 +311,8 @@ def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None
     return None if teacher is None else teacher.to(device).eval()
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _best(history: Iterable[Mapping[str, float]]) -> Mapping[str, float]:

@@ -19,6 +19,7 @@ from accelerate.state import is_initialized
 from accelerate.utils import DataLoaderConfiguration
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from prunecli.errors import PruneError
@@ -57,7 +58,7 @@ class Trainer:
 
     model: nn.Module
     shell: nn.Module
-    optimizer: Any
+    optimizer: Optimizer
     schedule: Schedule
     objective: Objective
     ema: ModelEmaV3 | None
@@ -96,7 +97,7 @@ class Trainer:
         """
         total = epoch * self.steps_per_epoch + step
         lr = self.schedule.set_(total)
-        _seed_(self.seed, epoch, step, self.accelerator.process_index)
+        _seed_(self.seed, epoch, step, self.accelerator.process_index, self.device)
         layout = torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=layout)
         labels = labels.to(self.device, non_blocking=True)
@@ -151,7 +152,7 @@ def build_trainer(
     return Trainer(
         model=model,
         shell=accelerator.prepare_model(_Shell(model)),
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=optimizer,
         schedule=build_schedule(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, epochs=epochs),
         objective=make_objective(device),
         ema=ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None,
@@ -178,9 +179,11 @@ def _wants_channels_last(model: nn.Module, settings: FinetuneSettings, device: t
     return settings.channels_last == "on"
 
 
-def _seed_(seed: int, epoch: int, step: int, process: int) -> None:
+def _seed_(seed: int, epoch: int, step: int, process: int, device: torch.device) -> None:
     word = int(np.random.SeedSequence((seed, epoch, step, process)).generate_state(1)[0])
-    torch.manual_seed(word)
+    torch.default_generator.manual_seed(word)  # torch.manual_seed also asks every absent accelerator, 1 ms each time
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(word)
     np.random.seed(word)  # noqa: NPY002 - timm's Mixup draws from numpy's global generator
     random.seed(word)
 

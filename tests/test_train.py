@@ -470,6 +470,13 @@ def test_probe_is_judged_on_images_it_did_not_train_on() -> None:
     assert result.train_loss < result.val_loss
 
 
+def test_running_statistics_do_not_decide_a_probe() -> None:
+    model, shifted = toy_net(), toy_net()
+    shifted[1].running_mean.fill_(5.0)
+    assert probe(model, ToyImages(), steps=5) == probe(shifted, ToyImages(), steps=5)
+    assert probe(model, ToyImages(), steps=0) != probe(shifted, ToyImages(), steps=0)
+
+
 def test_a_diverging_probe_is_infinitely_bad() -> None:
     result = probe(toy_net(), ToyImages(), steps=5, lr=1e30)
     assert result.val_loss == float("inf")

@@ -45,8 +45,11 @@ class ToyImages:
 
     def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(epoch))
-        batches = list(order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size).tolist())
-        return DataLoader(_Deadly(self.train, self.kill_at, epoch, batches), batch_sampler=batches[skip_batches:])
+        order = order[: self.steps_per_epoch * self.batch_size]
+        step = -1 if self.kill_at is None else self.kill_at - epoch * self.steps_per_epoch
+        fatal = int(order[step * self.batch_size]) if 0 <= step < self.steps_per_epoch else None
+        left = order[skip_batches * self.batch_size :].tolist()
+        return DataLoader(_Deadly(self.train, fatal), sampler=left, batch_size=self.batch_size)
 
     def val_loader(self) -> DataLoader[Any]:
         self.val_loads += 1
@@ -58,17 +61,16 @@ class ToyImages:
 
 
 class _Deadly(torch.utils.data.Dataset[Any]):
-    """Kills the process, as kill -9 would, when the batch of global step ``kill_at`` is fetched."""
+    """Kills the process, as kill -9 would, when the image ``fatal`` is read."""
 
-    def __init__(self, data: TensorDataset, kill_at: int | None, epoch: int, batches: list[list[int]]) -> None:
-        self.data = data
-        step = -1 if kill_at is None else kill_at - epoch * len(batches)
-        self.fatal = batches[step][0] if 0 <= step < len(batches) else None
+    def __init__(self, data: torch.utils.data.Dataset[Any], fatal: int | None) -> None:
+        self.data, self.fatal = data, fatal
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         if index == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.data[index]
+        item: tuple[Tensor, ...] = self.data[index]
+        return item
 
 
 def toy_net(*, dropout: float = 0.2) -> nn.Sequential:
