@@ -68,6 +68,12 @@ class Job:
         self.folder.log(event, **values)
         self.notify({"event": event, **values})
 
+    def relay(self, event: dict[str, Any]) -> None:
+        """Pass on an event of the training loop; single steps are shown and not logged."""
+        if event["event"] != "step":
+            self.folder.log(**event)
+        self.notify(event)
+
     def save(self, progress: Progress) -> None:
         """Make the progress of a finished stage durable."""
         self.progress = progress

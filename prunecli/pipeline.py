@@ -148,7 +148,7 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
         seed=job.recipe.seed,
         folder=job.folder.checkpoints / "finetune",
         teacher=job.source.model if job.recipe.finetune.distill.alpha else None,
-        on_event=job.notify,
+        on_event=job.relay,
     )
     stage, values = measured_stage(job, "finetuned", model, began)
     write_tensors(weights, model.state_dict())
