@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunecli.axes.ints import TracedInt, untraced
 from prunecli.axes.record import Record
+from prunecli.axes.rules.registry import words
 from prunecli.axes.terms import Atom, MisfitError, blocks, find, freeze, is_frozen
 
 Args = Sequence[Any]
@@ -22,8 +23,9 @@ Kwargs = Mapping[str, Any]
 Handler = Callable[[Record, Args, Kwargs, Any], None]
 
 #: Calls whose ints are read by the rule of their operator, from `Record.request`.
-READ_BY_RULE = frozenset(
-    ["pad", "expand", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
+READ_BY_RULE = words(
+    "pad expand zeros ones empty full new_zeros new_ones new_empty new_full",
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
 )
 
 
@@ -49,7 +51,7 @@ def _equate(record: Record, size: int, parts: Sequence[Atom]) -> None:
         record.equate(size, parts)
 
 
-def _view_as(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
+def _view_as(record: Record, args: Args, _kwargs: Kwargs, out: Any) -> None:
     record.same_size(out, args[1])
 
 
@@ -83,13 +85,13 @@ def _chunk(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
         record.equal_sizes(parts[0], record.dims(other)[at])
 
 
-def _narrow(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
+def _narrow(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
     dim = untraced(_argument(args, kwargs, 1, "dim"))
     start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
     _sliced(record, args[0], dim, start, start + length)
 
 
-def _getitem(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
+def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if any(isinstance(i, Tensor | list) for i in index):
         return
@@ -128,7 +130,7 @@ def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: in
         record.equate(stop, [before, inside])
 
 
-def _norm(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
+def _norm(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
     shape = _argument(args, kwargs, 1, "normalized_shape")
     for size, dim in zip(shape, record.dims(args[0])[-len(shape) :], strict=True):
         _equate(record, size, [dim])
@@ -151,6 +153,15 @@ HANDLERS: dict[str, Handler] = {
 }
 
 #: Functions written in Python whose body calls operators with sizes it takes from shapes alone.
-TRANSPARENT = frozenset(
-    ["linear", "dropout", "dropout1d", "dropout2d", "dropout3d", "relu", "relu6", "gelu", "silu", "softmax", "log_softmax", "gumbel_softmax", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "selu", "celu", "mish", "sigmoid", "tanh", "softplus", "softsign", "prelu", "glu", "threshold", "rrelu", "batch_norm", "instance_norm", "group_norm", "normalize", "interpolate", "upsample", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "boolean_dispatch", "fn", "max_pool2d", "max_pool1d", "max_pool2d_with_indices", "avg_pool2d", "einsum", "norm", "meshgrid", "embedding", "unfold", "fold", "feature_alpha_dropout", "alpha_dropout", "logsigmoid", "tanhshrink", "softmin", "lp_pool2d", "cdist", "__rsub__", "__rdiv__", "__rtruediv__", "__rpow__", "__pow__", "__contains__", "__len__", "__iter__", "broadcast_tensors", "cosine_similarity", "__hash__", "is_shared", "dim_order", "tensor_split", "unbind", "atleast_1d", "atleast_2d", "atleast_3d", "block_diag", "pad", "_assert", "grid_sample", "affine_grid", "stft", "unique"]
+TRANSPARENT = words(
+    "linear einsum embedding glu prelu threshold batch_norm instance_norm group_norm normalize norm",
+    "relu relu6 gelu silu selu elu celu rrelu mish leaky_relu hardswish hardsigmoid hardtanh hardshrink sigmoid tanh",
+    "softplus softsign softshrink softmax softmin log_softmax gumbel_softmax logsigmoid tanhshrink",
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout",
+    "interpolate upsample unfold fold grid_sample affine_grid lp_pool2d cdist cosine_similarity",
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool2d_with_indices",
+    "max_pool1d max_pool2d max_pool2d_with_indices avg_pool2d boolean_dispatch fn",
+    "meshgrid broadcast_tensors atleast_1d atleast_2d atleast_3d tensor_split unbind",
+    "__rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __contains__ __len__ __iter__ __hash__",
+    "is_shared dim_order _assert",
 )

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record
+from prunecli.axes.record import Call, Made, Record
+from prunecli.axes.rules.registry import words
 
 _Step = Callable[[Tensor], Tensor]
 
-_IDENTITY = frozenset({"clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "native_dropout"})
-_LAYOUT = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "squeeze", "unsqueeze", "expand", "select", "slice", "unbind", "split", "split_with_sizes", "chunk"]
+_IDENTITY = words("clone detach alias contiguous _to_copy lift_fresh native_dropout")
+_LAYOUT = words(
+    "view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand select slice unbind",
+    "split split_with_sizes chunk",
 )
 
 
@@ -56,24 +57,30 @@ def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
     made = record.made(tensor)
     if made is None:
         raise UnknownQueryError("the query is no output of a layer")
+    if any(tensor is source for source in made.call.inputs):
+        raise UnknownQueryError(f"the query is overwritten by {made.call.name!r}")
+    sources = _linear_sources(record, made, tensor.shape)
+    if sources is None:
+        return _affine_rows(record, made.call, path)
+    return [rows for source, step in sources for rows in _walk(record, source, [step, *path])]
+
+
+def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple[Tensor, _Step]] | None:
+    """The tensors a linear operator's output is linear in, each with its way there; None for any other operator."""
     call = made.call
-    if any(tensor is source for source in call.inputs):
-        raise UnknownQueryError(f"the query is overwritten by {call.name!r}")
     if call.name in _IDENTITY:
-        return _walk(record, call.args[0], path)
+        return [(call.args[0], lambda index: index)]
     if call.name in _LAYOUT:
-        return _walk(record, call.args[0], [_replay(call, made.position), *path])
+        return [(call.args[0], _replay(call, made.position))]
     if call.name in {"mul", "div", "neg"}:
-        return _walk(record, _scaled_operand(record, call), [_expanded(tensor.shape), *path])
+        return [(_scaled_operand(record, call), _expanded(shape))]
     if call.name in {"add", "sub"}:
         if not all(isinstance(part, Tensor) for part in call.args[:2]):
             raise UnknownQueryError("a number is added to the query")
-        step = _expanded(tensor.shape)
-        return [rows for part in call.args[:2] for rows in _walk(record, part, [step, *path])]
+        return [(part, _expanded(shape)) for part in call.args[:2]]
     if call.name in {"cat", "stack"}:
-        parts = call.args[0]
-        return [rows for i in range(len(parts)) for rows in _walk(record, parts[i], [_embedded(call, i), *path])]
-    return _affine_rows(record, call, path)
+        return [(part, _embedded(call, i)) for i, part in enumerate(call.args[0])]
+    return None
 
 
 def _replay(call: Call, position: int) -> _Step:

@@ -201,7 +201,7 @@ class TracedInt(int):
     def __divmod__(self, other: int) -> tuple[int, int]:
         return self // other, self % other
 
-    def __round__(self, digits: SupportsIndex | None = None) -> int:  # type: ignore[override]
+    def __round__(self, digits: SupportsIndex | None = None) -> int:
         return self.pinned()
 
 
@@ -252,6 +252,7 @@ def untraced(value: Any, *, pin: bool = False) -> Any:
     """``value`` with plain ints in place of traced ones, in tuples, lists, dicts and slices too.
 
     Args:
+        value: any argument of a torch call.
         pin: record each traced int found as one that must keep its value.
     """
     match value:

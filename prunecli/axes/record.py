@@ -1,4 +1,4 @@
-"""The record of one trace: a value per tensor, equations, operator costs, attention calls. Filled by rules and calls."""
+"""The record of one trace: a value per tensor, equations, costs, attention calls. Rules and calls fill it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunecli.axes.ints import Attribute, Expression, Extent, Ledger, TracedInt
 from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
+from prunecli.groups import Role
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
 KERNEL = "it is a kernel axis"
@@ -87,7 +88,7 @@ class WeightUse:
     """A parameter used as the weight of a contraction: dims (or, where it was reworked first, terms) in and out."""
 
     tensor: str
-    dims: Mapping[int, str] | None
+    dims: Mapping[int, Role] | None
     produced: tuple[Atom, ...]
     contracted: tuple[Atom, ...]
 
@@ -288,10 +289,11 @@ class Record:
         if value.data:
             return
         for source in value.sources:
-            dims = None
+            dims: dict[int, Role] | None = None
             if value.origin is not None and value.origin[0] == source:
                 at = value.origin[1]
-                dims = {at[d]: "out" for d in produced} | {at[d]: "in" for d in contracted if d not in produced}
+                dims = {at[d]: "in" for d in contracted}
+                dims.update((at[d], "out") for d in produced)
             self.weights.append(
                 WeightUse(
                     tensor=source,

@@ -23,6 +23,7 @@ from prunecli.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
 from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
 from prunecli.axes.rules import apply_rule, layer_norm, sdpa
+from prunecli.axes.rules.registry import words
 from prunecli.errors import UnsupportedError
 
 INPUT = "it is an axis of the network's input"
@@ -30,8 +31,9 @@ OUTPUT = "it is an axis of the network's output (classes)"
 
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 #: Operators that say nothing about axes.
-_SILENT_OPERATORS = frozenset(
-    ["device", "_local_scalar_dense", "item", "is_contiguous", "sym_size", "sym_numel", "sym_stride", "set_", "is_same_size", "_assert_async", "equal", "is_pinned", "_assert_tensor_metadata"]
+_SILENT_OPERATORS = words(
+    "device _local_scalar_dense item is_contiguous is_pinned sym_size sym_numel sym_stride set_ is_same_size equal",
+    "_assert_async _assert_tensor_metadata",
 )
 #: Calls recorded as one, whatever they are made of on this device and torch version.
 _WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
@@ -43,7 +45,7 @@ class _Operators(TorchDispatchMode):
     """Applies the rule of every aten operator."""
 
     def __init__(self, record: Record) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.paused = False
 
@@ -51,7 +53,7 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.split("::")[1]
+        name = func.overloadpacket.__name__
         self.record.operator = name
         out = func(*args, **kwargs)
         if self.paused or name in _SILENT_OPERATORS or not tensors_in(out):
@@ -171,6 +173,17 @@ def _traced(record: Record, attribute: Attribute, value: int) -> TracedInt:
     return TracedInt.of(value, attribute, record.ledger)
 
 
+def _prefer_fused_attention(model: nn.Module) -> None:
+    """Trace the fused path of attention modules that have the choice (timm's ``fused_attn`` switch).
+
+    That path needs more care (its scale follows the head width), and what keeps it true keeps the other one true.
+    Which path a module takes depends on the machine it is built on, so the cut has to be right for both.
+    """
+    for module in model.modules():
+        if vars(module).get("fused_attn") is False:
+            module.__dict__["fused_attn"] = True
+
+
 def _watch_features(model: nn.Module, record: Record) -> None:
     """Keep what ``forward_features`` returns, where the model has that method."""
     method = getattr(model, "forward_features", None)
@@ -186,7 +199,7 @@ def _watch_features(model: nn.Module, record: Record) -> None:
 
 
 def _values_of(record: Record, tensors: Any) -> list[Value]:
-    with torch._C.DisableTorchFunction():  # the record reads shapes; these reads are no part of the program
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 - shapes read by the record are no part of the program
         return [record.value(t) for t in tensors_in(tensors)]
 
 
@@ -201,7 +214,7 @@ def _module_stack(model: nn.Module, record: Record) -> Iterator[None]:
         if not call.inputs:
             call.inputs = _values_of(record, inputs)
 
-    def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def leave(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
         call = record.module_calls[record.module]
         if not call.outputs:
             call.outputs = _values_of(record, outputs)
@@ -232,6 +245,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
         model.eval()
         _trace_attributes(model, record)
         _watch_features(model, record)
+        _prefer_fused_attention(model)
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         image = torch.empty(1, *input_size, dtype=first.dtype, device=first.device)

@@ -1,0 +1,128 @@
+"""Operators that only move entries: views, transpositions, broadcasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from prunecli.axes.record import Call, Record, Value
+from prunecli.axes.rules.registry import rule, wrap
+from prunecli.axes.terms import Atom, MisfitError, find, leaves, merge_frozen_runs, product, take
+
+ONE_LENGTH = "it is broadcast to a length that no module attribute gives"
+
+
+@rule("view", "_unsafe_view", "_reshape_alias", "reshape")
+def _view(record: Record, call: Call) -> None:
+    source, out = call.args[0], call.out
+    value = record.value(source)
+    queue = merge_frozen_runs([factor for dim in value.dims for factor in _open(dim)])
+    dims: list[Atom] = []
+    try:
+        dims.extend(product(take(queue, size)) for size in out.shape)
+    except MisfitError as misfit:
+        reason = f"{record.place} reshapes it where its parts do not line up ({misfit})"
+        record.freeze([*value.dims, *dims], reason)
+        dims += [Atom(size, reason) for size in out.shape[len(dims) :]]
+    record.put(out, dims, _regrouped_silence(value, dims), origin=_viewed_origin(value, source, out))
+
+
+def _open(dim: Atom) -> list[Atom]:
+    dim = find(dim)
+    return [factor for kid in dim.kids for factor in _open(kid)] if dim.form == "product" else [dim]
+
+
+def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    """A view that only drops or adds size-1 dimensions at the end keeps the origin (a 1x1 kernel used by a matmul)."""
+    rank = min(source.dim(), out.dim())
+    same = source.shape[:rank] == out.shape[:rank]
+    if value.origin is None or not same or out.dim() > source.dim():
+        return None
+    return value.origin[0], value.origin[1][:rank]
+
+
+def _regrouped_silence(value: Value, dims: Sequence[Atom]) -> list[bool]:
+    """Silence of regrouped dimensions: each axis keeps what it had."""
+    loud = {leaf for dim, silent in zip(value.dims, value.silent, strict=True) if not silent for leaf in leaves(dim)}
+    return [all(leaf.reason is not None or leaf not in loud for leaf in leaves(dim)) for dim in dims]
+
+
+def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
+    value = record.value(call.args[0])
+    origin = value.origin and (value.origin[0], tuple(value.origin[1][d] for d in order))
+    record.put(call.out, [value.dims[d] for d in order], [value.silent[d] for d in order], origin=origin)
+
+
+@rule("t", "numpy_T")
+def _t(record: Record, call: Call) -> None:
+    _reordered(record, call, list(range(call.args[0].dim()))[::-1])
+
+
+@rule("transpose", "swapaxes")
+def _transpose(record: Record, call: Call) -> None:
+    order = list(range(call.args[0].dim()))
+    first, second = call.args[1:3]
+    order[first], order[second] = order[second], order[first]
+    _reordered(record, call, order)
+
+
+@rule("permute")
+def _permute(record: Record, call: Call) -> None:
+    _reordered(record, call, call.args[1])
+
+
+@rule("squeeze")
+def _squeeze(record: Record, call: Call) -> None:
+    shape = call.args[0].shape
+    dropped = {d for d in wrap(call.get(1, "dim"), len(shape)) if shape[d] == 1}
+    _reordered(record, call, [d for d in range(len(shape)) if d not in dropped])
+
+
+@rule("unsqueeze")
+def _unsqueeze(record: Record, call: Call) -> None:
+    value = record.value(call.args[0])
+    at = call.args[1] % (len(value.dims) + 1)
+    record.put(call.out, [*value.dims[:at], Atom(1), *value.dims[at:]], [*value.silent[:at], False, *value.silent[at:]])
+
+
+@rule("expand")
+def _expand(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    new = out.dim() - len(value.dims)
+    name, args, _ = record.request
+    asked = flat_sizes(args[1:]) if name == "expand" else None
+    dims, silent = [], []
+    for d, size in enumerate(out.shape):
+        if d >= new and call.args[0].shape[d - new] == size:
+            dims.append(value.dims[d - new])
+            silent.append(value.silent[d - new])
+        else:
+            dims.append(record.sized(asked[d]) if asked and len(asked) == out.dim() else Atom(size, ONE_LENGTH))
+            silent.append(False)
+    record.put(out, dims, silent)
+
+
+def flat_sizes(args: Sequence[Any]) -> list[int]:
+    """``f(*sizes)`` or ``f(sizes)`` as a list."""
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else list(args)
+
+
+@rule("repeat")
+def _repeat(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    new = out.dim() - len(value.dims)
+    dims, silent = [], []
+    for d, times in enumerate(call.args[1]):
+        copies = Atom(times, f"{record.place} repeats the tensor along it")
+        dims.append(product([copies, value.dims[d - new]]) if d >= new else copies)
+        silent.append(d >= new and value.silent[d - new])
+    record.put(out, dims, silent)
+
+
+@rule("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout")
+def _same(record: Record, call: Call) -> None:
+    value = record.value(call.args[0])
+    for out in call.outputs:
+        record.put(out, value.dims, value.silent, origin=value.origin)

@@ -1,0 +1,58 @@
+"""Operators over feature-map positions: pooling, resizing, pixel shuffle."""
+
+from __future__ import annotations
+
+import math
+
+from prunecli.axes.record import KERNEL, Call, Record
+from prunecli.axes.rules.registry import SPATIAL, rows, rule
+from prunecli.axes.terms import Atom, freeze, product
+
+
+@rule("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d")
+@rule("adaptive_max_pool2d", "mkldnn_adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
+@rule("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d")
+@rule("reflection_pad2d", "replication_pad2d")
+def _over_planes(record: Record, call: Call) -> None:
+    _over_space(record, call, 2)
+
+
+@rule("avg_pool1d", "adaptive_avg_pool1d", "max_pool1d", "upsample_nearest1d", "upsample_linear1d")
+def _over_lines(record: Record, call: Call) -> None:
+    _over_space(record, call, 1)
+
+
+def _over_space(record: Record, call: Call, rank: int) -> None:
+    value = record.value(call.args[0])
+    record.freeze(value.dims[-rank:], SPATIAL)
+    for out in call.outputs:
+        spatial = [Atom(size, SPATIAL) for size in out.shape[-rank:]]
+        record.put(out, [*value.dims[:-rank], *spatial], [*value.silent[:-rank], *[False] * rank])
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    channels, inside = rows(record, value.dims[-3], out.shape[-3])
+    freeze(inside, SPATIAL)
+    record.freeze(value.dims[-2:], SPATIAL)
+    spatial = [Atom(size, SPATIAL) for size in out.shape[-2:]]
+    record.put(out, [*value.dims[:-3], channels, *spatial], [*value.silent[:-3], value.silent[-3], False, False])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    record.freeze(value.dims[-2:], SPATIAL)
+    channels = product([value.dims[-3], Atom(call.args[1] ** 2, SPATIAL)])
+    spatial = [Atom(size, SPATIAL) for size in out.shape[-2:]]
+    record.put(out, [*value.dims[:-3], channels, *spatial], [*value.silent[:-3], value.silent[-3], False, False])
+
+
+@rule("im2col")
+def _im2col(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    record.freeze(value.dims[-2:], SPATIAL)
+    channels = product([value.dims[-3], Atom(math.prod(call.args[1]), KERNEL)])
+    silent = [*value.silent[:-3], value.silent[-3], False]
+    record.put(out, [*value.dims[:-3], channels, Atom(out.shape[-1], SPATIAL)], silent)

@@ -1,0 +1,527 @@
+"""Small networks for the axis engine: one block per mechanism, to be stacked at random or looked at alone.
+
+Every block maps [B, C, H, W] to [B, C', H, W] with ``block.out_chs == C'``; sizes that must follow a cut are attributes,
+as in real code. Some blocks are traps: a cut of their axes would change the output, so they have to be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, width, 3, padding=1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x))
+
+
+class ConvNormAct(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn(self.conv(x)))
+
+
+class GroupedBottleneck(nn.Module):
+    """ResNeXt: 1x1, grouped 3x3, 1x1."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(chs, 8, 1)
+        self.conv2 = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.conv3 = nn.Conv2d(12, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+
+
+class Inverted(nn.Module):
+    """MobileNet: expand, depthwise, squeeze-and-excite, project, add."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(chs, 2 * width, 1)
+        self.bn = nn.BatchNorm2d(2 * width)
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        self.reduce = nn.Conv2d(2 * width, 4, 1)
+        self.widen = nn.Conv2d(4, 2 * width, 1)
+        self.project = nn.Conv2d(2 * width, chs, 1)
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.depthwise(F.hardswish(self.bn(self.expand(x)))))
+        gate = F.hardsigmoid(self.widen(F.relu(self.reduce(y.mean((2, 3), keepdim=True)))))
+        return x + self.project(y * gate)
+
+
+class Residual(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(chs, width, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, chs, 3, padding=1)
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+
+class Dense(nn.Module):
+    """DenseNet: new channels beside the old ones."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(chs)
+        self.conv = nn.Conv2d(chs, width, 3, padding=1)
+        self.out_chs = chs + width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(F.relu(self.bn(x)))], dim=1)
+
+
+class PaddedShortcut(nn.Module):
+    """CIFAR ResNet option A with the pad amounts as attributes."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.pad = (1, width)
+        self.conv = nn.Conv2d(chs, chs + width + 1, 3, padding=1)
+        self.out_chs = chs + width + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.pad
+        return F.relu(F.pad(x, (0, 0, 0, 0, before, after)) + self.conv(x))
+
+
+class ZerosBeside(nn.Module):
+    """Zero channels appended with torch.zeros and cat."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.extra = width
+        self.conv = nn.Conv2d(chs, chs + width, 1)
+        self.out_chs = chs + width
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = torch.zeros(x.shape[0], self.extra, x.shape[2], x.shape[3], dtype=x.dtype)
+        return torch.cat([x, zeros], 1) + self.conv(x)
+
+
+class LiteralPad(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, chs + 4, 1)
+        self.out_chs = chs + 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 2, 2)) + self.conv(x)
+
+
+class ChunkMix(nn.Module):
+    """Equal chunks that take different ways: their widths are tied."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, 2 * width, 1)
+        self.left = nn.Conv2d(width, width, 1)
+        self.right = nn.Conv2d(width, 3, 1)
+        self.out_chs = width + 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv(x).chunk(2, dim=1)
+        return torch.cat([self.left(a), self.right(b)], 1)
+
+
+class Split(nn.Module):
+    """Pieces whose sizes are attributes."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.sizes = [width, 3]
+        self.conv = nn.Conv2d(chs, width + 3, 1)
+        self.left = nn.Conv2d(width, 5, 1)
+        self.out_chs = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.split(self.conv(x), self.sizes, dim=1)
+        return torch.cat([b, self.left(F.relu(a))], 1)
+
+
+class Partial(nn.Module):
+    """FasterNet: only the first channels are convolved."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.first = max(chs // 2, 1)
+        self.conv = nn.Conv2d(self.first, self.first, 3, padding=1)
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv(x[:, : self.first]), x[:, self.first :]], 1)
+
+
+class Gated(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, 2 * width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(self.conv(x), dim=1)
+
+
+class Shuffle(nn.Module):
+    """ShuffleNet: channels of all groups interleaved."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.groups = 2
+        self.conv = nn.Conv2d(chs, 2 * width, 1)
+        self.grouped = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2)
+        self.out_chs = 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        b, c, h, w = x.shape
+        x = x.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return F.relu(self.grouped(x))
+
+
+class PixelShuffle(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, 4 * width, 1)
+        self.after = nn.Conv2d(width, width, 2, stride=2)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(F.pixel_shuffle(self.conv(x), 2))
+
+
+class Transposed(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, 6, 1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+        self.down = nn.Conv2d(4, width, 2, stride=2)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(self.conv(x))))
+
+
+class GroupNorm(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, 3 * width, 1)
+        self.norm = nn.GroupNorm(3, 3 * width)
+        self.out_chs = 3 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.conv(x)))
+
+
+class Attention(nn.Module):
+    """Fused qkv, default-scale scaled_dot_product_attention, tokens from pixels, pre-norm, residual."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 4
+        self.scale = self.head_dim**-0.5
+        self.norm = nn.LayerNorm(chs)
+        self.qkv = nn.Linear(chs, 24)
+        self.proj = nn.Linear(8, chs)
+        self.out_chs = chs
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        t = x.flatten(2).transpose(1, 2)
+        n = t.shape[1]
+        qkv = self.qkv(self.norm(t)).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = self.attend(*qkv.unbind(0)).transpose(1, 2).reshape(b, n, -1)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class ExplicitAttention(Attention):
+    """The same with matmul and a stale scale."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class RotaryAttention(Attention):
+    """Queries and keys turned by a position code, default scale."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.register_buffer("angle", torch.linspace(0, 1, 64)[:, None])
+
+    def turn(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.angle.cos() + torch.cat([-second, first], -1) * self.angle.sin()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.turn(q), self.turn(k), v)
+
+
+class NormedAttention(Attention):
+    """Queries and keys normalised per head, default scale."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+
+
+class SeparateAttention(nn.Module):
+    """q, k, v from their own layers; the value width is an axis of its own. Head width from the sizes at hand."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.q, self.k = nn.Linear(chs, 8), nn.Linear(chs, 8, bias=False)
+        self.v = nn.Linear(chs, 6)
+        self.proj = nn.Linear(6, width)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        t = x.flatten(2).transpose(1, 2)
+        q, k, v = (f(t).reshape(b, h * w, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(out).transpose(1, 2).reshape(b, -1, h, w)
+
+
+class RootScaledAttention(Attention):
+    """The root is taken from the shape in Python: it would change with the cut, so the head width must stay."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+
+
+class TokenMixer(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(64, 10), nn.Linear(10, 64)
+        self.fc3, self.fc4 = nn.Linear(chs, 12), nn.Linear(12, chs)
+        self.position = nn.Parameter(torch.zeros(1, 64, chs))
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(2) + self.position.transpose(1, 2)
+        t = t + self.fc2(F.gelu(self.fc1(t)))
+        t = t.transpose(1, 2)
+        t = t + self.fc4(F.gelu(self.fc3(t)))
+        return t.transpose(1, 2).reshape(x.shape)
+
+
+class SigmoidSum(nn.Module):
+    """Trap: silenced channels are one half when they are summed."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 5, 1), nn.Conv2d(chs, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x * torch.sigmoid(self.conv(x)).sum(1, keepdim=True))
+
+
+class ReluSum(SigmoidSum):
+    """No trap: silenced channels add nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x * F.relu(self.conv(x)).sum(1, keepdim=True))
+
+
+class ChannelMean(SigmoidSum):
+    """Trap: a mean divides by the count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x * self.conv(x).mean(1, keepdim=True))
+
+
+class ExpProduct(nn.Module):
+    """Trap: two activations that are one where silenced are contracted (linear attention)."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(chs, 6), nn.Linear(chs, 6), nn.Linear(chs, width)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(2).transpose(1, 2)
+        q, k = F.elu(self.q(t)) + 1, F.elu(self.k(t)) + 1
+        out = q @ (k.transpose(1, 2) @ self.v(t))
+        return (0.05 * out).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+class ChannelSoftmax(nn.Module):
+    """Trap: a softmax over channels."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 6, 1), nn.Conv2d(6, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.conv(x).softmax(1))
+
+
+class Rolled(nn.Module):
+    """Trap: channels change places by number."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x + x.roll(1, 1)
+
+
+class LiteralView(nn.Module):
+    """Trap: a size written as a number."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 12, 1), nn.Conv2d(12, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.after(y.view(y.shape[0], 3, 4, 8, 8).transpose(1, 2).reshape(y.shape))
+
+
+class ScaledByWidth(nn.Module):
+    """Trap: the width is a factor of the values."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, width, 1), nn.Conv2d(width, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.after(y * (1 / y.shape[1]))
+
+
+class BranchOnWidth(nn.Module):
+    """Trap: another path is taken for narrow maps."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 8, 1), nn.Conv2d(8, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.after(y.tanh() if y.shape[1] >= 8 else y)
+
+
+class InPlaceView(nn.Module):
+    """Trap: a view makes silenced channels non-zero behind the base tensor's back."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 6, 1), nn.Conv2d(chs, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, :, 0] += 1.0
+        return self.after(x * y.sum(1, keepdim=True))
+
+
+class WeightStandardised(nn.Module):
+    """The statistic of a weight over its inputs."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, width, 3, padding=1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.conv.weight
+        w = w - w.mean(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, w, self.conv.bias, padding=1)
+
+
+Block = Callable[[int, int], nn.Module]
+BLOCKS: tuple[Block, ...] = (
+    Conv,
+    ConvNormAct,
+    GroupedBottleneck,
+    Inverted,
+    Residual,
+    Dense,
+    PaddedShortcut,
+    ZerosBeside,
+    LiteralPad,
+    ChunkMix,
+    Split,
+    Partial,
+    Gated,
+    Shuffle,
+    PixelShuffle,
+    Transposed,
+    GroupNorm,
+    Attention,
+    ExplicitAttention,
+    RotaryAttention,
+    NormedAttention,
+    SeparateAttention,
+    RootScaledAttention,
+    TokenMixer,
+    SigmoidSum,
+    ReluSum,
+    ChannelMean,
+    ExpProduct,
+    ChannelSoftmax,
+    Rolled,
+    LiteralView,
+    ScaledByWidth,
+    BranchOnWidth,
+    InPlaceView,
+    WeightStandardised,
+)
+
+INPUT = (3, 8, 8)
+
+
+class Stack(nn.Module):
+    """A stem, blocks, a pooled hidden layer and a classifier; images [B, 3, 8, 8] → [B, 5]."""
+
+    def __init__(self, blocks: Sequence[Block], widths: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        chs, made = 6, []
+        for block, width in zip(blocks, widths, strict=True):
+            made.append(block(chs, width))
+            chs = made[-1].out_chs
+        self.blocks = nn.Sequential(*made)
+        self.hidden = nn.Linear(chs, 7)
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(x)))
+        return self.head(F.gelu(self.hidden(x.mean((2, 3)))))
