@@ -50,6 +50,8 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune ``model`` in place; afterwards it holds the exported weights (last or best epoch, averaged if asked).
 
+    It stays on ``device``, in evaluation mode.
+
     Killed at any moment and called again with the same arguments, it goes on from the newest checkpoint in ``folder``
     to the same weights, on a CPU bit for bit. Events (``step`` at most twice a second, ``epoch``, ``saved``,
     ``resume``) are JSON-able dicts.
@@ -91,13 +93,9 @@ def finetune(
         )
         run = _Finetuning(trainer, images, settings, job, epochs, folder, stop, on_event or (lambda _: None))
         try:
-            run.train_all()
-            return run.finished(lr)
-        except Stopped:
-            run.save()
-            raise InterruptedRunError(*_interrupted(run.progress, saved=folder is not None)) from None
+            return run.whole(lr)
         except KeyboardInterrupt:
-            raise InterruptedRunError(*_interrupted(run.progress, saved=False)) from None
+            raise _interrupted(run.progress, saved=False) from None
         finally:
             model.to(memory_format=torch.contiguous_format)
 
@@ -120,49 +118,53 @@ class _Finetuning:
         self.epochs, self.folder, self.stop, self.emit = epochs, folder, stop, emit
         self.progress = Progress(job=job)
         self.best: dict[str, Tensor] = {}  # on the CPU; kept only where the best epoch is exported
+        self.pending: list[tuple[Tensor, float, int]] = []  # loss, learning rate and step, not yet waited for
         self.start = state_digest(_trainable(trainer.model))
 
-    def train_all(self) -> None:
+    def whole(self, lr: float) -> FinetuneReport:
+        """All epochs that are left, then the report. Raises InterruptedRunError with the state saved."""
         self._resume()
-        while self.progress.epoch < self.epochs:
-            self._train_epoch()
-            self._close_epoch()
-            self.save()
+        try:
+            while self.progress.epoch < self.epochs:
+                self._train_epoch()
+                self._close_epoch()
+                self._save()
+        except Stopped:
+            self._save()
+            raise _interrupted(self.progress, saved=self.folder is not None) from None
+        return self._finished(lr)
 
     def _train_epoch(self) -> None:
         """The rest of the running epoch, from the position in ``progress``."""
         epoch, first, steps = self.progress.epoch, self.progress.step, self.images.steps_per_epoch
         seconds, began, shown = self.progress.seconds, time.monotonic(), -math.inf
-        pending: list[tuple[Tensor, float]] = []
         held = _LOSSES_HELD if self.trainer.device.type == "cuda" else 1
         loader = self.trainer.shared(self.images.train_loader(epoch=epoch, skip_batches=first))
         for images, labels in until(self.stop, loader):
-            step = self.progress.step
-            pending.append(self.trainer.step_(images, labels, epoch=epoch, step=step))
-            loss_sum, now = self.progress.loss_sum, time.monotonic()
-            due = self.settings.checkpoint_every is not None and (step + 1) % self.settings.checkpoint_every == 0
-            last = step + 1 == steps
-            if len(pending) >= held or due or last or self.stop.is_set():
-                loss_sum += self._checked_sum(pending)
-                pending = []
-            self._advance(step=step + 1, loss_sum=loss_sum, seconds=seconds + now - began)
-            if not pending and (last or now - shown >= _EVENT_SECONDS):
+            loss, lr = self.trainer.step_(images, labels, epoch=epoch, step=self.progress.step)
+            step, now = self.progress.step + 1, time.monotonic()
+            self.pending.append((loss, lr, step))
+            self._advance(step=step, seconds=seconds + now - began)
+            if len(self.pending) >= held or step == steps:
+                self._read_losses()
+            if not self.pending and (step == steps or now - shown >= _EVENT_SECONDS):
                 shown = now
-                rate = (now - began) / (step + 1 - first)
-                self._show_step(loss_sum / (step + 1), images_per_second=len(labels) / rate, seconds_per_step=rate)
-            if due and not last:
-                self.save()
+                self._show_step(batch=len(labels), seconds_per_step=(now - began) / (step - first))
+            if self.settings.checkpoint_every and step % self.settings.checkpoint_every == 0 and step < steps:
+                self._save()
         if self.progress.step != steps:
             raise PruneError(f"Epoch {epoch + 1} had {self.progress.step} batches where {steps} were promised.")
 
-    def _checked_sum(self, pending: list[tuple[Tensor, float]]) -> float:
-        """Sum of the last losses in float64; the first that is not finite stops the run."""
-        values = torch.stack([loss for loss, _ in pending]).double().tolist()
-        for offset, (value, (_, lr)) in enumerate(zip(values, pending, strict=True)):
+    def _read_losses(self) -> None:
+        """Add the losses of the last steps to the epoch's sum; the first that is not finite stops the run."""
+        if not self.pending:
+            return
+        values = torch.stack([loss for loss, _, _ in self.pending]).double().tolist()
+        for value, (_, lr, step) in zip(values, self.pending, strict=True):
             if not math.isfinite(value):
-                step = self.progress.step + 2 - len(pending) + offset
                 raise self._diverged(f"The loss is {value} at step {step} of epoch {self.progress.epoch + 1}", lr)
-        return math.fsum(values)
+        self.pending = []
+        self._advance(loss_sum=math.fsum((self.progress.loss_sum, *values)))
 
     def _close_epoch(self) -> None:
         """Validate and enter the epoch in the history."""
@@ -190,15 +192,15 @@ class _Finetuning:
         self.emit({"event": "epoch", **entry, "epoch": epoch, "epochs": self.epochs})
 
     def _validated(self) -> Accuracy:
-        """Accuracy of what would be exported now; with several processes all go by the main one's."""
+        """Accuracy of what would be exported now, in its own precision; several processes go by the main one's."""
         trainer = self.trainer
         loader = until(self.stop, self.images.val_loader())
-        accuracy = evaluate(trainer.exported, loader, device=trainer.device, amp=trainer.bf16)
+        accuracy = evaluate(trainer.exported, loader, device=trainer.device)
         if trainer.accelerator.num_processes > 1:
             accuracy = broadcast_object_list([accuracy])[0]
         return accuracy
 
-    def finished(self, lr: float) -> FinetuneReport:
+    def _finished(self, lr: float) -> FinetuneReport:
         """Put the exported weights into the model and report both the last and the best epoch."""
         model = self.trainer.model
         if self.best:
@@ -207,6 +209,7 @@ class _Finetuning:
             model.load_state_dict(self.trainer.ema.module.state_dict())
         if self.trainer.accelerator.num_processes > 1:  # BatchNorm statistics are each process's own
             model.load_state_dict(broadcast(model.state_dict()))
+        model.eval()
         history = self.progress.history
         best = _best(history)
         return FinetuneReport(
@@ -222,12 +225,13 @@ class _Finetuning:
 
     # ------------------------------------------------------------------------------------------ position
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Checkpoint, by the main process. Raises PruneError where a weight is not finite, so that no such state is
         ever kept, and where the disk refuses.
         """
         if self.folder is None or not self.trainer.is_main:
             return
+        self._read_losses()
         trainer, named = self.trainer, checkpoint.prefixed
         if not all(bool(tensor.isfinite().all()) for tensor in trainer.model.parameters()):
             raise self._diverged("A weight is not finite", self._lr)
@@ -255,7 +259,7 @@ class _Finetuning:
     def _advance(self, **changes: object) -> None:
         self.progress = self.progress.model_copy(update=changes)
 
-    def _show_step(self, loss: float, *, images_per_second: float, seconds_per_step: float) -> None:
+    def _show_step(self, *, batch: int, seconds_per_step: float) -> None:
         """``step`` of ``steps`` counts the whole run; ``loss`` is the epoch's mean so far."""
         steps = self.images.steps_per_epoch
         done, total = self.progress.epoch * steps + self.progress.step, self.epochs * steps
@@ -266,9 +270,9 @@ class _Finetuning:
                 "steps": total,
                 "epoch": self.progress.epoch + 1,
                 "epochs": self.epochs,
-                "loss": loss,
+                "loss": self.progress.loss_sum / self.progress.step,
                 "lr": self._lr,
-                "images_per_second": images_per_second,
+                "images_per_second": batch / seconds_per_step,
                 "eta_seconds": (total - done) * seconds_per_step,
             }
         )
@@ -324,6 +328,6 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
 
-def _interrupted(progress: Progress, *, saved: bool) -> tuple[str]:
+def _interrupted(progress: Progress, *, saved: bool) -> InterruptedRunError:
     where = f"Fine-tuning was interrupted in epoch {progress.epoch + 1} after step {progress.step}"
-    return (f"{where}; its state is saved, --resume continues it." if saved else f"{where}.",)
+    return InterruptedRunError(f"{where}; its state is saved, --resume continues it." if saved else f"{where}.")
