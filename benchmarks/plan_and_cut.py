@@ -136,9 +136,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, timm {timm.__version__}, Torch-Pruning {tp.__version__}, {options.repeats} pairs"
     )
-    print(
-        f"{'model':26} {'ours s':>8} {'spread':>14} {'theirs s':>9} {'spread':>14} {'ratio':>6}  params left (ours, theirs)"
-    )
+    print(f"{'model':26} {'ours: s [spread], params left':>35} {'theirs: likewise':>35}  ratio")
     for name in options.models:
         pairs = []
         for repeat in range(options.repeats + 1):
