@@ -47,7 +47,8 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
 
     ``name`` is a folder (``train/`` and ``validation/``, ``val/``, ``valid/`` or ``test/``, each with a folder a class;
     or the class folders themselves, then for evaluation only), a timm dataset name (``torch/cifar10`` below
-    ``settings.dir``, ``hfds/…``), or ``digits`` (scikit-learn's; of each class every fifth image is validation).
+    ``settings.dir``, ``wds/…`` for local tar shards there, ``hfds/…``), or ``digits`` (scikit-learn's; of each class
+    every fifth image is validation).
     ``train_limit`` and ``val_limit`` choose images as ``limited`` says. ``augment: auto`` is ``crop_flip`` for inputs
     up to 64 pixels and ``timm`` above, but ``none`` for written characters, which a flip would turn into others.
 

@@ -1,4 +1,4 @@
-"""Where images come from: folders, timm's dataset names, scikit-learn's digits. Decoded images and labels, no tensors.
+"""Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits. Pictures and labels only.
 
 A source opens to a training split (or none), a validation split and the class names. Nothing is ever downloaded into a
 folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
@@ -6,11 +6,14 @@ folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
 
 from __future__ import annotations
 
+import io
+import json
 import struct
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +122,43 @@ class TimmSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardSplit:
+    """Samples in tar shards (the WebDataset layout): where each image's bytes lie, so that any can be read directly."""
+
+    shards: tuple[Path, ...]
+    samples: tuple[ShardSample, ...]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, position: int) -> tuple[Image.Image, int]:
+        sample = self.samples[position]
+        with self.shards[sample.shard].open("rb") as file:
+            file.seek(sample.offset)
+            content = file.read(sample.size)
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert(self.mode), sample.label
+
+    def name(self, position: int) -> str:
+        sample = self.samples[position]
+        return f"{self.shards[sample.shard]}:{sample.key}"
+
+    def subset(self, positions: Sequence[int]) -> Self:
+        return replace(self, samples=tuple(self.samples[i] for i in positions))
+
+
+class ShardSample(NamedTuple):
+    """One image of a shard: its bytes are ``size`` long from ``offset`` on."""
+
+    shard: int
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """An opened source; ``train`` is None where it is for evaluation only."""
 
@@ -144,6 +184,8 @@ def open_source(settings: DataSettings, *, mode: str) -> Source:
         return _open_torch(settings, rest, mode)
     if slash and prefix == "hfds":
         return _open_hub_dataset(settings, mode)
+    if slash and prefix == "wds":
+        return _open_shards(settings, mode)
     folder = Path(name)
     if folder.is_dir():
         return _open_folder(folder, settings, mode)
@@ -209,6 +251,60 @@ def _folder_split(root: Path, class_names: Sequence[str], mode: str) -> FolderSp
             hint=f"Expected {root}/CLASS/IMAGE with {', '.join(IMG_EXTENSIONS)}.",
         )
     return FolderSplit(root=root, files=files, mode=mode)
+
+
+# ---------------------------------------------------------------------------------------------- tar shards
+
+
+def _open_shards(settings: DataSettings, mode: str) -> Source:
+    """Local WebDataset shards below ``settings.dir``. They are indexed once and then read in any order, because a
+    stream that shuffles as it goes cannot be resumed at an exact batch. There are no class names, so labels serve.
+    """
+    root = _dataset_folder(settings)
+    train = _shard_split(root, settings, (settings.train_split, *TRAIN_FOLDERS), mode)
+    val = _shard_split(root, settings, (settings.val_split, *VAL_FOLDERS), mode)
+    count = 1 + max(sample.label for split in (train, val) for sample in split.samples)
+    return Source(train=train, val=val, class_names=tuple(map(str, range(count))))
+
+
+def _shard_split(root: Path, settings: DataSettings, names: Sequence[str], mode: str) -> ShardSplit:
+    """The shards that ``info.json`` lists for the first of ``names`` it knows; without it, those named for one."""
+    info = next((root / n for n in ("_info.json", "info.json") if (root / n).is_file()), None)
+    try:
+        if info is not None:
+            known = json.loads(info.read_text(encoding="utf-8"))["splits"]
+            listed: Sequence[str] = next((known[name]["filenames"] for name in names if name in known), ())
+            shards = tuple(root / file for file in listed)
+        else:
+            found = (sorted(root.glob(f"*{name}*.tar")) for name in names)
+            shards = tuple(next((files for files in found if files), []))
+        samples = tuple(sample for at, shard in enumerate(shards) for sample in _index_shard(shard, at))
+    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+        raise PruneError(f"Data {settings.name} below {root} cannot be read: {error}.") from error
+    if not samples:
+        raise PruneError(
+            f"Data {settings.name} has no images for {names[0]!r} below {root}.",
+            hint="Expected tar shards with KEY.jpg and KEY.cls, listed in info.json or named after their split.",
+        )
+    return ShardSplit(shards=shards, samples=samples, mode=mode)
+
+
+def _index_shard(path: Path, number: int) -> Iterator[ShardSample]:
+    """Pairs ``KEY.jpg`` (or another image) with ``KEY.cls``, which lie side by side in any order."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path, mode="r:") as tar:
+        for member in tar:
+            folder, _, file = member.name.rpartition("/")
+            stem, _, ending = file.partition(".")
+            key = f"{folder}/{stem}"
+            if f".{ending.lower()}" in IMG_EXTENSIONS:
+                images[key] = member
+            elif ending == "cls" and (content := tar.extractfile(member)) is not None:
+                labels[key] = int(content.read())
+    for key, image in images.items():
+        if key in labels:
+            yield ShardSample(number, image.name, image.offset_data, image.size, labels[key])
 
 
 # ---------------------------------------------------------------------------------------------- timm's names

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -455,6 +457,96 @@ def test_hub_datasets_without_their_package_say_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match="needs the package `datasets`"):
         opened("hfds/mnist")
+
+
+class FakeReader:
+    """What timm's reader for Hugging Face datasets gives: an open file and a class number."""
+
+    class_to_idx = {"cat": 0, "horse": 1}  # noqa: RUF012 - a stand-in
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.files[index].open("rb"), int("horse" in str(self.files[index]))
+
+
+class FakeDataset:
+    def __init__(self, files: list[Path]) -> None:
+        self.reader = FakeReader(files)
+
+    def __len__(self) -> int:
+        return len(self.reader.files)
+
+
+def test_hub_datasets_are_read_through_timms_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(name: str, *, root: str | None, split: str, input_img_mode: str) -> FakeDataset:
+        assert (name, root, input_img_mode) == ("hfds/me/pets", None, "RGB")
+        return FakeDataset(sorted((folder / {"train": "train", "validation": "val"}[split]).rglob("*.png")))
+
+    monkeypatch.setattr("prunecli.sources.create_dataset", create)
+    spoil(folder / "train/cat/1.png", "half")
+    images = opened("hfds/me/pets", train_limit=9)
+    assert images.class_names == ("cat", "horse")
+    assert same(batches(images.val_loader()), batches(opened(folder).val_loader()))
+    assert images.train_size == 9
+    complete = opened("hfds/me/pets")
+    batches(complete.train_loader(epoch=0))
+    assert complete.unreadable == ("hfds/me/pets train image 1",)
+
+
+def write_shards(folder: Path, root: Path, *, info: bool) -> Path:
+    """The images of a folder as WebDataset shards of four samples."""
+    root.mkdir()
+    splits: dict[str, dict[str, Any]] = {}
+    for split in ("train", "val"):
+        files = sorted((folder / split).rglob("*.png"))
+        for start in range(0, len(files), 4):
+            shard = root / (f"shard{split[0]}{start}.tar" if info else f"pets-{split}-{start:04}.tar")
+            splits.setdefault("validation" if split == "val" else split, {"filenames": []})["filenames"].append(
+                shard.name
+            )
+            with tarfile.open(shard, "w") as tar:
+                for i, file in enumerate(files[start : start + 4]):
+                    label = root / "label"
+                    label.write_text(str(int("horse" in str(file))))
+                    members = [(file, f"{start + i:06}.png"), (label, f"{start + i:06}.cls")]
+                    for path, name in members if i % 2 else reversed(members):
+                        tar.add(path, arcname=name)
+                    tar.add(label, arcname=f"{start + i:06}.json")
+                    label.unlink()
+    if info:
+        (root / "info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+@pytest.mark.parametrize("info", [False, True])
+def test_tar_shards_give_what_the_folder_gives(folder: Path, tmp_path: Path, info: bool) -> None:
+    root = write_shards(folder, tmp_path / "shards", info=info)
+    shards, plain = opened("wds/pets", dir=str(root), augment="timm"), opened(folder, augment="timm")
+    assert (shards.class_names, shards.train_size, shards.val_size) == (("0", "1"), 11, 5)
+    assert same(batches(shards.val_loader()), batches(plain.val_loader()))
+    assert same(batches(shards.train_loader(epoch=1, skip_batches=1)), batches(plain.train_loader(epoch=1))[1:])
+    assert opened("wds/pets", dir=str(root), train_limit=3).train_size == 3
+
+
+def test_shard_mistakes(folder: Path, tmp_path: Path) -> None:
+    spoil(folder / "val/cat/1.png", "half")
+    root = write_shards(folder, tmp_path / "shards", info=False)
+    images = opened("wds/pets", dir=str(root))
+    assert sum(len(y) for _, y in images.val_loader()) == 4
+    assert images.unreadable == (f"{root / 'pets-val-0000.tar'}:000001.png",)
+    for shard in root.glob("*val*"):
+        shard.write_bytes(b"no tar" * 200)
+    with pytest.raises(PruneError, match="cannot be read"):
+        opened("wds/pets", dir=str(root))
+    for shard in root.glob("*val*"):
+        shard.unlink()
+    with pytest.raises(PruneError, match="no images for 'validation'"):
+        opened("wds/pets", dir=str(root))
+    (root / "info.json").write_text("{}")
+    with pytest.raises(PruneError, match="cannot be read: 'splits'"):
+        opened("wds/pets", dir=str(root))
 
 
 def test_splits_name_their_files(folder: Path) -> None:
