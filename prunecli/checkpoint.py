@@ -116,7 +116,7 @@ def restore_optimizer_(optimizer: Optimizer, model: nn.Module, tensors: Mapping[
         if name not in parameters:
             raise PruneError(f"The saved optimiser state names {name!r}, which the model does not have.")
         parameter = parameters[name]
-        if value.shape == parameter.shape:  # in the parameter's own memory format, which the fused kernels want
+        if value.ndim and value.shape == parameter.shape:  # in the parameter's memory format, as fused kernels want it
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # noqa: PLW2901
         state.setdefault(index[id(parameter)], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

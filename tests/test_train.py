@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_training import ADAMW, CPU, RUN, SGD, ToyImages, toy_net
 
-from prunecli import checkpoint, train
+from prunecli import checkpoint, nets, train
+from prunecli.data import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.recipe import DistillSettings, FinetuneSettings
+from prunecli.recipe import DataSettings, DistillSettings, FinetuneSettings
+from prunecli.zoo import input_spec, load_model
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
 
@@ -405,6 +407,21 @@ def test_no_epochs_or_no_batches() -> None:
         train.finetune(toy_net(), ToyImages(), PLAIN, **(RUN | {"epochs": 0}))
     with pytest.raises(PruneError, match="not one batch"):
         train.finetune(toy_net(), ToyImages(train=4), PLAIN, **RUN)
+
+
+# --------------------------------------------------------------------------------------- the shipped checkpoint
+
+
+def test_the_digits_checkpoint_is_what_its_metadata_says() -> None:
+    path = nets.ASSETS / "cifar_resnet20_digits.safetensors"
+    metadata = _header(path)
+    assert path.stat().st_size < 2_000_000
+    assert metadata["made_by"].startswith("benchmarks/train_digits.py")
+    loaded = load_model("cifar_resnet20.digits")
+    images = open_data(DataSettings(name="digits"), input_spec(loaded.ref), num_classes=10, seed=0)
+    found = train.evaluate(loaded.model, images.val_loader(), device=CPU)
+    assert f"{found.top1:.2f}" == metadata["top1_held_out"]
+    assert found.top1 > 99
 
 
 # ------------------------------------------------------------------------------------- BatchNorm re-estimation
