@@ -129,7 +129,7 @@ def load_model(
         _load_strictly_(model, state, file=file, ref=ref)
     elif pretrained:
         _require_weights(name, plain.pretrained_cfg)  # type: ignore[arg-type]
-        with _naming_download_failures(name):
+        with _naming_download_failures(name), _tensors_only():
             model = _create(source.name, source.cfg, args, initialise=True, pretrained=True, seed=seed)
         if ref.num_classes != ref.pretrained_cfg["num_classes"]:
             was = ref.pretrained_cfg["num_classes"]
@@ -331,6 +331,19 @@ def _require_weights(name: str, cfg: Mapping[str, Any]) -> None:
         )
     if (file := cfg.get("file")) and not Path(file).exists():
         raise UsageError(f"The weights of {name!r} are missing: {file} does not exist.", hint="Give --weights FILE.")
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Makes every ``torch.load`` refuse code, also those in timm: older versions read local files without that."""
+    force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, forbid)}
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -253,7 +253,10 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "bin in a folder"])
-def test_a_pickle_that_would_execute_code_is_refused_and_nothing_runs(tmp_path: Path, form: str) -> None:
+def test_a_pickle_that_would_execute_code_is_refused_and_nothing_runs(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # asks torch for the unsafe reader
     target = tmp_path / "executed"
     content = {"state_dict": plain_state(), "extra": Bomb(target)}
     name, file = SMALL, tmp_path / "bomb.pth"
@@ -270,6 +273,9 @@ def test_a_pickle_that_would_execute_code_is_refused_and_nothing_runs(tmp_path: 
     assert "refused" in error.value.message
     assert ("system" if form != "bare pickle" else "more than tensors") in error.value.message
     assert not target.exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    monkeypatch.undo()
 
     # the same file really is dangerous: the unsafe reader runs it
     if form == "bare pickle":
