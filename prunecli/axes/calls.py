@@ -127,7 +127,7 @@ def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: in
     if start is not None and low > 0:
         record.equate(start, [before])
     if stop is not None:
-        record.equate(stop, [before, inside])
+        record.equate(stop, [before, inside] if low > 0 else [inside])
 
 
 def _norm(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
@@ -162,6 +162,5 @@ TRANSPARENT = words(
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool2d_with_indices",
     "max_pool1d max_pool2d max_pool2d_with_indices avg_pool2d boolean_dispatch fn",
     "meshgrid broadcast_tensors atleast_1d atleast_2d atleast_3d tensor_split unbind",
-    "__rsub__ __rdiv__ __rtruediv__ __rpow__ __pow__ __contains__ __len__ __iter__ __hash__",
-    "is_shared dim_order _assert",
+    "_assert",
 )

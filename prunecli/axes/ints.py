@@ -143,7 +143,11 @@ class Ledger:
 
 
 class TracedInt(int):
-    """An int with its expression; arithmetic keeps it, comparisons are recorded, any other use pins the value."""
+    """An int with its expression; arithmetic keeps it, comparisons are recorded, any other use pins the value.
+
+    Three uses go unseen, because the interpreter reads the value of an int subclass without asking: ``range(n)``,
+    ``sequence[n]`` and a float on the left (``0.5 * n``). There the equivalence check has to find what went wrong.
+    """
 
     expression: Expression
     ledger: Ledger

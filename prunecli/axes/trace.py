@@ -95,7 +95,7 @@ class _Functions(TorchFunctionMode):
         known = name in HANDLERS or name in READ_BY_RULE
         plain_args = untraced(list(args), pin=not known)
         plain_kwargs = untraced(dict(kwargs), pin=not known)
-        if isinstance(func, types.FunctionType) and not known and name not in TRANSPARENT and name not in _WHOLE_CALLS:
+        if not known and name not in _WHOLE_CALLS and _hides_sizes(func, name):
             self._distrust(name, tensors_in([args, kwargs]))
         self.record.request = (name, args, kwargs)
         try:
@@ -127,6 +127,14 @@ class _Functions(TorchFunctionMode):
             self.record.freeze(
                 self.record.dims(tensor), f"{self.record.place} calls {name!r}, whose inside is not followed"
             )
+
+
+def _hides_sizes(func: Any, name: str) -> bool:
+    """A function written in Python whose body may size tensors by ints it computes itself.
+
+    The methods of torch's own tensor class are thin wrappers, and the functions of `TRANSPARENT` are known.
+    """
+    return isinstance(func, types.FunctionType) and func.__module__ != "torch._tensor" and name not in TRANSPARENT
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def _pad(record: Record, call: Call) -> None:
     amounts, fill = call.args[1], call.get(2, "value", 0)
     name, args, kwargs = record.request
     asked = list(kwargs.get("pad", args[1] if len(args) > 1 else ())) if name == "pad" else []
-    dims, silent = list(value.dims), list(value.silent)
+    dims = list(value.dims)
     for i in range(len(amounts) // 2):
         at = len(dims) - 1 - i
         before, after = amounts[2 * i : 2 * i + 2]
@@ -114,5 +114,5 @@ def _pad(record: Record, call: Call) -> None:
             continue
         pair = asked[2 * i : 2 * i + 2] if len(asked) == len(amounts) else [before, after]
         dims[at] = concat([record.sized(pair[0]), dims[at], record.sized(pair[1])])
-        silent[at] = silent[at] and (fill is None or fill == 0)
-    record.put(call.out, dims, silent)
+    zeros = fill is None or fill == 0
+    record.put(call.out, dims, [zeros and flag for flag in value.silent])
