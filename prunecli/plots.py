@@ -1,0 +1,232 @@
+"""Plots of a report as inline SVG: values in, one ``<svg>`` element out, no global matplotlib state.
+
+Text stays text and axes take the page's own colour (``currentColor``), so one drawing serves light, dark and paper.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from prunecli import wording
+from prunecli.report import LayerReport, Stage
+
+SPECTRA_SHOWN = 24
+WIDTHS_SHOWN = 60
+
+_INK = "#010203"  # stands for the page's text colour until the drawing is text
+_BEFORE, _AFTER = "#7d8fa8", "#e0712c"
+_STAGE_COLOURS = {"dense": _BEFORE, "pruned": "#cf4457", "recovered": "#d9a520", "finetuned": "#2a9d83"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a layer's name may hold a dollar sign
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+}
+_POINTS = 128  # of one curve: more than a panel has pixels for
+
+
+def _drawn(draw: Callable[[Figure], None], *, width: float, height: float, label: str) -> str:
+    """One figure of ``width`` x ``height`` inches as an ``<svg>`` element; ``label`` is what a screen reader says."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": label}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    opening = re.compile(r'<svg[^>]*viewBox="([^"]*)"[^>]*>')
+    head = f'<svg viewBox="\\1" role="img" aria-label="{label}" style="width:min(100%,{width * 96:.0f}px)">'
+    return opening.sub(head, svg, count=1).replace(_INK, "currentColor").replace(' xlink:href="#', ' href="#')
+
+
+def stages_plot(stages: Sequence[Stage]) -> str:
+    """Top-1, parameters, multiply-adds and bytes of every stage, side by side."""
+    panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
+        ("top-1 (%)", [stage.top1 for stage in stages], lambda value: f"{value:.2f}"),
+        ("parameters", [stage.params for stage in stages], wording.count),
+        ("multiply-adds", [stage.macs for stage in stages], wording.count),
+        ("weights", [stage.bytes for stage in stages], wording.size),
+    ]
+    panels = [panel for panel in panels if any(value is not None for value in panel[1])]
+    names = [wording.STAGE_NAMES[stage.name] for stage in stages]
+    colours = [_STAGE_COLOURS[stage.name] for stage in stages]
+
+    def draw(figure: Figure) -> None:
+        for axes, (title, values, words) in zip(_row_of(figure, len(panels)), panels, strict=True):
+            heights = [0.0 if value is None else float(value) for value in values]
+            bars = axes.barh(names, heights, color=colours, height=0.7)
+            axes.bar_label(bars, [wording.DASH if v is None else words(v) for v in values], padding=3, fontsize=8)
+            axes.set_title(title, loc="left")
+            axes.set_xlim(0, 1.45 * max(heights) or 1)
+            axes.invert_yaxis()
+            axes.xaxis.set_major_locator(NullLocator())
+            axes.spines["bottom"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        for axes in figure.axes[1:]:
+            axes.tick_params(axis="y", labelleft=False)
+
+    return _drawn(draw, width=9.5, height=0.6 + 0.3 * len(stages), label="Accuracy and cost of every stage")
+
+
+def jacobian_plot(stages: Sequence[Stage], jacobians: Mapping[str, Sequence[float]]) -> str:
+    """Jacobian singular values of every stage on one logarithmic axis.
+
+    A histogram where ``jacobians`` holds the values of a stage; else the range from smallest to largest. The dashed
+    mark is the mean. Values of zero have no place on the axis and are counted beside it.
+    """
+    measured = [stage for stage in stages if stage.jsv]
+    values = {stage.name: np.asarray(jacobians.get(stage.name, ()), dtype=float) for stage in measured}
+    ends = [end for stage in measured if stage.jsv for end in (stage.jsv.min, stage.jsv.max)]
+    positive = [end for end in [*ends, *(float(v) for found in values.values() for v in found)] if end > 0]
+    top = max(positive, default=1.0)
+    low = max(min(positive, default=1e-3), 1e-8 * top) / 1.5
+    bins = np.geomspace(low, 1.5 * top, 49)
+
+    def draw(figure: Figure) -> None:
+        rows = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, stage in zip(rows, measured, strict=True):
+            found, colour = values[stage.name], _STAGE_COLOURS[stage.name]
+            assert stage.jsv
+            if found.size:
+                axes.hist(np.maximum(found[found > 0], low), bins=bins, color=colour, alpha=0.75)
+            else:
+                axes.axhline(0.5, color="none")
+                axes.plot([max(stage.jsv.min, low), max(stage.jsv.max, low)], [0.5, 0.5], color=colour, linewidth=6)
+            if stage.jsv.mean > 0:
+                axes.axvline(stage.jsv.mean, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+            zeros = int((found == 0).sum())
+            told = f"{wording.STAGE_NAMES[stage.name]}, mean {wording.figure(stage.jsv.mean)}"
+            axes.set_title(told + (f", {zeros} are zero" if zeros else ""), loc="left")
+            _logarithmic(axes, "x")
+            axes.set_xlim(low, 1.5 * top)
+            axes.yaxis.set_major_locator(NullLocator())
+            axes.spines["left"].set_visible(False)
+        rows[-1].set_xlabel("singular value of the input-logit Jacobian (dashed: mean)")
+
+    return _drawn(draw, width=9.5, height=0.5 + 0.95 * len(measured), label="Jacobian singular values of every stage")
+
+
+def finetuning_plot(history: Sequence[Mapping[str, float]]) -> str:
+    """Losses, validation top-1 and learning rate by epoch; a panel where the history has its figures."""
+    epochs = [entry["epoch"] for entry in history]
+    panels = [
+        ("loss", [("train_loss", "training", _BEFORE), ("loss", "validation", _AFTER)], "linear"),
+        ("validation top-1 (%)", [("top1", "", _STAGE_COLOURS["finetuned"])], "linear"),
+        ("learning rate", [("lr", "", _INK)], "log"),
+    ]
+    known = [(title, [c for c in curves if c[0] in history[0]], scale) for title, curves, scale in panels]
+    known = [panel for panel in known if panel[1]]
+
+    def draw(figure: Figure) -> None:
+        for axes, (title, curves, scale) in zip(_row_of(figure, len(known)), known, strict=True):
+            for key, name, colour in curves:
+                ys = [entry.get(key, math.nan) for entry in history]
+                axes.plot(epochs, ys, color=colour, label=name, marker="o", markersize=3)
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+            if scale == "log" and all(entry["lr"] > 0 for entry in history):
+                _logarithmic(axes, "y")
+            if len(curves) > 1:
+                axes.legend()
+
+    return _drawn(draw, width=9.5, height=2.4, label="Fine-tuning by epoch")
+
+
+def widths_plot(layers: Sequence[LayerReport]) -> str:
+    """Output channels of each layer before (pale) and after (solid); at most ``WIDTHS_SHOWN`` layers."""
+    shown = layers[:WIDTHS_SHOWN]
+    names, places = [short(layer.name) for layer in shown], range(len(shown))
+
+    def draw(figure: Figure) -> None:
+        (axes,) = _row_of(figure, 1)
+        axes.barh(places, [layer.out_before for layer in shown], color=_BEFORE, alpha=0.35, height=0.78)
+        bars = axes.barh(places, [layer.out_after for layer in shown], color=_AFTER, height=0.42)
+        labels = [f"{layer.out_before} → {layer.out_after}" for layer in shown]
+        for bar, layer, words in zip(bars, shown, labels, strict=True):
+            middle = bar.get_y() + bar.get_height() / 2
+            axes.annotate(
+                words, (layer.out_before, middle), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_yticks(places, names)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(0, 1.15 * max(layer.out_before for layer in shown))
+        axes.set_xlabel("output channels (pale: before, solid: after)")
+        axes.tick_params(axis="y", length=0)
+
+    return _drawn(draw, width=9.5, height=0.7 + 0.24 * len(shown), label="Output channels before and after")
+
+
+def weight_spectra_plot(layers: Sequence[LayerReport]) -> str:
+    """Singular values of each layer's weight matrix by rank, before and after; at most ``SPECTRA_SHOWN`` layers."""
+    shown = layers[:SPECTRA_SHOWN]
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, layer in zip(grid, shown, strict=False):
+            for values, colour, name in ((layer.sv_before, _BEFORE, "before"), (layer.sv_after, _AFTER, "after")):
+                places, kept = _thinned(values)
+                axes.plot(places, kept, color=colour, label=name)
+            axes.set_title(short(layer.name, 24), loc="left", fontsize=8)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+            axes.tick_params(labelsize=7)
+        for axes in grid[len(shown) :]:
+            axes.set_visible(False)
+        grid[0].legend(fontsize=7)
+        figure.supxlabel("rank", fontsize=9)
+        figure.supylabel("singular value", fontsize=9)
+
+    return _drawn(draw, width=9.5, height=0.5 + 1.35 * rows, label="Singular values of weights before and after")
+
+
+def short(name: str, limit: int = 34) -> str:
+    """A layer's name with its middle left out where it is longer than ``limit``."""
+    if len(name) <= limit:
+        return name
+    tail = (limit - 1) * 2 // 3
+    return f"{name[: limit - 1 - tail]}…{name[-tail:]}"
+
+
+def _thinned(values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """At most ``_POINTS`` of the values with their ranks (from 1), first and last among them."""
+    if len(values) <= _POINTS:
+        places = list(range(len(values)))
+    else:
+        places = [round(place) for place in np.linspace(0, len(values) - 1, _POINTS)]
+    return [place + 1 for place in places], [values[place] for place in places]
+
+
+def _logarithmic(axes: Any, direction: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers: matplotlib's own labels are mathtext, which ``_STYLE`` leaves unparsed."""
+    axes.set(**{f"{direction}scale": "log"})
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+
+
+def _row_of(figure: Figure, count: int) -> list[Any]:
+    return list(figure.subplots(1, count, squeeze=False)[0])
