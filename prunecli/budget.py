@@ -163,7 +163,7 @@ def _units(
         if not together:
             continue
         if len(together) < len(tied) or len({g.width for g in together}) > 1:
-            notes.append(f"{', '.join(tied)} must keep equally many channels and not all of them may be cut: they stay")
+            notes.append(f"{', '.join(tied)} must keep equally many channels and not all of them may be cut: they stay.")
             continue
         unit = _unit(graph, together, scores, settings)
         if unit.most > 0:
@@ -183,7 +183,7 @@ def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]
 
     selected = [(g, matches(g, settings.select), matches(g, settings.exclude)) for g in groups]
     unused = [pattern for pattern in (*settings.select, *settings.exclude) if pattern not in used]
-    notes.extend(f"the pattern {pattern!r} matches no group" for pattern in unused)
+    notes.extend(f"The pattern {pattern!r} matches no group." for pattern in unused)
     return [group for group, wanted, unwanted in selected if wanted and not unwanted]
 
 
@@ -370,7 +370,7 @@ def _solve(
     units: Sequence[_Unit], target: Target, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
 ) -> Choice:
     if not units:
-        raise NothingPrunedError("No coupled group may be cut.", hint="; ".join(notes) or None)
+        raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
     pools = _pools(units, settings.ranking)
     if target.metric == "ratio":
         kept = _under_pressure(units, pools, target.value)

@@ -15,7 +15,7 @@ from torch import nn
 
 from prunecli import cost, data, evaluation, lr, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.files import read_json, write_json, write_text
+from prunecli.files import read_json, write_json
 from prunecli.plan import Plan, Value
 from prunecli.recipe import Recipe
 from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
@@ -61,7 +61,16 @@ class Job:
     device: torch.device
     notify: Notify
     progress: Progress
+    replaces: bool = False
     started: float = field(default_factory=time.perf_counter)
+
+    def begin(self) -> None:
+        """Make the folder, now that the job is known to be possible."""
+        store.prepare_(self.folder, self.recipe, force=self.replaces)
+        resumed = bool(self.progress.stages)
+        self.say(
+            "open", model=self.source.ref.name, folder=str(self.folder.path), device=str(self.device), resumed=resumed
+        )
 
     def say(self, event: str, **values: object) -> None:
         """Log one event and tell the caller."""
@@ -186,28 +195,24 @@ def lr_of_source(recipe: Recipe) -> LRReport:
 
 
 def open_job(recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
-    """Load the model, open the data and the folder. Nothing is written before the inputs are known to be good."""
+    """Load the model, open the data, choose the folder. Nothing is written yet: ``Job.begin`` does that."""
     device = resolve_device(recipe.device)
+    folder = store.locate(out, model=recipe.model or "", resume=resume, force=force)
     notify({"event": "start", "name": "load"})
     source = load_source(recipe)
     images = open_images(recipe, source)
     planned_epochs(recipe, has_data=images is not None)
-    folder = store.create(out, model=recipe.model or "", resume=resume, force=force)
-    progress = Progress(source_digest=source.digest)
-    if resume and _progress_file(folder).is_file():
-        progress = _resumed(folder, recipe, source)
-    write_text(folder.path / store.RECIPE, recipe.to_yaml())
-    job = Job(
+    resumed = resume and _progress_file(folder).is_file()
+    return Job(
         recipe=recipe,
         folder=folder,
         source=source,
         images=images,
         device=device,
         notify=notify,
-        progress=progress,
+        progress=_resumed(folder, recipe, source) if resumed else Progress(source_digest=source.digest),
+        replaces=force and not resumed,
     )
-    job.say("open", model=source.ref.name, folder=str(folder.path), device=str(device), resumed=bool(progress.stages))
-    return job
 
 
 def _resumed(folder: store.RunFolder, recipe: Recipe, source: Source) -> Progress:
@@ -229,6 +234,8 @@ def interruptible(job: Job) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, InterruptedRunError):
+        if not job.folder.begun:
+            raise InterruptedRunError("Interrupted before anything was written.") from None
         job.folder.log("interrupted")
         raise InterruptedRunError(
             f"Interrupted; {job.folder.path} keeps what was finished.",

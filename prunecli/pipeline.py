@@ -42,11 +42,13 @@ def _dense(job: Job) -> None:
 
 
 def _planned(job: Job) -> Planned:
-    """The plan: read back where an earlier start made it, else made, proved and written before any work."""
+    """The plan: read back where an earlier start made it, else made and proved before anything is written."""
     if job.progress.target is not None:
+        job.begin()
         return Planned(plan=job.folder.plan(), target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
     planned, proof = plan_and_prove(job.source, job.recipe, job.images)
+    job.begin()
     write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
     job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
     warnings = (*job.progress.warnings, *planned.notes)
@@ -216,6 +218,7 @@ def finetune(
         raise UsageError("Fine-tuning needs data.", hint="Give --data.")
     job = open_job(recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
+        job.begin()
         _dense(job)
         model = job.source.model
         if job.progress.lr is None:

@@ -92,7 +92,7 @@ class DataSettings(Value):
     workers: int = Field(default=0, ge=0)
     augment: Literal["auto", "timm", "crop_flip", "none"] = Field(
         default="auto",
-        description="auto: none for digits, crop_flip (pad 4, random crop, flip) up to 64 px, timm's own above",
+        description="auto: none for written digits, crop_flip (pad 4, random crop, flip) up to 64 px, timm's own above",
     )
     train_limit: int | None = Field(default=None, gt=0, description="use only the first N training images")
     val_limit: int | None = Field(default=None, gt=0, description="use only the first N validation images")

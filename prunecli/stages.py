@@ -97,7 +97,11 @@ def load_source(recipe: Recipe) -> Source:
         notes: tuple[str, ...] = (f"The base is the pruned model of {path}.",)
     else:
         loaded = zoo.load_model(
-            recipe.model, weights=recipe.weights, pretrained=recipe.pretrained, model_args=recipe.model_args
+            recipe.model,
+            weights=recipe.weights,
+            pretrained=recipe.pretrained,
+            model_args=recipe.model_args,
+            seed=recipe.seed,
         )
         model, ref, digest, notes = loaded.model, loaded.ref, loaded.digest, loaded.notes
     spec = zoo.input_spec(ref)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prunecli import __version__, surgery, zoo
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
-from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors
+from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
 from prunecli.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.recipe import Recipe
 from prunecli.report import Report, VerifyReport
@@ -75,6 +75,11 @@ class RunFolder:
         """The report is written last, so its presence means that every gate was passed."""
         return (self.path / REPORT).is_file()
 
+    @property
+    def begun(self) -> bool:
+        """The recipe is written first."""
+        return (self.path / RECIPE).is_file()
+
     def log(self, event: str, **values: object) -> None:
         """Append one line to log.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=str)
@@ -104,8 +109,8 @@ class RunFolder:
                 file.unlink()
 
 
-def create(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFolder:
-    """The folder of a new or continued run.
+def locate(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFolder:
+    """The folder of a new or continued run; nothing is written yet (see ``prepare_``).
 
     Args:
         out: what the user named; none picks ``runs/NAME-N`` (with ``resume`` the newest unfinished one).
@@ -115,12 +120,13 @@ def create(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFol
 
     Raises:
         UsageError: the folder holds a run and neither ``resume`` nor ``force`` was given, or holds something else.
-        PruneError: it cannot be made.
     """
     if out is None:
         out = _newest_unfinished(model) if resume else _next_free(model)
     folder = RunFolder(path=out)
     started = (out / RECIPE).is_file()
+    if started and force and is_run(model) and Path(model).resolve() == out.resolve():
+        raise UsageError(f"{out} is the model to start from and cannot be replaced.", hint="Choose another --out.")
     if started and folder.finished and not force:
         raise UsageError(f"{out} holds a finished run.", hint="Choose another --out, or --force to replace it.")
     if started and not folder.finished and not (resume or force):
@@ -129,12 +135,19 @@ def create(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFol
         raise UsageError(f"{out} holds no run to resume.")
     if not started and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty and holds no run of prunecli.", hint="Choose another --out.")
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        folder.checkpoints.mkdir(exist_ok=True)
-        if force and started:
-            folder.clear()
     return folder
+
+
+def prepare_(folder: RunFolder, recipe: Recipe, *, force: bool) -> None:
+    """Make the folder, with ``force`` without what an earlier run left there, and write the recipe.
+
+    Raises PruneError where it cannot be made.
+    """
+    with explained(folder.path):
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        if force:
+            folder.clear()
+    write_text(folder.path / RECIPE, recipe.to_yaml())
 
 
 def is_run(path: str | Path) -> bool:

@@ -18,6 +18,8 @@ LEVELS = [
     "nets zoo graph graph_tp surgery check cost sources data"
     " schedule objective checkpoint stopping trainer evaluation probe train",
     "store stages job recovery summary catalog",
+    "wording",
+    "plots",
     "render page pipeline progress",
     "cli __main__",
 ]
