@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunecli.errors import PruneError, UsageError, nearest
-from prunecli.groups import Group, Member, module_of
+from prunecli.groups import Group, Member, Role, module_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,15 @@ class _Evidence:
 
     def producers(self) -> list[Tensor]:
         """Rows of the weights that produce the channels: filters and matrix rows, without biases."""
-        return [self.rows(m) for m in self.group.members if m.role == "out" and self.tensors[m.tensor].dim() >= 2]
+        return self._weights("out")
 
     def consumers(self) -> list[Tensor]:
         """Rows of the weights that read the channels."""
-        return [self.rows(m) for m in self.group.members if m.role == "in" and self.tensors[m.tensor].dim() >= 2]
+        return self._weights("in")
+
+    def _weights(self, role: Role) -> list[Tensor]:
+        members = [m for m in self.group.members if m.role == role and m.tensor in self.tensors]
+        return [self.rows(m) for m in members if self.tensors[m.tensor].dim() >= 2]
 
 
 def score_groups(
@@ -53,7 +57,7 @@ def score_groups(
 
     Args:
         groups: whose channels are scored, in this order.
-        tensors: every tensor that a member names.
+        tensors: parameters and buffers by name; a member's table that is missing here has no say.
         criterion: a key of ``CRITERIA``.
         gradients: of the loss, by tensor name; ``taylor`` needs them.
         generator: ``random`` draws from it.
