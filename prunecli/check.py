@@ -62,8 +62,8 @@ def equivalence_error(
 ) -> Equivalence:
     """Compare the pruned with the silenced net on two random images, in float64 on the CPU, with random parameters.
 
-    Modules that have a ``fused_attn`` switch are compared on both of its paths. The pruned net must also train: a
-    forward and backward pass in train mode has to give finite gradients.
+    Where modules have a ``fused_attn`` switch, both paths of the pruned net are compared. The pruned net must also
+    train: a forward and backward pass in train mode has to give finite gradients.
 
     Args:
         model: with real (not meta) tensors; left as it is, but for the caches that an earlier forward pass filled.
@@ -89,11 +89,12 @@ def equivalence_error(
     _silence_(silenced, cut)
     masked = _MaskedNorms(silenced, cut, norms)
     try:
-        worst = _difference(silenced, pruned, masked, images)
+        expected = _silenced_outputs(silenced, masked, images)
         if cut:
-            _assert_visible(dense, silenced, masked, images[:1])
-        if _without_fused_attention_(silenced, pruned):
-            worst = max(worst, _difference(silenced, pruned, masked, images))
+            _assert_visible(dense, expected, images)
+        worst = _difference(expected, pruned, images)
+        if _without_fused_attention_(pruned):
+            worst = max(worst, _difference(expected, pruned, images))
         _assert_trains(pruned, images, seed)
     except _FailedCheckError as failure:
         return Equivalence(relative_error=math.inf, exact=not norms, norms=norms, reason=str(failure))
@@ -143,56 +144,56 @@ def _silence_(dense: nn.Module, cut: tuple[PlannedGroup, ...]) -> None:
                 tensors[name].index_fill_(dim, torch.tensor(positions), 0)
 
 
-def _without_fused_attention_(*models: nn.Module) -> bool:
+def _without_fused_attention_(model: nn.Module) -> bool:
     """Switch every module with that flag to its explicit attention; whether there was one."""
-    switched = False
-    for model in models:
-        for module in model.modules():
-            if vars(module).get("fused_attn") is True:
-                module.__dict__["fused_attn"] = False
-                switched = True
-    return switched
+    fused = [module for module in model.modules() if vars(module).get("fused_attn") is True]
+    for module in fused:
+        vars(module)["fused_attn"] = False
+    return bool(fused)
 
 
 # ---------------------------------------------------------------------------------------------- comparing
 
 
 @torch.no_grad()
-def _difference(silenced: nn.Module, pruned: nn.Module, masked: _MaskedNorms, images: Tensor) -> float:
-    """Largest relative difference. Raises _FailedCheckError where nothing can be learnt from it."""
-    expected = _silenced_outputs(silenced, masked, images)
-    try:
-        found = _outputs(pruned, images)
-    except _FORWARD_ERRORS as error:
-        raise _FailedCheckError(f"the pruned forward pass fails: {_first_line(error)}") from error
-    scale = expected.abs().max().item()
-    if not (math.isfinite(scale) and torch.isfinite(found).all()):
-        raise _FailedCheckError("the output is not finite")
-    if found.shape != expected.shape:
-        raise _FailedCheckError(f"the output has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
-    if (expected[0] - expected[1]).abs().max().item() <= _BLIND * scale:
-        raise _FailedCheckError("the output does not depend on the image, so the check sees nothing")
-    return (found - expected).abs().max().item() / scale
-
-
-@torch.no_grad()
-def _assert_visible(dense: nn.Module, silenced: nn.Module, masked: _MaskedNorms, images: Tensor) -> None:
-    """Raise _FailedCheckError where silencing changes nothing: a wrong cut would then change nothing either."""
-    whole = _outputs(dense, images)
-    difference = (_silenced_outputs(silenced, masked, images) - whole).abs().max().item()
-    if difference <= _BLIND * whole.abs().max().item():
-        raise _FailedCheckError("silencing the removed channels changes no output, so the check sees nothing")
-
-
 def _silenced_outputs(silenced: nn.Module, masked: _MaskedNorms, images: Tensor) -> Tensor:
-    """Outputs with every declared norm masked. Raises _FailedCheckError where one was not."""
-    masked.seen.clear()
+    """What the pruned net should give, [images, values], with every declared norm masked.
+
+    Raises _FailedCheckError where a norm was not masked, or the outputs would tell nothing.
+    """
     with masked:
         outputs = _outputs(silenced, images)
     unseen = set(masked.masks) - masked.seen
     if unseen:
         raise _FailedCheckError(f"the statistic of {min(unseen)} could not be taken over the kept channels")
+    scale = outputs.abs().max().item()
+    if not math.isfinite(scale):
+        raise _FailedCheckError("the output is not finite")
+    if (outputs[0] - outputs[1]).abs().max().item() <= _BLIND * scale:
+        raise _FailedCheckError("the output does not depend on the image, so the check sees nothing")
     return outputs
+
+
+@torch.no_grad()
+def _assert_visible(dense: nn.Module, expected: Tensor, images: Tensor) -> None:
+    """Raise _FailedCheckError where silencing changes nothing: a wrong cut would then change nothing either."""
+    whole = _outputs(dense, images[:1])
+    if (expected[:1] - whole).abs().max().item() <= _BLIND * whole.abs().max().item():
+        raise _FailedCheckError("silencing the removed channels changes no output, so the check sees nothing")
+
+
+@torch.no_grad()
+def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
+    """Largest difference relative to the largest expected output. Raises _FailedCheckError where there is none."""
+    try:
+        found = _outputs(pruned, images)
+    except _FORWARD_ERRORS as error:
+        raise _FailedCheckError(f"the pruned forward pass fails: {_first_line(error)}") from error
+    if not torch.isfinite(found).all():
+        raise _FailedCheckError("the output of the pruned net is not finite")
+    if found.shape != expected.shape:
+        raise _FailedCheckError(f"the output has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
+    return (found - expected).abs().max().item() / expected.abs().max().item()
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
