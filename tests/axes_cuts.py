@@ -28,14 +28,17 @@ def planned(graph: Graph, kept: Mapping[str, int], rng: random.Random) -> tuple[
 
 
 def allowed(graph: Graph, names: Sequence[str], rng: random.Random) -> dict[str, int]:
-    """Random widths for these groups: at most one of each exclusive set, tied groups alike."""
+    """Random widths for these groups: at most one of each exclusive set, tied groups alike.
+
+    No axis is cut to one channel, over which a norm would give a constant.
+    """
     kept: dict[str, int] = {}
     for name in names:
         tied = {name}.union(*(set(tie) for tie in graph.ties if name in tie))
         rivals = {other for pair in graph.exclusive if tied & set(pair) for other in pair} - tied
         if not rivals & set(kept) and name not in kept:
-            width = rng.randint(1, min(graph.group(n).width for n in tied))
-            kept.update(dict.fromkeys(tied, width))
+            width = min(graph.group(n).width for n in tied)
+            kept.update(dict.fromkeys(tied, rng.randint(max(2, width // 3) if width > 2 else 1, width)))
     return kept
 
 
@@ -46,9 +49,10 @@ def expressible(graph: Graph, kept: dict[str, int]) -> tuple[dict[str, int], tup
         try:
             return kept, graph.solve(kept)
         except AttributeConflictError as conflict:
-            assert set(conflict.groups) & set(kept), f"the conflict names no cut group: {conflict}"
-            for name in conflict.groups:
-                kept.pop(name, None)
+            blamed = set(conflict.groups) & set(kept)
+            if not blamed:
+                raise
+            kept = {name: width for name, width in kept.items() if name not in blamed}
 
 
 def error_of(

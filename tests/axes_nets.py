@@ -1,6 +1,6 @@
 """Small networks for the axis engine: one block per mechanism, to be stacked at random or looked at alone.
 
-Every block maps [B, C, H, W] to [B, C', H, W] with ``block.out_chs == C'``; sizes that must follow a cut are attributes,
+Every block maps [B, C, H, W] to [B, block.out_chs, H, W]; sizes that must follow a cut are attributes,
 as in real code. Some blocks are traps: a cut of their axes would change the output, so they have to be refused.
 """
 
@@ -303,7 +303,7 @@ class SeparateAttention(nn.Module):
         self.out_chs = width
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         t = x.flatten(2).transpose(1, 2)
         q, k, v = (f(t).reshape(b, h * w, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

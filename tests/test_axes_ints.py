@@ -71,7 +71,17 @@ def test_division_by_zero_has_no_value() -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [float, int, math.sqrt, round, lambda n: n**-0.5, lambda n: 2**n, lambda n: n / 2, lambda n: 6 / n, lambda n: n * 2.0],
+    [
+        float,
+        int,
+        math.sqrt,
+        round,
+        lambda n: n**-0.5,
+        lambda n: 2**n,
+        lambda n: n / 2,
+        lambda n: 6 / n,
+        lambda n: n * 2.0,
+    ],
     ids=["float", "int", "sqrt", "round", "pow", "exponent", "truediv", "divisor", "float product"],
 )
 def test_any_other_use_pins_the_value(use: Callable[[Any], Any]) -> None:
@@ -84,8 +94,12 @@ def test_comparisons_are_recorded_with_their_outcome() -> None:
     ledger = Ledger()
     assert traced(3, ledger) < traced(4, ledger, B)
     assert traced(3, ledger) != traced(4, ledger, B)
-    assert 5 > traced(3, ledger)
-    assert list(ledger.facts) == [Fact("lt", A, B, True), Fact("ne", A, B, True), Fact("lt", A, Number(5), True)]
+    assert traced(3, ledger) < 5
+    assert list(ledger.facts) == [
+        Fact("lt", A, B, outcome=True),
+        Fact("ne", A, B, outcome=True),
+        Fact("lt", A, Number(5), outcome=True),
+    ]
 
 
 def test_equality_with_a_literal_pins_and_with_itself_says_nothing() -> None:
@@ -103,7 +117,7 @@ def test_shapes_compare_entry_by_entry() -> None:
     atom = Atom(3)
     shape = torch.Size([TracedInt.of(3, Extent(atom), ledger), 4])
     assert shape == torch.Size([traced(3, ledger), 4])
-    assert list(ledger.facts) == [Fact("eq", Extent(atom), A, True)]
+    assert list(ledger.facts) == [Fact("eq", Extent(atom), A, outcome=True)]
 
 
 def test_untraced_strips_nested_arguments_without_a_trace() -> None:

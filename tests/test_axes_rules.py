@@ -179,9 +179,7 @@ def test_fused_attention_members() -> None:
     assert heads.members[0] == Member(
         tensor="blocks.0.qkv.weight", dim=0, role="out", index=IndexMap(stride=4, loops=((3, 8), (4, 1)))
     )
-    assert width.members[-1] == Member(
-        tensor="blocks.0.proj.weight", dim=1, role="in", index=IndexMap(loops=((2, 4),))
-    )
+    assert width.members[-1] == Member(tensor="blocks.0.proj.weight", dim=1, role="in", index=IndexMap(loops=((2, 4),)))
     assert graph.exclusive == (("blocks.0.qkv:head_dim", "blocks.0.qkv:heads"),)
 
 
@@ -232,7 +230,7 @@ def test_a_table_of_positions_is_no_group() -> None:
             return x + F.relu(self.table).sum(0)[:, None, None]
 
     graph = graph_of(Table)
-    assert all(5 != group.width for group in graph.groups)
+    assert all(group.width != 5 for group in graph.groups)
     assert any(axis.width == 5 and "tables of tokens" in axis.reason for axis in graph.frozen)
 
 
@@ -271,7 +269,7 @@ SILENCE: list[tuple[Callable[[Tensor], Tensor], bool]] = [
     (lambda x: torch.where(x > 0, x, torch.ones_like(x)), False),
     (lambda x: x.masked_fill(x > 0, 0.0), True),
     (lambda x: x.masked_fill(x >= 0, 2.0), False),
-    (lambda x: F.softplus(x), False),
+    (F.softplus, False),
     (lambda x: torch.maximum(x, torch.zeros_like(x)), True),
     (lambda x: F.max_pool2d(x, 2), True),
     (lambda x: F.pad(x, (1, 1, 1, 1), value=1.0), False),

@@ -1,0 +1,122 @@
+"""Default-scale attention: the rows of the queries, found by walking back; refused where the way is not linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from axes_nets import INPUT, Attention, Block, ExplicitAttention, NormedAttention, SeparateAttention, Stack
+from torch import Tensor, nn
+
+from prunecli.graph import build_graph
+from prunecli.groups import Graph, ScaleFold
+
+
+def graph_of(block: Block) -> Graph:
+    return build_graph(Stack([block], [4]), INPUT)
+
+
+def folds(block: Block) -> dict[str, tuple[int, tuple[int, ...]]]:
+    return {fold.tensor.removeprefix("blocks.0."): (fold.dim, fold.positions) for fold in graph_of(block).folds}
+
+
+def refusal(block: Block) -> str:
+    graph = graph_of(block)
+    assert graph.folds == ()
+    return next(a.reason for a in graph.frozen if "root" in a.reason)
+
+
+def test_the_first_third_of_a_fused_qkv() -> None:
+    assert graph_of(Attention).folds == (
+        ScaleFold(group="blocks.0.qkv:head_dim", tensor="blocks.0.qkv.weight", dim=0, positions=tuple(range(8))),
+        ScaleFold(group="blocks.0.qkv:head_dim", tensor="blocks.0.qkv.bias", dim=0, positions=tuple(range(8))),
+    )
+
+
+def test_an_explicit_scale_is_left_alone() -> None:
+    graph = graph_of(ExplicitAttention)
+    assert graph.folds == ()
+    assert all(edit.name != "scale" for edit in graph.solve({"blocks.0.qkv:head_dim": 2}))
+
+
+def test_a_norm_of_the_queries_takes_the_fold() -> None:
+    assert folds(NormedAttention) == {"q_norm.weight": (0, (0, 1, 2, 3)), "q_norm.bias": (0, (0, 1, 2, 3))}
+
+
+def test_a_layer_of_its_own_takes_it_whole() -> None:
+    assert folds(SeparateAttention) == {"q.weight": (0, tuple(range(8))), "q.bias": (0, tuple(range(8)))}
+
+
+class Interleaved(Attention):
+    """Heads first, then q, k, v: every head's rows start with its query."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(x.flatten(2).transpose(1, 2)).reshape(b, h * w, self.num_heads, 3, self.head_dim)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+def test_queries_of_every_head_are_found_where_they_lie() -> None:
+    assert folds(Interleaved)["qkv.weight"] == (0, (0, 1, 2, 3, 12, 13, 14, 15))
+
+
+class JoinedBias(Attention):
+    """The bias is put together from three parameters."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.qkv = nn.Linear(chs, 24, bias=False)
+        self.q_bias, self.k_bias, self.v_bias = (nn.Parameter(torch.zeros(8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(self.norm(x.flatten(2).transpose(1, 2)), self.qkv.weight, bias)
+        qkv = qkv.reshape(b, h * w, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+def test_a_joined_bias_is_followed_to_its_query_part() -> None:
+    eight = tuple(range(8))
+    assert folds(JoinedBias) == {"qkv.weight": (0, eight), "q_bias": (0, eight)}
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (lambda q, k, v: (q.tanh(), k, v), "'tanh' is not known to be linear"),
+        (lambda q, k, v: (q + 1, k, v), "a number is added"),
+        (lambda q, k, v: (q * v, k, v), "two tensors that depend on the input"),
+        (lambda q, k, v: (q, q, v), "queries and keys share weights"),
+        (lambda q, k, v: (q.clone().add_(k), k, v), "overwritten"),
+    ],
+    ids=["nonlinear", "shifted", "product", "shared", "in place"],
+)
+def test_a_way_that_is_not_linear_keeps_the_head_width(attend: object, reason: str) -> None:
+    class Odd(Attention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*attend(q, k, v))  # type: ignore[operator]
+
+    assert reason in refusal(Odd)
+
+
+def test_linear_detours_are_followed() -> None:
+    class Detour(Attention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = torch.stack([-q * 0.5, q / 3], 0).select(0, 1) + torch.cat([q[:, :1], q[:, 1:]], 1)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    assert folds(Detour)["qkv.bias"] == (0, tuple(range(8)))
+
+
+def test_other_scales_of_the_module_stay() -> None:
+    class TwoScales(Attention):
+        def __init__(self, chs: int, width: int) -> None:
+            super().__init__(chs, width)
+            self.temperature = 0.7
+
+    edits = graph_of(TwoScales).solve({"blocks.0.qkv:head_dim": 1})
+    assert [(e.name, e.before, e.after) for e in edits if isinstance(e.before, float)] == [("scale", 0.5, 1.0)]
