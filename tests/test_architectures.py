@@ -20,7 +20,6 @@ ARCHITECTURES = {
     "mobilenetv3_small_100": {},
     "efficientnet_b0": {},
     "convnext_atto": {},
-    "vgg11_bn": {},
     "densenet121": {},
     "vit_tiny_patch16_224": {"round_to": 1},
     "deit_tiny_patch16_224": {"round_to": 1, "attention": "head_dim"},
