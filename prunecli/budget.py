@@ -163,7 +163,9 @@ def _units(
         if not together:
             continue
         if len(together) < len(tied) or len({g.width for g in together}) > 1:
-            notes.append(f"{', '.join(tied)} must keep equally many channels and not all of them may be cut: they stay.")
+            notes.append(
+                f"{', '.join(tied)} must keep equally many channels and not all of them may be cut: they stay."
+            )
             continue
         unit = _unit(graph, together, scores, settings)
         if unit.most > 0:
