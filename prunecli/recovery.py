@@ -24,8 +24,9 @@ def recover_stage(job: Job, model: nn.Module, learning_rate: float) -> tuple[nn.
 
     ``auto`` tries what fits the net and keeps a step only by a measured rule: from copies with and without it, run the
     same short fine-tuning (``probe_steps``; none where nothing will be fine-tuned), and keep it if the loss on held-out
-    training images is lower by more than 1 %. Never by accuracy before fine-tuning alone, which hardly predicts the
-    accuracy after it (arXiv 2412.00143). Steps named in the recipe are applied without asking.
+    training images is lower by more than 1 %. Not by the loss before fine-tuning, which hardly predicts the one after
+    it (arXiv 2412.00143); but BN re-estimation is, since it leaves the weights alone and training steps read batch
+    statistics: it can only change what is seen before. Steps named in the recipe are applied without asking.
     """
     steps, asked = _recovery_steps(job, model)
     done: list[RecoveryStep] = []
@@ -88,7 +89,7 @@ def _with_effect(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Modu
 
 def _judged(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Module, learning_rate: float) -> RecoveryStep:
     """Keep the step if the same short fine-tuning ends lower with it."""
-    steps = job.recipe.recover.probe_steps if job.epochs else 0
+    steps = job.recipe.recover.probe_steps if job.epochs and step.name != "bn" else 0
     without, with_it = (
         _probe(job, model, steps=steps, learning_rate=learning_rate).val_loss for model in (before, after)
     )
