@@ -76,7 +76,24 @@ def write_json(path: Path, value: object) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors atomically; shared memory is written once under each name. Raises PruneError."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+
+    def write(temporary: Path) -> None:
+        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_header_(temporary)
+
+    write_atomic(path, write)
+
+
+def _sort_header_(path: Path) -> None:
+    """Give equal contents equal bytes: safetensors writes its metadata in another order each time."""
+    with path.open("r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        handle.seek(8)
+        handle.write(text.ljust(length))
 
 
 def read_json(path: Path) -> Any:

@@ -151,7 +151,7 @@ def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images 
             kind=group.kind,
             width=group.width,
             keep=choice.keep.get(group.name, tuple(range(group.width))),
-            score=tuple(float(value) for value in scores[group.name]),
+            score=tuple(scores[group.name].tolist()) if group.name in scores else None,
             members=group.members,
             norms=group.norms,
         )

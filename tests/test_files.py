@@ -56,6 +56,14 @@ def test_tensors_that_share_memory_are_written_under_each_name(tmp_path):
     assert torch.equal(back["b"], a[:2])
 
 
+def test_equal_contents_are_equal_bytes(tmp_path):
+    metadata = {name: "ä" * 3 for name in "zyxwvutsrq"}
+    for number in range(8):
+        files.write_tensors(tmp_path / f"{number}", {"a": torch.ones(2), "b": torch.zeros(3)}, metadata)
+    assert len({files.sha256_of(tmp_path / f"{number}") for number in range(8)}) == 1
+    assert torch.equal(files.read_tensors(tmp_path / "0")["b"], torch.zeros(3))
+
+
 def test_truncated_and_missing_files_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
     files.write_tensors(path, {"a": torch.ones(100)})
