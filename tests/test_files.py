@@ -57,7 +57,7 @@ def test_tensors_that_share_memory_are_written_under_each_name(tmp_path):
 
 
 def test_equal_contents_are_equal_bytes(tmp_path):
-    metadata = {name: "ä" * 3 for name in "zyxwvutsrq"}
+    metadata = dict.fromkeys("zyxwvutsrq", "ä" * 3)
     for number in range(8):
         files.write_tensors(tmp_path / f"{number}", {"a": torch.ones(2), "b": torch.zeros(3)}, metadata)
     assert len({files.sha256_of(tmp_path / f"{number}") for number in range(8)}) == 1
