@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from prunecli.graph import build_graph
 
-NETWORKS = int(os.environ.get("PRUNECLI_FUZZ", "200"))
+NETWORKS = int(os.environ.get("PRUNECLI_FUZZ", "300"))
 
 
 @given(
