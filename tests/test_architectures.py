@@ -1,4 +1,4 @@
-"""Whole jobs on real timm architectures, random weights: planned, proved, cut, exported and reloaded by the pipeline."""
+"""Whole jobs on real timm architectures, random weights: planned, proved, cut, exported and reloaded by a job."""
 
 from __future__ import annotations
 

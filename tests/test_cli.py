@@ -252,7 +252,11 @@ def test_bad_weights(tmp_path, kind, code, said):
         (["lenet5_relu", "--no-pretrained"], 2, "--target"),
         (["lenet5_relu", "--no-pretrained", "--target=latency=5ms"], 2, "bench"),
         (["lenet5_relu", "--no-pretrained", "--target=params=10"], 3, "each"),
-        (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "prune.select=[nothing]"], 5, "The pattern 'nothing' matches no group"),
+        (
+            ["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "prune.select=[nothing]"],
+            5,
+            "The pattern 'nothing' matches no group",
+        ),
         (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "finetune.epoch=3"], 2, "'epochs'"),
         (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--epochs=3"], 2, "--data"),
         (["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--lr=fast"], 2, "--lr"),
