@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Jacobian spectrum against a per-class loop with per-sample SVD.")
     parser.add_argument("--case", action="append", help=f"MODEL:PIXELS:IMAGES:CLASSES, repeatable; default {CASES}")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")

@@ -188,7 +188,7 @@ class SpectrumSettings(Value):
     samples: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="images; auto: up to 16, fewer where exact Jacobians would cost minutes; 0 is off"
     )
-    chunk: int = Field(default=64, gt=0, description="rows of all Jacobians computed at once")
+    chunk: int = Field(default=32, gt=0, description="rows of all Jacobians computed at once")
 
 
 class Recipe(Value):
