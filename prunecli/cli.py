@@ -148,21 +148,22 @@ def finetune(
 def inspect(
     model: ModelArg,
     weights: WeightsOpt = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="also load the weights")] = False,
     model_arg: ModelArgsOpt = None,
-    engine: Annotated[str, typer.Option("--graph", help="axes or torch_pruning")] = "axes",
+    engine: Annotated[str | None, typer.Option("--graph", help="axes or torch_pruning")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
     with _reported():
         from prunecli import render
-        from prunecli.graph import build_graph
+        from prunecli.errors import UnsupportedError
         from prunecli.stages import inspection, load_source
 
-        flags = _flags(weights=weights, no_pretrained=not (pretrained or weights), model_arg=model_arg)
-        source = load_source(_resolved([model], None, flags))
-        found = inspection(source, build_graph(source.model, source.spec.size, engine=engine))
+        flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
+        resolved = _resolved([model], None, flags | _given(prune=_given(graph=engine)))
+        found = inspection(load_source(resolved), resolved)
         _show(found.to_mapping(), render.inspection(found), as_json=as_json)
+        if not found.supported:
+            raise UnsupportedError(f"{model} is not supported.")
 
 
 @app.command()

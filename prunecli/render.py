@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,12 +192,15 @@ def inspection(found: Inspection) -> RenderableType:
         ("cost", f"{count(cost.params)} parameters, {count(cost.macs)} multiply-adds, {wording.size(cost.bytes)}"),
         ("prunable", f"{len(graph.groups)} coupled groups, {found.prunable_share:.1%} of the parameters"),
         ("engine", graph.engine),
+        ("status", f"{'supported' if found.supported else 'not supported'}: {found.status}"),
     )
     parts: list[RenderableType] = [totals, _groups_table(graph)]
     if graph.frozen:
         parts.append(_frozen_table(graph.frozen))
     parts += _notes([f"tied, cut alike: {', '.join(names)}" for names in graph.ties])
-    parts += _notes([f"factors of one width, at most one is cut: {', '.join(names)}" for names in graph.exclusive])
+    if graph.exclusive:
+        pairs = f"{len(graph.exclusive)} widths are products, as {' x '.join(graph.exclusive[0])}"
+        parts += _notes([f"{pairs}: one factor of each is cut, prune.attention says which"])
     if graph.unknown_ops:
         met = ", ".join(f"{name} ({times}x)" for name, times in sorted(graph.unknown_ops.items()))
         parts += _notes([f"operators without a rule, their axes stay: {met}"])
@@ -216,10 +220,10 @@ def _groups_table(graph: Graph) -> Table:
 
 
 def _frozen_table(frozen: Sequence[Frozen]) -> Table:
-    """Axes that stay, one row a reason."""
+    """Axes that stay, one row a reason; reasons that differ only in the module they name are one."""
     reasons: dict[str, list[Frozen]] = {}
     for axis in frozen:
-        reasons.setdefault(axis.reason, []).append(axis)
+        reasons.setdefault(re.sub(r"module '[^']*'", "its module", axis.reason), []).append(axis)
     table = _table("Stays whole", "why", "axes", "which (width)", numeric=("axes",))
     for reason, axes in reasons.items():
         names = [f"{axis.name} ({axis.width})" for axis in axes]

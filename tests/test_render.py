@@ -47,7 +47,7 @@ def graph() -> Graph:
         groups=groups,
         frozen=frozen,
         ties=(("stem", "blocks.0.attn.heads"),),
-        exclusive=(),
+        exclusive=(("blocks.0.attn:heads", "blocks.0.attn:head_dim"),),
         tensors={"stem.weight": (Const(64),)},
         ops=(),
         folds=(),
@@ -61,6 +61,8 @@ def views() -> dict[str, RenderableType]:
     inspected = SimpleNamespace(
         graph=graph(),
         prunable_share=0.834,
+        supported=True,
+        status="half of every group was cut on trial: the net equals the silenced dense net to 1.2e-15",
         source=SimpleNamespace(
             cost=sample.DENSE,
             ref=sample.plan().model,
