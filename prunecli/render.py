@@ -199,8 +199,9 @@ def inspection(found: Inspection) -> RenderableType:
         parts.append(_frozen_table(graph.frozen))
     parts += _notes([f"tied, cut alike: {', '.join(names)}" for names in graph.ties])
     if graph.exclusive:
-        pairs = f"{len(graph.exclusive)} widths are products, as {' x '.join(graph.exclusive[0])}"
-        parts += _notes([f"{pairs}: one factor of each is cut, prune.attention says which"])
+        more = f" and {len(graph.exclusive) - 1} more" if len(graph.exclusive) > 1 else ""
+        first = " x ".join(graph.exclusive[0])
+        parts += _notes([f"products, of which one factor is cut (prune.attention says which): {first}{more}"])
     if graph.unknown_ops:
         met = ", ".join(f"{name} ({times}x)" for name, times in sorted(graph.unknown_ops.items()))
         parts += _notes([f"operators without a rule, their axes stay: {met}"])
