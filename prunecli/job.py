@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field
@@ -15,12 +16,13 @@ from torch import nn
 
 from prunecli import cost, data, evaluation, lr, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.files import read_json, write_json
+from prunecli.files import write_json
 from prunecli.plan import Plan, Value
 from prunecli.recipe import Recipe
 from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
 from prunecli.stages import Source, jacobian_images, load_source, open_images, spectrum_batch
 
+Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
 
 DEFAULT_EPOCHS: Final = 10
@@ -31,7 +33,9 @@ _SMALL_IMAGE: Final = 64  # pixels; the CIFAR-like side of the published rules
 class Progress(Value):
     """What finished stages measured: ``checkpoints/progress.json``."""
 
+    command: Command
     source_digest: str
+    plan_sha256: str | None = None
     stages: tuple[Stage, ...] = ()
     recovery: tuple[RecoveryStep, ...] = ()
     lr: LRReport | None = None
@@ -61,15 +65,23 @@ class Job:
     device: torch.device
     notify: Notify
     progress: Progress
-    replaces: bool = False
+    resume: bool
+    force: bool
+    begun: bool = False
+    closing: ExitStack = field(default_factory=ExitStack)
     started: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
-        """Make the folder, now that the job is known to be possible."""
-        store.prepare_(self.folder, self.recipe, force=self.replaces)
-        resumed = bool(self.progress.stages)
+        """Make the folder, now that the job is known to be possible; from here on no other process may use it."""
+        self.closing.enter_context(store.held(self.folder))
+        store.prepare_(self.folder, self.recipe, resume=self.resume, force=self.force)
+        self.begun = True
         self.say(
-            "open", model=self.source.ref.name, folder=str(self.folder.path), device=str(self.device), resumed=resumed
+            "open",
+            model=self.source.ref.name,
+            folder=str(self.folder.path),
+            device=str(self.device),
+            resumed=self.resume,
         )
 
     def say(self, event: str, **values: object) -> None:
@@ -194,15 +206,17 @@ def lr_of_source(recipe: Recipe) -> LRReport:
     return lr_report(recipe, source, source.model, folder.plan(), dense=dense, now=now, epochs=epochs)
 
 
-def open_job(recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
+def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
     """Load the model, open the data, choose the folder. Nothing is written yet: ``Job.begin`` does that."""
     device = resolve_device(recipe.device)
     folder = store.locate(out, model=recipe.model or "", resume=resume, force=force)
+    earlier = _earlier(folder, recipe, command) if resume else None
     notify({"event": "start", "name": "load"})
     source = load_source(recipe)
+    if earlier and earlier.source_digest != source.digest:
+        raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
     images = open_images(recipe, source)
     planned_epochs(recipe, has_data=images is not None)
-    resumed = resume and _progress_file(folder).is_file()
     return Job(
         recipe=recipe,
         folder=folder,
@@ -210,21 +224,27 @@ def open_job(recipe: Recipe, *, out: Path | None, resume: bool, force: bool, not
         images=images,
         device=device,
         notify=notify,
-        progress=_resumed(folder, recipe, source) if resumed else Progress(source_digest=source.digest),
-        replaces=force and not resumed,
+        progress=earlier or Progress(command=command, source_digest=source.digest),
+        resume=resume,
+        force=force,
     )
 
 
-def _resumed(folder: store.RunFolder, recipe: Recipe, source: Source) -> Progress:
-    """The progress of an earlier start. Raises UsageError where it was another job."""
+def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progress | None:
+    """The progress of an earlier start, None where it was killed before any. Raises where it was another job."""
     if folder.recipe().sha256() != recipe.sha256():
         raise UsageError(
             f"{folder.path} was started with another recipe.",
             hint="Resume without further options (the folder's recipe is used), or --force to start again.",
         )
-    progress = Progress.model_validate(read_json(_progress_file(folder)))
-    if progress.source_digest != source.digest:
-        raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
+    if not _progress_file(folder).is_file():
+        return None
+    progress = store.read_value(Progress, _progress_file(folder))
+    if progress.command != command:
+        raise UsageError(
+            f"{folder.path} was started with `prunecli {progress.command}`.",
+            hint=f"`prunecli {progress.command} --resume --out {shlex.quote(str(folder.path))}` continues it.",
+        )
     return progress
 
 
@@ -232,14 +252,16 @@ def _resumed(folder: store.RunFolder, recipe: Recipe, source: Source) -> Progres
 def interruptible(job: Job) -> Iterator[None]:
     """Ctrl-C and SIGTERM end a run with what was finished on disk."""
     try:
-        yield
+        with job.closing:
+            yield
     except (KeyboardInterrupt, InterruptedRunError):
-        if not job.folder.begun:
+        if not job.begun:
             raise InterruptedRunError("Interrupted before anything was written.") from None
-        job.folder.log("interrupted")
+        with suppress(PruneError):  # a full disk must not hide why the run ended
+            job.folder.log("interrupted")
         raise InterruptedRunError(
             f"Interrupted; {job.folder.path} keeps what was finished.",
-            hint=f"`prunecli compress --resume --out {job.folder.path}` continues.",
+            hint=f"`prunecli {job.progress.command} --resume --out {shlex.quote(str(job.folder.path))}` continues.",
         ) from None
 
 

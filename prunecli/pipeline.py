@@ -13,7 +13,7 @@ from typing import Final
 from torch import nn
 
 from prunecli import cost, data, page, spectrum, store, train
-from prunecli.errors import TargetError, UsageError
+from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import read_tensors, write_json, write_tensors, write_text
 from prunecli.graph import build_graph
 from prunecli.job import Job, Notify, interruptible, learning_rate, measured_stage, open_job, recommended_lr
@@ -44,15 +44,20 @@ def _dense(job: Job) -> None:
 def _planned(job: Job) -> Planned:
     """The plan: read back where an earlier start made it, else made and proved before anything is written."""
     if job.progress.target is not None:
+        plan = job.folder.plan()
+        if plan.sha256() != job.progress.plan_sha256:
+            raise PruneError(
+                f"{job.folder.path / store.PLAN} was changed after the run had started.", hint="--force starts again."
+            )
         job.begin()
-        return Planned(plan=job.folder.plan(), target=job.progress.target, notes=())
+        return Planned(plan=plan, target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
     planned, proof = plan_and_prove(job.source, job.recipe, job.images)
     job.begin()
     write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
     job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
-    warnings = (*job.progress.warnings, *planned.notes)
-    job.save(job.progress.model_copy(update={"target": planned.target, "warnings": warnings}))
+    made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
+    job.save(job.progress.model_copy(update=made))
     return planned
 
 
@@ -103,7 +108,7 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     """Recover in place of ``smaller``'s weights; the recovered weights are kept on disk for a resume."""
     weights = job.folder.checkpoints / "recovered.safetensors"
     if job.progress.stage("recovered"):
-        smaller.load_state_dict(read_tensors(weights))
+        _reload_(smaller, weights)
         return
     began = time.perf_counter()
     assert job.progress.lr is not None
@@ -133,7 +138,7 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     """Fine-tune, or say that nothing was fine-tuned."""
     weights = job.folder.checkpoints / "finetuned.safetensors"
     if job.progress.stage("finetuned"):
-        model.load_state_dict(read_tensors(weights))
+        _reload_(model, weights)
         return model
     if job.epochs == 0:
         return model
@@ -156,6 +161,14 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     write_tensors(weights, model.state_dict())
     job.save(job.progress.with_stage(stage, values, finetune=result))
     return model
+
+
+def _reload_(model: nn.Module, path: Path) -> None:
+    """What an earlier start saved after a stage. Raises PruneError where the file does not hold it."""
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError:
+        raise PruneError(f"{path} does not hold the weights of this run.", hint="--force starts again.") from None
 
 
 # ---------------------------------------------------------------------------------------------- the end of a job
@@ -197,7 +210,7 @@ def compress(
     Raises:
         PruneError: every failure, as the subclass whose exit code INTERFACE names. Finished stages stay on disk.
     """
-    job = open_job(recipe, out=out, resume=resume, force=force, notify=notify)
+    job = open_job("compress", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         planned = _planned(job)
         smaller = _pruned(job, planned)
@@ -216,7 +229,7 @@ def finetune(
     """Fine-tune a model or a run without pruning it. Raises as ``compress``."""
     if recipe.data.name is None:
         raise UsageError("Fine-tuning needs data.", hint="Give --data.")
-    job = open_job(recipe, out=out, resume=resume, force=force, notify=notify)
+    job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         job.begin()
         _dense(job)

@@ -5,6 +5,8 @@ Both are JSON values with a schema number that reject unknown keys and round-tri
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -86,6 +88,10 @@ class Plan(Value):
 
     def kept_widths(self) -> dict[str, int]:
         return {group.name: len(group.keep) for group in self.groups}
+
+    def sha256(self) -> str:
+        """Identity of the plan: a resumed run holds to the one it began with."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, list[int]]]:

@@ -39,12 +39,17 @@ def stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def stop_if_asked(stop: threading.Event) -> None:
+    """Raises Stopped once a stop was requested."""
+    if stop.is_set():
+        raise Stopped
+
+
 def until(stop: threading.Event, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches; raises Stopped before the next one once a stop was requested."""
     batches = iter(loader)
     while True:
-        if stop.is_set():
-            raise Stopped
+        stop_if_asked(stop)
         try:
             batch = next(batches)
         except StopIteration:

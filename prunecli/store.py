@@ -6,11 +6,17 @@ Nothing here is a pickle; writes are atomic (``prunecli.files``).
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import json
+import logging
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +45,11 @@ CHECKPOINTS: Final = "checkpoints"
 OURS: Final = (WEIGHTS, CONFIG, PLAN, REPORT, PAGE, RECIPE, LOG, REFERENCE)
 
 V = TypeVar("V", bound=Value)
+
+log = logging.getLogger("prunecli")
+
+_LOCK_SECONDS: Final = 8  # loader processes of a killed run hold its lock until they notice, some five seconds later
+_LEFT_BEHIND: Final = re.compile(r"\.(?:.+)\.(?:json|jsonl|yaml|html|safetensors)\.\d+\.tmp")  # see files.write_atomic
 
 _VERIFY_IMAGES: Final = 2
 # Reloading on the machine that exported is bit-equal; another CPU or library may round a float32 sum differently.
@@ -92,21 +103,42 @@ class RunFolder:
 
     def plan(self) -> Plan:
         """Raises PruneError where plan.json is missing or wrong."""
-        return _parse(Plan, self.path / PLAN)
+        return read_value(Plan, self.path / PLAN)
 
     def report(self) -> Report:
         """Raises PruneError where report.json is missing or wrong."""
-        return _parse(Report, self.path / REPORT)
+        return read_value(Report, self.path / REPORT)
 
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else."""
-        for name in OURS:
+        """Remove what a run writes, and nothing else.
+
+        The report goes first and the recipe stays, so that a kill halfway leaves an unfinished run, not a broken
+        finished one or a folder that looks foreign.
+        """
+        for name in (REPORT, *(name for name in OURS if name != RECIPE)):
             (self.path / name).unlink(missing_ok=True)
         for file in sorted(self.checkpoints.rglob("*"), reverse=True):
             if file.is_dir() and not file.is_symlink():
                 file.rmdir()
             else:
                 file.unlink()
+
+    def sweep(self) -> None:
+        """Remove half-written files that a killed process left behind."""
+        for folder in (self.path, self.checkpoints, self.checkpoints / "finetune"):
+            for file in folder.glob(".*.tmp"):
+                if _LEFT_BEHIND.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the folder holds something and is no run: all but what a start that was killed early leaves."""
+        if self.begun or not self.path.is_dir():
+            return False
+        return any(
+            not _LEFT_BEHIND.fullmatch(entry.name) and (entry != self.checkpoints or any(entry.iterdir()))
+            for entry in self.path.iterdir()
+        )
 
 
 def locate(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFolder:
@@ -120,34 +152,88 @@ def locate(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFol
 
     Raises:
         UsageError: the folder holds a run and neither ``resume`` nor ``force`` was given, or holds something else.
+        PruneError: nothing can be written there.
     """
+    if resume and force:
+        raise UsageError("--resume and --force contradict each other.", hint="--force starts again from nothing.")
     if out is None:
         out = _newest_unfinished(model) if resume else _next_free(model)
     folder = RunFolder(path=out)
-    started = (out / RECIPE).is_file()
-    if started and force and is_run(model) and Path(model).resolve() == out.resolve():
+    with explained(out):
+        _require_usable(folder, resume=resume, force=force)
+    if folder.begun and force and is_run(model) and Path(model).resolve() == out.resolve():
         raise UsageError(f"{out} is the model to start from and cannot be replaced.", hint="Choose another --out.")
-    if started and folder.finished and not force:
-        raise UsageError(f"{out} holds a finished run.", hint="Choose another --out, or --force to replace it.")
-    if started and not folder.finished and not (resume or force):
-        raise UsageError(f"{out} holds an unfinished run.", hint="--resume continues it, --force starts again.")
-    if resume and not started and not force:
-        raise UsageError(f"{out} holds no run to resume.")
-    if not started and out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no run of prunecli.", hint="Choose another --out.")
     return folder
 
 
-def prepare_(folder: RunFolder, recipe: Recipe, *, force: bool) -> None:
-    """Make the folder, with ``force`` without what an earlier run left there, and write the recipe.
+def _require_usable(folder: RunFolder, *, resume: bool, force: bool) -> None:
+    """Raises what ``locate`` promises, and OSError where the folder cannot be looked into."""
+    path = folder.path
+    if folder.finished and folder.begun and resume:
+        raise UsageError(f"The run in {path} is finished: there is nothing to resume.")
+    if folder.finished and folder.begun and not force:
+        raise UsageError(f"{path} holds a finished run.", hint="Choose another --out, or --force to replace it.")
+    if folder.begun and not (resume or force):
+        raise UsageError(f"{path} holds an unfinished run.", hint="--resume continues it, --force starts again.")
+    if resume and not folder.begun:
+        raise UsageError(f"{path} holds no run to resume.", hint="Start one without --resume.")
+    if folder.foreign:
+        raise UsageError(f"{path} is not empty and holds no run of prunecli.", hint="Choose another --out.")
+    _require_writable(path)
 
-    Raises PruneError where it cannot be made.
+
+def _require_writable(path: Path) -> None:
+    """Say at once, and not after minutes of planning, that a folder cannot be made or written. Raises OSError."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "permission denied", str(there))
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes of ours out of a folder while this one works in it; the lock ends with the process.
+
+    Raises UsageError where another process works in it.
     """
     with explained(folder.path):
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.path, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(handle):
+            if time.monotonic() > deadline:
+                raise UsageError(f"Another process is working in {folder.path}.", hint="Choose another --out.")
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        log.info("The run folder cannot be locked: %s", error)
+    return True
+
+
+def prepare_(folder: RunFolder, recipe: Recipe, *, resume: bool, force: bool) -> None:
+    """Make the folder, with ``force`` without what an earlier run left there, and write the recipe.
+
+    Raises as ``locate``, whose answer may have changed since.
+    """
+    with explained(folder.path):
+        _require_usable(folder, resume=resume, force=force)
         if force:
             folder.clear()
+        folder.sweep()
     write_text(folder.path / RECIPE, recipe.to_yaml())
+    with explained(folder.path):
+        folder.checkpoints.mkdir(exist_ok=True)
 
 
 def is_run(path: str | Path) -> bool:
@@ -273,8 +359,13 @@ def verify(path: Path) -> VerifyReport:
     """
     if not path.is_dir():
         raise UsageError(f"{path} does not exist or is no folder.")
-    command = [sys.executable, "-m", "prunecli.store", str(path.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 our own interpreter
+    # -P and PYTHONPATH: the child gets this very package, and no module that happens to lie in the user's folder.
+    command = [sys.executable, "-P", "-m", "prunecli.store", str(path.resolve())]
+    places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run(  # noqa: S603 our own interpreter
+        command, capture_output=True, text=True, check=False, env=environment
+    )
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -332,7 +423,8 @@ def _reference_logits(model: nn.Module, ref: ModelRef) -> Tensor:
     return logits.float()
 
 
-def _parse(kind: type[V], path: Path) -> V:
+def read_value(kind: type[V], path: Path) -> V:
+    """A value type from its JSON file. Raises PruneError naming the file and the place in it."""
     values = read_json(path)
     try:
         return kind.model_validate(values)

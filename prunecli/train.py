@@ -24,7 +24,7 @@ from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe import FinetuneSettings
 from prunecli.report import Accuracy, FinetuneReport
 from prunecli.schedule import optimizer_name
-from prunecli.stopping import Stopped, stop_requests, until
+from prunecli.stopping import Stopped, stop_if_asked, stop_requests, until
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
 from prunecli.zoo import state_digest
 
@@ -129,6 +129,7 @@ class _Finetuning:
                 self._train_epoch()
                 self._close_epoch()
                 self._save()
+            stop_if_asked(self.stop)  # also where it was during the last validation or save
         except Stopped:
             self._save()
             raise _interrupted(self.progress, saved=self.folder is not None) from None

@@ -259,6 +259,16 @@ def test_interrupted_in_validation_trains_no_step_twice(tmp_path: Path) -> None:
     assert same(weights(model), weights(whole))
 
 
+def test_a_stop_asked_for_at_the_very_end_is_heard(tmp_path: Path) -> None:
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "epoch" and event["epoch"] == event["epochs"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError):
+        train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=interrupt, **RUN)
+    assert states(tmp_path) == ["state-00003-00000000.safetensors"]
+
+
 def test_signals_work_as_before_afterwards_and_threads_may_train() -> None:
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     train.finetune(toy_net(), ToyImages(), PLAIN, **RUN)
