@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
 
 from prunecli import __version__
-from prunecli.errors import ExitCode, PruneError, UsageError
+from prunecli.console import errors, reported, settle_process, show, tell, write
+from prunecli.errors import UsageError
 
 if TYPE_CHECKING:
     from prunecli.recipe import Recipe
@@ -91,16 +86,16 @@ def compress(
     quiet: QuietOpt = False,
 ) -> None:
     """The main job: load, plan, cut, recover isometry, fine-tune, verify, export, report."""
-    with _reported():
+    with reported(quiet=quiet):
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             epochs=epochs, lr=lr, device=device, seed=seed,
         )  # fmt: skip
         prune = {"criterion": criterion, "round_to": round_to}
         flags |= _given(target=target, method=method, prune=_given(**prune), recover=_recovery(recover))
-        resolved = _resolved(words or [], recipe, flags, resume_from=out if resume else None)
+        resolved = _resolved(words or [], recipe, flags, resume=resume, out=out)
         if print_config:
-            sys.stdout.write(resolved.to_yaml())
+            write(resolved.to_yaml())
         elif dry_run:
             _show_plan(resolved, as_json=as_json)
         else:
@@ -130,14 +125,14 @@ def finetune(
     quiet: QuietOpt = False,
 ) -> None:
     """Fine-tuning alone, of a model or a run."""
-    with _reported():
+    with reported(quiet=quiet):
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             epochs=epochs, lr=lr, device=device, seed=seed,
         )  # fmt: skip
-        resolved = _resolved(words or [], recipe, flags, resume_from=out if resume else None)
+        resolved = _resolved(words or [], recipe, flags, resume=resume, out=out)
         if print_config:
-            sys.stdout.write(resolved.to_yaml())
+            write(resolved.to_yaml())
             return
         from prunecli import pipeline
 
@@ -153,7 +148,7 @@ def inspect(
     as_json: JsonOpt = False,
 ) -> None:
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
-    with _reported():
+    with reported():
         from prunecli import render
         from prunecli.errors import UnsupportedError
         from prunecli.stages import inspection, load_source
@@ -161,7 +156,7 @@ def inspect(
         flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
         resolved = _resolved([model], None, flags | _given(prune=_given(graph=engine)))
         found = inspection(load_source(resolved), resolved)
-        _show(found.to_mapping(), render.inspection(found), as_json=as_json)
+        show(found.to_mapping(), render.inspection(found), as_json=as_json)
         if not found.supported:
             raise UnsupportedError(f"{model} is not supported.")
 
@@ -180,7 +175,7 @@ def spectrum(
     as_json: JsonOpt = False,
 ) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
-    with _reported():
+    with reported():
         from prunecli import render
         from prunecli.job import resolve_device
         from prunecli.spectrum import jacobian_spectrum, weight_spectra
@@ -205,7 +200,7 @@ def spectrum(
             "jacobian": found.values.tolist(),
             "layers": layers,
         }
-        _show(document, render.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
+        show(document, render.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
 
 
 @app.command()
@@ -221,7 +216,7 @@ def lr(
     as_json: JsonOpt = False,
 ) -> None:
     """The recommended fine-tuning LR with its evidence."""
-    with _reported():
+    with reported():
         from prunecli import render
         from prunecli.job import lr_of_source
 
@@ -230,7 +225,7 @@ def lr(
             epochs=epochs, device=device,
         )  # fmt: skip
         found = lr_of_source(_resolved([model], None, flags))
-        _show(found.model_dump(mode="json"), render.lr_table(found), as_json=as_json)
+        show(found.model_dump(mode="json"), render.lr_table(found), as_json=as_json)
 
 
 @app.command(name="eval")
@@ -247,7 +242,7 @@ def evaluate(
     as_json: JsonOpt = False,
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
-    with _reported():
+    with reported():
         from prunecli import render, train
         from prunecli.job import resolve_device
         from prunecli.stages import load_source, open_images
@@ -270,42 +265,42 @@ def evaluate(
         where = resolve_device(resolved.device)
         found = train.evaluate(source.model.to(where), images.val_loader(), device=where)
         document = {"model": source.ref.name, "data": data, **found.model_dump(mode="json")}
-        _show(document, render.accuracy_table(source.ref.name, data, found, source.notes), as_json=as_json)
+        show(document, render.accuracy_table(source.ref.name, data, found, source.notes), as_json=as_json)
 
 
 @app.command()
 def verify(run: RunArg, as_json: JsonOpt = False) -> None:
     """Reload in a fresh process and compare logits, class count and bytes."""
-    with _reported():
+    with reported():
         from prunecli import render, store
 
         found = store.verify(run)
-        _show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
+        show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
 
 
 @recipes.command("ls")
 def recipes_ls(as_json: JsonOpt = False) -> None:
     """The packaged recipes."""
-    with _reported():
+    with reported():
         from prunecli import catalog, render
 
         rows = [(name, catalog.summary(name)) for name in catalog.names()]
-        _show(dict(rows), render.recipe_list(rows), as_json=as_json)
+        show(dict(rows), render.recipe_list(rows), as_json=as_json)
 
 
 @recipes.command("show")
-def recipes_show(name: str) -> None:
+def recipesshow(name: str) -> None:
     """Print a packaged recipe."""
-    with _reported():
+    with reported():
         from prunecli import catalog
 
-        sys.stdout.write(catalog.path_of(name).read_text(encoding="utf-8"))
+        write(catalog.path_of(name).read_text(encoding="utf-8"))
 
 
 @recipes.command("cp")
 def recipes_cp(name: str, dest: Path) -> None:
     """Copy a packaged recipe to DEST, which must not exist."""
-    with _reported():
+    with reported():
         from prunecli import catalog
         from prunecli.files import write_text
 
@@ -314,17 +309,17 @@ def recipes_cp(name: str, dest: Path) -> None:
         if dest.exists():
             raise UsageError(f"{dest} exists already.", hint="Choose another name.")
         write_text(dest, source.read_text(encoding="utf-8"))
-        _tell(f"Wrote {dest}.")
+        tell(f"Wrote {dest}.")
 
 
 @recipes.command("validate")
 def recipes_validate(file: str) -> None:
     """Check a recipe file; every mistake is named at once."""
-    with _reported():
+    with reported():
         from prunecli import catalog
 
         catalog.validate(file)
-        _tell(f"{file} is a valid recipe.")
+        tell(f"{file} is a valid recipe.")
 
 
 # ---------------------------------------------------------------------------------------------- from words to a recipe
@@ -374,7 +369,7 @@ def _recovery(text: str | None) -> dict[str, Any] | None:
 
 
 def _resolved(
-    words: list[str], recipe: str | None, flags: dict[str, Any], *, resume_from: Path | None = None
+    words: list[str], recipe: str | None, flags: dict[str, Any], *, resume: bool = False, out: Path | None = None
 ) -> Recipe:
     """Merge recipe, KEY=VALUE and flags (later ones win). Raises UsageError.
 
@@ -386,13 +381,24 @@ def _resolved(
     models = [word for word in words if not _ASSIGNMENT.match(word)]
     if len(models) > 1:
         raise UsageError(f"One model at a time, not {len(models)}: {', '.join(models)}.")
-    if resume_from is not None and not words and recipe is None and not flags:
-        return Recipe.from_file(resume_from / "recipe.yaml")
+    if resume and not words and recipe is None and not flags:
+        return _recipe_of_run(out)
     base = catalog.read(recipe) if recipe else {}
     assigned = parse_assignments([word for word in words if _ASSIGNMENT.match(word)])
     return Recipe.from_mapping(
         layered(base, assigned, flags, _given(model=models[0] if models else None)), origin=recipe or "options"
     )
+
+
+def _recipe_of_run(out: Path | None) -> Recipe:
+    from prunecli.store import RunFolder
+
+    if out is None:
+        raise UsageError("--resume needs to know what to resume.", hint="Give --out DIR.")
+    folder = RunFolder(path=out)
+    if not folder.begun:
+        raise UsageError(f"{out} holds no run to resume.", hint="Start one without --resume.")
+    return folder.recipe()
 
 
 # ---------------------------------------------------------------------------------------------- running and printing
@@ -406,7 +412,7 @@ def _run_job(
 
     opened: list[str] = []
 
-    with Narrator(_errors(), quiet=quiet) as narrator:
+    with Narrator(errors(), quiet=quiet) as narrator:
 
         def notify(event: dict[str, Any]) -> None:
             if event.get("event") == "open":
@@ -414,7 +420,7 @@ def _run_job(
             narrator(event)
 
         report = job(recipe, out=out, resume=resume, force=force, notify=notify)
-    _show(report.model_dump(mode="json"), render.report_summary(report, Path(opened[-1])), as_json=as_json)
+    show(report.model_dump(mode="json"), render.report_summary(report, Path(opened[-1])), as_json=as_json)
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
@@ -429,66 +435,7 @@ def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
         "proof": proof,
         "notes": list(planned.notes),
     }
-    _show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes), as_json=as_json)
-
-
-def _show(document: object, view: RenderableType, *, as_json: bool) -> None:
-    """Data to stdout: JSON for programs, tables for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-    else:
-        Console().print(view)
-
-
-def _tell(sentence: str) -> None:
-    _errors().print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-
-def _errors() -> Console:
-    return Console(stderr=True)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Every failure as one sentence on stderr and its exit code; a traceback only with --debug."""
-    try:
-        with _termination_as_interrupt():
-            yield
-    except PruneError as error:
-        code, sentence = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, sentence = ExitCode.INTERRUPTED, "Interrupted."
-    except MemoryError:
-        code, sentence = ExitCode.FAILED, "Out of memory. Lower data.batch_size or spectrum.chunk."
-    except Exception as error:
-        code, sentence = _defect(error)
-    else:
-        return
-    if os.environ.get("PRUNECLI_DEBUG"):
-        traceback.print_exc()
-    _tell(f"Error: {sentence}")
-    raise typer.Exit(int(code))
-
-
-def _defect(error: Exception) -> tuple[ExitCode, str]:
-    if "out of memory" in str(error).lower():
-        return ExitCode.FAILED, "The device ran out of memory. Lower data.batch_size or spectrum.chunk."
-    first = str(error).strip().splitlines()[:1]
-    return ExitCode.FAILED, f"Unexpected {type(error).__name__}: {first[0] if first else ''} (--debug shows where)."
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM (a container being stopped) saves state as Ctrl-C does."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes), as_json=as_json)
 
 
 def main() -> None:
@@ -500,4 +447,5 @@ def main() -> None:
     if _DEBUG in arguments:
         os.environ["PRUNECLI_DEBUG"] = "1"
         arguments.remove(_DEBUG)
+    settle_process()
     app(args=arguments, prog_name="prunecli")

@@ -1,0 +1,180 @@
+"""The edge of the process: data to stdout, sentences to stderr, every failure as one sentence and its exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from types import FrameType
+from typing import TextIO
+
+import typer
+from rich.console import Console, RenderableType
+
+from prunecli.errors import ExitCode, PruneError
+
+_stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+
+
+# ---------------------------------------------------------------------------------------------- what is printed
+
+
+def show(document: object, view: RenderableType, *, as_json: bool) -> None:
+    """Data to stdout: JSON for programs, tables for people."""
+    if as_json:
+        write(json.dumps(document, allow_nan=False) + "\n")
+        return
+    console = Console(file=_output())
+    with console.capture() as captured:
+        console.print(view)
+    write(captured.get())
+
+
+def write(text: str) -> None:
+    """Text to stdout at once. A reader that has seen enough (``| head``) is no failure; a full disk is a PruneError."""
+    out = _output()
+    try:
+        out.write(text)
+        out.flush()
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - what is still buffered must go somewhere at exit
+            os.dup2(nowhere.fileno(), out.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise PruneError(f"Cannot write to standard output: {error.strerror}.") from None
+
+
+def tell(sentence: str) -> None:
+    """One line to stderr, never wrapped: a terminal does that, and a log should not."""
+    errors().print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def errors() -> Console:
+    """Stderr, for sentences and progress."""
+    return Console(stderr=True)
+
+
+def _output() -> TextIO:
+    return _stdout.get() or sys.stdout
+
+
+# ---------------------------------------------------------------------------------------------- how a command ends
+
+
+@contextmanager
+def reported(*, quiet: bool = False) -> Iterator[None]:
+    """Every failure as one sentence on stderr and its exit code; a traceback only with --debug.
+
+    Whatever a library prints meanwhile goes to stderr, so that stdout holds nothing but the command's own data.
+    """
+    token = _stdout.set(sys.stdout)
+    try:
+        with _interruptible() as from_now_on_at_once, _log_to_stderr(quiet=quiet), redirect_stdout(sys.stderr):
+            try:
+                yield
+            except typer.Exit:
+                raise
+            except (KeyboardInterrupt, Exception) as error:
+                from_now_on_at_once()
+                code, sentence = _explained(error)
+                if os.environ.get("PRUNECLI_DEBUG"):
+                    traceback.print_exc()
+                tell(f"Error: {sentence}")
+            else:
+                return
+    finally:
+        _stdout.reset(token)
+    raise typer.Exit(int(code))
+
+
+def _explained(error: BaseException) -> tuple[ExitCode, str]:
+    match error:
+        case PruneError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return ExitCode.INTERRUPTED, "Interrupted."
+        case MemoryError():
+            return ExitCode.FAILED, "Out of memory. Lower data.batch_size or spectrum.chunk."
+        case OSError(strerror=str(reason), filename=str(file)):
+            return ExitCode.FAILED, f"{file}: {reason}."
+    if "out of memory" in str(error).lower():
+        return ExitCode.FAILED, "The device ran out of memory. Lower data.batch_size or spectrum.chunk."
+    first = str(error).strip().splitlines()[:1]
+    return ExitCode.FAILED, f"Unexpected {type(error).__name__}: {first[0] if first else ''} (--debug shows where)."
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """SIGTERM (a container being stopped) is taken as Ctrl-C; the second signal of either kind ends the process.
+
+    Yields a function that makes any further signal end the process. Signals reach the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def end_at_once() -> None:
+        for number in former:
+            signal.signal(number, signal.SIG_DFL)
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        end_at_once()
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield end_at_once
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _log_to_stderr(*, quiet: bool) -> Iterator[None]:
+    """Our own warnings as plain lines, those of other libraries nowhere: what matters of them we say ourselves."""
+    handler = logging.NullHandler() if quiet else _Lines()
+    nowhere = logging.NullHandler()
+    ours, root = logging.getLogger("prunecli"), logging.getLogger()
+    ours.addHandler(handler)
+    root.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        root.removeHandler(nowhere)
+
+
+class _Lines(logging.Handler):
+    """Warnings and worse as lines on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"warning: {record.getMessage()}")
+
+
+# ---------------------------------------------------------------------------------------------- the process
+
+
+def settle_process() -> None:
+    """What only a process of our own may do: hush libraries, and let no signal end in a traceback.
+
+    Python's warnings come back with ``-W`` or ``PYTHONWARNINGS``, and with ``--debug``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not sys.warnoptions and not os.environ.get("PRUNECLI_DEBUG"):
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
