@@ -107,9 +107,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises PruneError naming the file where it is missing, truncated or no safetensors file."""
+    """Tensors in memory of their own: the file may be replaced later, and mapped memory is not aligned for kernels.
+
+    Raises PruneError naming the file where it is missing, truncated or no safetensors file.
+    """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise PruneError(f"{path} is missing.") from None
     except (OSError, SafetensorError) as error:

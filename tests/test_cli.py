@@ -304,12 +304,13 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) ->
 @pytest.mark.slow
 def test_killed_in_the_middle_of_fine_tuning_and_resumed_gives_the_same_weights(tmp_path):
     whole = start(tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0
+    _, said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
     broken = start(tmp_path / "broken")
     saved = tmp_path / "broken" / "checkpoints" / "finetune"
     wait_for(lambda: saved.is_dir() and len(list(saved.rglob("*.safetensors"))) > 0, broken)
     broken.send_signal(signal.SIGKILL)
-    broken.wait()
+    broken.communicate()
     assert not (tmp_path / "broken" / "report.json").exists()
     resumed = subprocess.run(
         [sys.executable, "-m", "prunecli", "compress", "--resume", f"--out={tmp_path / 'broken'}"],
