@@ -1,4 +1,4 @@
-"""Shared fixtures: where real data lies, and one thread so that runs repeat."""
+"""Shared fixtures: where real data lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+# As the command line does, before anything loads torch: waiting threads that spin make a shared machine crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
