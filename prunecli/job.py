@@ -18,7 +18,7 @@ from prunecli import cost, data, evaluation, lr, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import write_json
 from prunecli.plan import Plan, Value
-from prunecli.recipe import Recipe
+from prunecli.recipe import FinetuneSettings, Recipe
 from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
 from prunecli.stages import Source, jacobian_images, load_source, open_images, spectrum_batch
 
@@ -160,6 +160,14 @@ def learning_rate(job: Job) -> float:
         return asked
     assert job.progress.lr is not None
     return job.progress.lr.recommended
+
+
+def finetune_settings(job: Job) -> FinetuneSettings:
+    """The settings of the recipe, where it is silent with the last rate that the recommendation names."""
+    asked = job.recipe.finetune
+    if asked.min_lr is not None or job.progress.lr is None:
+        return asked
+    return asked.model_copy(update={"min_lr": job.progress.lr.evidence["final_lr"]})
 
 
 def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:

@@ -16,7 +16,16 @@ from prunecli import cost, data, page, spectrum, store, train
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import read_tensors, write_json, write_tensors, write_text
 from prunecli.graph import build_graph
-from prunecli.job import Job, Notify, interruptible, learning_rate, measured_stage, open_job, recommended_lr
+from prunecli.job import (
+    Job,
+    Notify,
+    finetune_settings,
+    interruptible,
+    learning_rate,
+    measured_stage,
+    open_job,
+    recommended_lr,
+)
 from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
 from prunecli.recovery import recover_stage
@@ -148,7 +157,7 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     result = train.finetune(
         model,
         job.images,
-        job.recipe.finetune,
+        finetune_settings(job),
         lr=learning_rate(job),
         epochs=job.epochs,
         device=job.device,

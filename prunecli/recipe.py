@@ -142,8 +142,10 @@ class FinetuneSettings(Value):
 
     epochs: int | None = Field(default=None, ge=0, description="none: 10 where there is data, else 0")
     lr: Literal["auto"] | float = "auto"
-    min_lr: float = Field(
-        default=1e-4, ge=0, description="the schedule's last learning rate; 1e-4 CIFAR, 1e-5 ImageNet (METHODS 9.8)"
+    min_lr: float | None = Field(
+        default=None,
+        ge=0,
+        description="the schedule's last rate; none: the recommendation's (1e-4 up to 64 px, else 1e-5)",
     )
     optimizer: Literal["sgd", "adamw"] | None = Field(
         default=None, description="none: sgd for nets with BatchNorm, else adamw"

@@ -89,7 +89,9 @@ def _with_effect(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Modu
 
 def _judged(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Module, learning_rate: float) -> RecoveryStep:
     """Keep the step if the same short fine-tuning ends lower with it."""
-    steps = job.recipe.recover.probe_steps if job.epochs and step.name != "bn" else 0
+    assert job.images is not None
+    budget = job.epochs * job.images.steps_per_epoch
+    steps = min(job.recipe.recover.probe_steps, budget) if step.name != "bn" else 0
     without, with_it = (
         _probe(job, model, steps=steps, learning_rate=learning_rate).val_loss for model in (before, after)
     )

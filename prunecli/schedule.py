@@ -88,13 +88,13 @@ def build_schedule(
         scheduler = CosineLRScheduler(
             optimizer,
             t_initial=max(total - warmup - 1, 1),  # so that the last step, not the one after it, is at the end
-            lr_min=min(settings.min_lr, lr),
+            lr_min=min(settings.min_lr or 0.0, lr),
             warmup_prefix=True,
             **shared,
         )
     else:
         shares = sorted(settings.milestones) if settings.schedule == "step" else []
-        floor = min(settings.min_lr, lr) if settings.schedule == "step" else 0.0
+        floor = min(settings.min_lr or 0.0, lr) if settings.schedule == "step" else 0.0
         scheduler = MultiStepLRScheduler(
             optimizer,
             decay_t=[round(share * total) + 1 for share in shares],  # timm applies milestone m at step m - 1
