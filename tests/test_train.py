@@ -107,7 +107,8 @@ def test_sgd_equals_a_loop_written_out() -> None:
 def test_it_learns_and_reports_last_and_best() -> None:
     images, model, events = ToyImages(), toy_net(), []
     before = train.evaluate(model, images.val_loader(), device=CPU)
-    report = train.finetune(model, images, SGD, on_event=events.append, **(RUN | {"epochs": 5}))
+    settings = SGD.model_copy(update={"min_lr": 1e-4})
+    report = train.finetune(model, images, settings, on_event=events.append, **(RUN | {"epochs": 5}))
     after = train.evaluate(model, images.val_loader(), device=CPU)
     assert after.top1 > before.top1 + 20
     assert report.best_top1 == after.top1 == max(entry["top1"] for entry in report.history)
