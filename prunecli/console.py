@@ -62,7 +62,7 @@ def errors() -> Console:
 
 
 def _output() -> TextIO:
-    return _stdout.get() or sys.stdout or io.StringIO()  # no stdout at all where the caller closed it
+    return _stdout.get() or sys.stdout
 
 
 # ---------------------------------------------------------------------------------------------- how a command ends
@@ -74,7 +74,7 @@ def reported(*, quiet: bool = False) -> Iterator[None]:
 
     Whatever a library prints meanwhile goes to stderr, so that stdout holds nothing but the command's own data.
     """
-    token = _stdout.set(sys.stdout or io.StringIO())
+    token = _stdout.set(sys.stdout)
     try:
         with _interruptible() as from_now_on_at_once, _log_to_stderr(quiet=quiet), redirect_stdout(sys.stderr):
             try:
@@ -175,9 +175,15 @@ def settle_process() -> None:
     # OpenMP's threads spin while they wait, so that on a shared core each little operator costs a time slice. Read when
     # torch is loaded, hence here: 16 Jacobians took 3 to 7 s beside another process on two cores, and 0.2 s like this.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.stdout = sys.stdout or _nowhere()  # none where the caller closed it
+    sys.stderr = sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - a stream for the life of the process

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from prunecli import budget, check, cost, data, score, store, surgery, zoo
-from prunecli.errors import NothingPrunedError, UnsupportedError, UsageError
+from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph import build_graph
 from prunecli.groups import Graph
 from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
@@ -94,7 +95,7 @@ def load_source(recipe: Recipe) -> Source:
     if recipe.model is None:
         raise UsageError("No model was given.", hint="Name a timm model, hf-hub:…, local-dir:… or a run folder.")
     path = recipe.model.removeprefix("local-dir:")
-    if store.is_run(path):
+    if store.is_run(path) or store.RunFolder(path=Path(path)).begun:
         if recipe.weights or recipe.model_args:
             raise UsageError(f"{path} is a run folder: it brings its own weights and arguments.")
         model, exported = store.load_exported(path)
@@ -109,6 +110,10 @@ def load_source(recipe: Recipe) -> Source:
             seed=recipe.seed,
         )
         model, ref, digest, notes = loaded.model, loaded.ref, loaded.digest, loaded.notes
+    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]  # a mask may be infinite
+    if broken:
+        raise PruneError(f"The weights of {recipe.weights or recipe.model} are not finite, first in {broken[0]}.")
     spec = zoo.input_spec(ref)
     return Source(
         model=model, ref=ref, spec=spec, digest=digest, cost=cost.measure(model, spec.size), notes=tuple(notes)

@@ -187,6 +187,8 @@ def _require_writable(path: Path) -> None:
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(there))
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, "read-only file system", str(there))
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "permission denied", str(there))
 
@@ -320,6 +322,9 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist or is no folder.")
+    run = RunFolder(path=folder)
+    if run.begun and not run.finished and not (folder / CONFIG).is_file():
+        raise UsageError(f"{folder} holds an unfinished run, so there is no model yet.", hint="--resume continues it.")
     exported = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     model = zoo.build(exported.model)
@@ -329,7 +334,7 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
     except UnsupportedError as error:
         raise PruneError(
             f"{folder} does not fit {exported.model.name} of timm {version('timm')}: {error.message}",
-            hint=f"It was made with timm {exported.model.timm}.",
+            hint=f"It was made with timm {exported.model.timm}." if exported.model.timm != version("timm") else None,
         ) from None
     return model.eval(), exported
 

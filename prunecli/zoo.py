@@ -49,6 +49,8 @@ TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".tar", ".th", ".ckpt"})
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
+# huggingface_hub 1.x closes its client where a connection is refused, then tries again with the closed one
+_CLOSED_CLIENT = "client has been closed"
 OWN_ARGS = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 )
@@ -151,6 +153,8 @@ def build(ref: ModelRef) -> nn.Module:
     """
     args = {"num_classes": ref.num_classes, **ref.args}
     arch = split_model_name_tag(ref.name)[0]
+    if own := sorted(OWN_ARGS & set(args)):
+        raise PruneError(f"The reference of {ref.name} sets {own[0]!r}, which could read files; refused.")
     if not is_model(arch):
         raise PruneError(
             f"The installed timm {timm.__version__} does not know {arch!r}.",
@@ -354,10 +358,7 @@ def _naming_download_failures(name: str) -> Iterator[None]:
     except hub.HFValidationError as error:
         raise UsageError(f"{name!r} is not a hub repository: {_one_line(error)}.", hint="Write owner/name.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, urllib.error.URLError, ConnectionError) as error:
-        raise PruneError(
-            f"Model {name!r} is not on this machine and its server cannot be reached.",
-            hint="Check the network, or give --weights FILE with a copy of the weights.",
-        ) from error
+        raise _unreachable(name) from error
     except hub.GatedRepoError as error:
         raise PruneError(f"{name!r} is gated.", hint="Log in with `hf auth login` and accept its terms.") from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
@@ -367,7 +368,16 @@ def _naming_download_failures(name: str) -> Iterator[None]:
     except SafetensorError as error:
         raise PruneError(f"The weights of {name!r} are damaged or truncated: {_one_line(error)}.") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+        if _CLOSED_CLIENT in str(error):
+            raise _unreachable(name) from error
         raise _explain_unreadable(f"The weights of {name!r}", error) from error
+
+
+def _unreachable(name: str) -> PruneError:
+    return PruneError(
+        f"Model {name!r} is not on this machine and its server cannot be reached.",
+        hint="Check the network, or give --weights FILE with a copy of the weights.",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- weight files
