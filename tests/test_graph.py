@@ -39,8 +39,7 @@ QUICK = ["resnet18", "mobilenetv3_small_100", "regnety_002", "convnext_atto", "c
 
 @cache
 def meta_model(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name).eval()
+    return timm.create_model(name).eval().to("meta")  # not built there: constructors may read tensors they make
 
 
 def input_of(name: str) -> tuple[int, int, int]:
