@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,12 @@ JOB = [
 ]
 
 
+# click before 8.2 mixes stderr into stdout unless told not to; later ones keep them apart and have no such option
+APART = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+
+
 def call(*arguments: str, stdin: str | None = None):
-    return CliRunner().invoke(app, list(arguments), input=stdin)
+    return CliRunner(**APART).invoke(app, list(arguments), input=stdin)
 
 
 def sentence(result) -> str:
