@@ -1,7 +1,7 @@
 # One image for CPU and GPU: torch's default build runs on both (`docker run --gpus all …` for the second).
 #
 #   docker build -t prunecli .
-#   docker run --rm -v "$PWD:/data" prunecli compress --recipe quickstart --out /data/run
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" prunecli compress --recipe quickstart --out /data/run
 #
 # BASE_IMAGE  any image with `python` >= 3.11 and pip.
 # PIP_ARGS    further words for pip, e.g. "--no-index --find-links /wheels" with `--build-context wheels=DIR`.

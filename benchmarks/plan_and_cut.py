@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
@@ -133,9 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
-    print(
-        f"torch {torch.__version__}, timm {timm.__version__}, Torch-Pruning {tp.__version__}, {options.repeats} pairs"
-    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "torch-pruning"))
+    print(f"{packages}; {options.repeats} pairs, {torch.get_num_threads()} threads")
     print(f"{'model':26} {'ours: s [spread], params left':>35} {'theirs: likewise':>35}  ratio")
     for name in options.models:
         pairs = []
