@@ -434,4 +434,4 @@ def _mode(spec: InputSpec) -> str:
 
 def _generator(*key: int) -> torch.Generator:
     """A torch generator that is a function of ``key``."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
