@@ -224,7 +224,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     if earlier and earlier.source_digest != source.digest:
         raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
     images = open_images(recipe, source)
-    planned_epochs(recipe, has_data=images is not None)
+    _require_possible(recipe, images)
     return Job(
         recipe=recipe,
         folder=folder,
@@ -236,6 +236,17 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
         resume=resume,
         force=force,
     )
+
+
+def _require_possible(recipe: Recipe, images: data.Images | None) -> None:
+    """Raises UsageError where a later stage would find that the data it needs is not there."""
+    if "bn" in recipe.recover.steps and images is None:
+        raise UsageError("Recovery step bn re-estimates statistics, so it needs --data.")
+    if planned_epochs(recipe, has_data=images is not None) and images is not None and not images.train_size:
+        raise UsageError(
+            f"Data {recipe.data.name} has no training images to fine-tune with.",
+            hint=f"Put them into {recipe.data.name}/train, one folder a class, or give --epochs 0.",
+        )
 
 
 def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progress | None:

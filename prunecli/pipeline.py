@@ -238,6 +238,8 @@ def finetune(
     """Fine-tune a model or a run without pruning it. Raises as ``compress``."""
     if recipe.data.name is None:
         raise UsageError("Fine-tuning needs data.", hint="Give --data.")
+    if recipe.finetune.epochs == 0:
+        raise UsageError("Fine-tuning for 0 epochs would change nothing.", hint="Give --epochs.")
     job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         job.begin()

@@ -63,7 +63,7 @@ class Narrator:
 
     def _begin(self, text: str) -> None:
         if self._bars is None:
-            self._console.print(f"{text} …", highlight=False)
+            self._console.print(f"{text} …", highlight=False, soft_wrap=True)
             return
         if self._stage is not None:
             self._bars.remove_task(self._stage)
@@ -80,7 +80,7 @@ class Narrator:
 
     def _line(self, event: dict[str, Any]) -> None:
         console = self._bars.console if self._bars else self._console
-        console.print(_sentence(event), highlight=False, markup=False)
+        console.print(_sentence(event), highlight=False, markup=False, soft_wrap=True)
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Final
 from torch import nn
 
 from prunecli import recover
-from prunecli.errors import UsageError
 from prunecli.evaluation import recalibrate_bn_
 from prunecli.job import Job, jacobian
 from prunecli.probe import ProbeResult, probe_loss
@@ -49,8 +48,6 @@ def _recovery_steps(job: Job, model: nn.Module) -> tuple[tuple[str, ...], bool]:
     """Which steps to try, and whether the user named them."""
     steps = job.recipe.recover.steps
     if "auto" not in steps:
-        if "bn" in steps and job.images is None:
-            raise UsageError("Recovery step bn re-estimates statistics, so it needs --data.")
         return steps, True
     if job.images is None:
         return (), False

@@ -427,7 +427,8 @@ def _explain_unreadable(what: str, error: BaseException) -> PruneError:
             )
     if "loading state_dict" in text:
         return PruneError(f"{what} do not fit the architecture: {_one_line(error)}.")
-    return PruneError(f"{what}: damaged, truncated or no torch file ({_one_line(error)}).")
+    reason = "" if isinstance(error, KeyError) else f" ({_one_line(error)})"  # a KeyError says "101"
+    return PruneError(f"{what}: damaged, truncated or no torch file{reason}.")
 
 
 def _unwrapped(content: object, file: Path, notes: list[str]) -> dict[str, Tensor]:
