@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from prunecli.report import LRReport, Report, Stage, TargetResult
 
@@ -111,22 +111,11 @@ def headline(report: Report) -> str:
 
 
 def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
-    """What a learning rate rests on, as label and text; nested values as ``outer inner``."""
-    return [(label.replace("_", " "), _text(value)) for label, value in _leaves("", found.evidence)]
-
-
-def _leaves(label: str, value: object) -> Iterator[tuple[str, object]]:
-    """Every value of a nested structure; an entry of a list goes by its ``name``, else by its place."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{label} {key}".strip(), inner)
-    elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
-        for place, entry in enumerate(value, start=1):
-            inner = dict(entry) if isinstance(entry, Mapping) else entry
-            name = inner.pop("name", place) if isinstance(inner, dict) else place
-            yield from _leaves(f"{label} {name}".strip(), inner)
-    else:
-        yield label, value
+    """What a learning rate rests on, as label and text: the measured inputs, then each rule with its source."""
+    inputs = {label: value for label, value in found.evidence.items() if label != "rules"}
+    rows = [(label.replace("_", " "), _text(value)) for label, value in inputs.items()]
+    rules = found.evidence.get("rules", ())
+    return rows + [(f"rule: {rule['name']}", f"{_text(rule['lr'])} ({rule['source']})") for rule in rules]
 
 
 def _text(value: object) -> str:
