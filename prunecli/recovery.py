@@ -66,7 +66,9 @@ def _recovered(job: Job, model: nn.Module, step: str) -> tuple[nn.Module, float 
     if job.images is not None and _has_batch_norm(candidate):
         # Orthogonalised weights make the old running statistics meaningless, so OrthP on a BN net includes this.
         inputs, _ = job.images.calibration(settings.bn_images)
-        recalibrate_bn_(candidate, inputs.split(job.recipe.data.batch_size), device=job.device)
+        batches = inputs.split(job.recipe.data.batch_size)
+        whole = [batch for batch in batches if len(batch) == len(batches[0])]  # each counts alike in the mean
+        recalibrate_bn_(candidate, whole, device=job.device)
     return candidate, residual
 
 
