@@ -12,10 +12,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunecli.errors import UnsupportedError
 from prunecli.plan import Cost
 from prunecli.surgery import clear_caches_, named_tensors
 
@@ -28,6 +34,9 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     Args:
         model: any classifier.
         input_size: channels, height, width.
+
+    Raises:
+        UnsupportedError: as ``count_macs``.
     """
     return Cost(
         params=sum(parameter.numel() for parameter in model.parameters()),
@@ -42,6 +51,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Args:
         model: any classifier.
         input_size: channels, height, width.
+
+    Raises:
+        UnsupportedError: what the model computes depends on the values of its input; names the module.
     """
     # The copy shares the tensors: only modules are copied, so that caches filled with fake tensors are thrown away.
     shell = copy.deepcopy(model, {id(tensor): tensor for tensor in named_tensors(model).values()}).eval()
@@ -55,7 +67,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         FakeTensorMode(allow_non_fake_inputs=True),
         counter,
     ):
-        shell(torch.empty(1, *input_size, dtype=like.dtype, device=like.device))
+        try:
+            shell(torch.empty(1, *input_size, dtype=like.dtype, device=like.device))
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            place = max(counter.mod_tracker.parents - {"Global"}, key=len, default=type(model).__name__)
+            raise UnsupportedError(f"{place} cannot be followed: its path depends on the data ({error}).") from error
     return int(counter.get_total_flops()) // 2
 
 

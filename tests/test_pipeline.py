@@ -1,0 +1,282 @@
+"""Whole jobs broken off at any change of the run folder: nothing is lost, and the end is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import JOB, call, sentence
+from timm.models import register_model
+from torch import Tensor, nn
+
+from prunecli import check, pipeline, store
+from prunecli.files import write_json
+from prunecli.recipe import Recipe
+from prunecli.store import RunFolder
+
+ROOT = Path(__file__).parents[1]
+SAVING = "finetune.checkpoint_every=3"
+
+# One place in each stage, and each side of every rename that counts: (the change before which the signal is sent).
+PLACES = [
+    "os.mkdir .",  # the very first
+    "os.rename .recipe.yaml.PID.tmp",
+    "os.rename .plan.json.PID.tmp",
+    "os.rename checkpoints/.progress.json.PID.tmp",  # the plan's
+    "os.rename checkpoints/.progress.json.PID.tmp 2",  # dense measured
+    "os.rename checkpoints/.progress.json.PID.tmp 3",  # pruned
+    "os.rename checkpoints/.progress.json.PID.tmp 4",  # recovered
+    "os.rename checkpoints/finetune/.state-00000-00000006.safetensors.PID.tmp",  # in the middle of the first epoch
+    "os.remove checkpoints/finetune/state-00001-00000003.safetensors",  # in the middle of the second
+    "os.rename checkpoints/.finetuned.safetensors.PID.tmp",
+    "os.rename checkpoints/.progress.json.PID.tmp 5",  # between fine-tuning and export
+    "os.rename .model.safetensors.PID.tmp",
+    "os.rename .config.json.PID.tmp",
+    "os.rename .reference.safetensors.PID.tmp",  # before verification
+    "os.rename .report.html.PID.tmp",  # behind it
+    "os.rename .report.json.PID.tmp",
+]
+FEW = [PLACES[at] for at in (7, 13)]
+
+
+class Jobs:
+    """The process of ``faulty.py``, and one job that nothing disturbed."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process = process
+        self.whole = folder / "whole"
+        done = self.run("compress", *JOB, SAVING, folder=self.whole)
+        assert done["status"] == 0, done["stderr"]
+        seen: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
+        for number, step in enumerate(done["steps"], start=1):
+            seen[step] = seen.get(step, 0) + 1
+            self.steps[step if seen[step] == 1 else f"{step} {seen[step]}"] = number
+
+    def run(self, *arguments: str, folder: Path, **order: Any) -> dict[str, Any]:
+        order |= {"arguments": [*arguments, f"--out={folder}"], "folder": str(folder)}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return answer
+
+    def breaks_off_at(self, place: str, folder: Path, number: int) -> dict[str, Any]:
+        return self.run("compress", *JOB, SAVING, folder=folder, stop_at=self.steps[place], signal=number)
+
+    def is_whole(self, folder: Path) -> bool:
+        files = ("model.safetensors", "plan.json", "recipe.yaml", "reference.safetensors")
+        return all((folder / name).read_bytes() == (self.whole / name).read_bytes() for name in files)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "faulty.py")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield Jobs(process, tmp_path_factory.mktemp("jobs"))
+        process.terminate()
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def killed_and_resumed(jobs: Jobs, folder: Path, place: str) -> None:
+    assert jobs.breaks_off_at(place, folder, signal.SIGKILL)["status"] == -signal.SIGKILL
+    again = ["--resume"] if (folder / "recipe.yaml").exists() else [*JOB, SAVING]
+    resumed = jobs.run("compress", *again, folder=folder)
+    assert resumed["status"] == 0, resumed["stderr"]
+    assert jobs.is_whole(folder)
+    assert names(folder) == names(jobs.whole)
+    assert store.verify_here(folder).ok
+
+
+@pytest.mark.parametrize("place", FEW)
+def test_killed_and_resumed_ends_the_same(jobs: Jobs, tmp_path: Path, place: str) -> None:
+    killed_and_resumed(jobs, tmp_path / "run", place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in FEW])
+def test_killed_anywhere_and_resumed_ends_the_same(jobs: Jobs, tmp_path: Path, place: str) -> None:
+    killed_and_resumed(jobs, tmp_path / "run", place)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), [(PLACES[4], signal.SIGINT), (PLACES[8], signal.SIGTERM), (PLACES[13], signal.SIGINT)]
+)
+def test_interrupted_says_how_to_go_on(jobs: Jobs, tmp_path: Path, place: str, number: int) -> None:
+    folder = tmp_path / "a run"
+    broken = jobs.breaks_off_at(place, folder, number)
+    assert broken["status"] == 130, broken["stderr"]
+    assert broken["stderr"].splitlines()[-1] == (
+        f"Error: Interrupted; {folder} keeps what was finished. "
+        f"`prunecli compress --resume --out '{folder}'` continues."
+    )
+    resumed = jobs.run("compress", "--resume", folder=folder)
+    assert resumed["status"] == 0, resumed["stderr"]
+    assert jobs.is_whole(folder)
+
+
+def test_killed_while_an_old_run_is_replaced_leaves_no_broken_finished_run(jobs: Jobs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(jobs.whole, folder)
+    forced = ("compress", *JOB, SAVING, "--force")
+    assert jobs.run(*forced, folder=folder, stop_at=4, signal=signal.SIGKILL)["status"] == -signal.SIGKILL
+    assert not (folder / "report.json").exists()
+    assert not (folder / "model.safetensors").exists()
+    assert jobs.run(*forced, folder=folder)["status"] == 0
+    assert jobs.is_whole(folder)
+
+
+# ---------------------------------------------------------------------------------------------- the same twice
+
+
+def test_equal_recipes_give_equal_bytes(jobs: Jobs, tmp_path: Path) -> None:
+    done = jobs.run("compress", f"--recipe={jobs.whole / 'recipe.yaml'}", "--quiet", folder=tmp_path / "again")
+    assert done["status"] == 0
+    assert done["stderr"] == ""
+    assert jobs.is_whole(tmp_path / "again")
+
+
+# ---------------------------------------------------------------------------------------------- resume refuses
+
+
+@pytest.fixture(scope="module")
+def unfinished(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed behind recovery."""
+    folder = tmp_path_factory.mktemp("unfinished") / "run"
+    jobs.breaks_off_at("os.rename .model.safetensors.PID.tmp", folder, signal.SIGKILL)
+    return folder
+
+
+def edited(source: Path, folder: Path, name: str, edit: str) -> Path:
+    shutil.copytree(source, folder)
+    file = folder / name
+    match edit:
+        case "cut":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        case "gone":
+            file.unlink()
+        case "other":
+            values = json.loads(file.read_text())
+            if name == "plan.json":
+                group = values["groups"][0]
+                group["keep"] = sorted(set(range(group["width"])) - set(group["keep"]))
+            else:
+                values["source_digest"] = "0" * 64
+            write_json(file, values)
+        case "swapped":
+            file.write_bytes((folder / "checkpoints" / "finetune" / "state-00002-00000000.safetensors").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "code", "said"),
+    [
+        ("plan.json", "cut", 1, "plan.json is not readable JSON"),
+        ("plan.json", "gone", 1, "plan.json is missing"),
+        ("plan.json", "other", 1, "plan.json was changed after the run had started"),
+        ("checkpoints/progress.json", "cut", 1, "progress.json is not readable JSON"),
+        ("checkpoints/progress.json", "other", 1, "weights of lenet5_relu are not those"),
+        ("checkpoints/recovered.safetensors", "cut", 1, "recovered.safetensors is truncated"),
+        ("checkpoints/recovered.safetensors", "gone", 1, "recovered.safetensors is missing"),
+        ("checkpoints/finetuned.safetensors", "swapped", 1, "does not hold the weights of this run"),
+        ("recipe.yaml", "cut", 2, "recipe.yaml"),
+        ("recipe.yaml", "gone", 2, "holds no run to resume"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    unfinished: Path, tmp_path: Path, name: str, edit: str, code: int, said: str
+) -> None:
+    folder = edited(unfinished, tmp_path / "run", name, edit)
+    result = call("compress", "--resume", f"--out={folder}")
+    assert result.exit_code == code, result.stderr
+    assert said in sentence(result)
+    assert "Unexpected" not in result.stderr
+    assert not (folder / "report.json").exists()
+
+
+def test_a_run_is_resumed_only_by_its_own_recipe_and_command(unfinished: Path) -> None:
+    before = {name: (unfinished / name).read_bytes() for name in ("recipe.yaml", "checkpoints/progress.json")}
+    result = call("compress", *JOB, SAVING, "--seed=1", "--resume", f"--out={unfinished}")
+    assert result.exit_code == 2
+    assert "another recipe" in sentence(result)
+    result = call("finetune", "--resume", f"--out={unfinished}")
+    assert result.exit_code == 2
+    assert "`prunecli compress --resume" in sentence(result)
+    assert {name: (unfinished / name).read_bytes() for name in before} == before
+
+
+def test_another_process_may_not_work_in_the_same_folder(
+    jobs: Jobs, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_LOCK_SECONDS", 0)
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished, folder)
+    with store.held(RunFolder(path=folder)):
+        result = call("compress", "--resume", f"--out={folder}")
+    assert result.exit_code == 2
+    assert "Another process is working in" in sentence(result)
+    assert jobs.run("compress", "--resume", folder=folder)["status"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- refused before any work
+
+
+def test_a_cut_that_cannot_be_proved_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = check.Equivalence(relative_error=0.3, exact=False, norms=())
+    monkeypatch.setattr(check, "equivalence_error", lambda *_, **__: wrong)
+    result = call("compress", *JOB, f"--out={tmp_path / 'run'}")
+    assert result.exit_code == 6, result.stderr
+    assert "lenet5_relu cannot be pruned correctly" in sentence(result)
+    assert "0.3" in sentence(result)
+    assert not (tmp_path / "run").exists()
+
+
+class Branching(nn.Module):
+    """A net whose path depends on the values it sees, which no tracer can follow."""
+
+    def __init__(self, num_classes: int = 10, **_: object) -> None:
+        super().__init__()
+        self.num_classes = self.num_features = num_classes
+        self.first, self.head = nn.Linear(64, 32), nn.Linear(32, num_classes)
+        self.pretrained_cfg = {"architecture": "toy_branching", "input_size": (1, 8, 8), "num_classes": 10}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        return self.head(hidden if hidden.sum() > 0 else -hidden)
+
+
+def toy_branching(pretrained: bool = False, **options: Any) -> nn.Module:
+    options = {name: value for name, value in options.items() if name == "num_classes"}
+    return Branching(**options)
+
+
+def test_an_architecture_that_is_not_understood_is_refused_with_the_place(tmp_path: Path) -> None:
+    toy_branching.__module__ = "prunecli.nets"  # timm files a model under the module that it comes from
+    register_model(toy_branching)
+    result = call("compress", "toy_branching", "--no-pretrained", "--target=ratio=0.5", f"--out={tmp_path / 'run'}")
+    assert result.exit_code == 6, result.stderr
+    assert "Branching" in sentence(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_python_callers_get_the_same_errors(tmp_path: Path) -> None:
+    recipe = Recipe.from_mapping({"model": "lenet5_relu", "pretrained": False, "finetune": {"epochs": 0}})
+    with pytest.raises(pipeline.UsageError, match="needs data"):
+        pipeline.finetune(recipe, out=tmp_path / "run")
