@@ -115,6 +115,6 @@ class Structure(Value):
     """
 
     schema_version: Literal[1] = 1
-    tensors: Mapping[str, tuple[int, ...]] = Field(default_factory=dict)
+    tensors: Mapping[str, tuple[Index, ...]] = Field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
     extra: tuple[str, ...] = ()

@@ -327,6 +327,8 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
         raise UsageError(f"{folder} holds an unfinished run, so there is no model yet.", hint="--resume continues it.")
     exported = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
+    if lost := sorted(set(exported.structure.extra) - set(tensors)):
+        raise PruneError(f"{folder / WEIGHTS} lacks {lost[0]}, which {CONFIG} names.")
     model = zoo.build(exported.model)
     try:
         surgery.shape_(model, exported.structure)
