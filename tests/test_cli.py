@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -218,6 +220,12 @@ def weights_file(tmp_path: Path, kind: str) -> Path:
     elif kind == "truncated":
         save_file(state, path)
         path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "nan":
+        torch.save({name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()}, path)
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
     elif kind == "classes":
         head = [name for name, tensor in state.items() if tensor.shape[0] == 10]
         save_file({name: t.repeat(2, *[1] * (t.dim() - 1)) if name in head else t for name, t in state.items()}, path)
@@ -236,6 +244,9 @@ def prunecli_state() -> dict[str, torch.Tensor]:
         ("missing", 2, "w.pth"),
         ("truncated", 1, "w.safetensors"),
         ("pickle", 1, "w.pth"),
+        ("nan", 1, "w.pth are not finite, first in conv1.weight"),
+        ("empty", 1, "w.pth"),
+        ("folder", 1, "w.pth is not a file"),
         ("classes", 1, "num_classes=20"),
     ],
 )
@@ -289,6 +300,135 @@ def test_a_diverging_run_stops_and_keeps_its_state(tmp_path):
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recover=bn"], "Recovery step bn"),
+        (["--resume", "--force"], "contradict"),
+        (["--resume"], "no unfinished run of lenet5_relu"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    result = call("compress", "lenet5_relu", "--no-pretrained", "--target=ratio=0.5", *arguments)
+    assert result.exit_code == 2
+    assert said in sentence(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_without_training_images_is_refused_before_any_work(tmp_path):
+    for label in range(10):
+        folder = tmp_path / "data" / "val" / str(label)
+        folder.mkdir(parents=True)
+        Image.new("L", (32, 32), label).save(folder / "one.png")
+    options = ["--no-pretrained", "--target=ratio=0.5", "--data", str(tmp_path / "data"), f"--out={tmp_path / 'run'}"]
+    result = call("compress", "lenet5_relu", *options)
+    assert result.exit_code == 2
+    assert "no training images to fine-tune with" in sentence(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_alone_asks_for_the_folder():
+    result = call("compress", "--resume")
+    assert result.exit_code == 2
+    assert "Give --out DIR" in sentence(result)
+
+
+def test_a_finished_run_is_not_resumed(run):
+    before = (run / "report.json").read_bytes()
+    result = call("compress", "--resume", f"--out={run}")
+    assert result.exit_code == 2
+    assert "is finished: there is nothing to resume" in sentence(result)
+    assert (run / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["lr", "spectrum"])
+def test_a_run_with_a_damaged_config_is_named(run, tmp_path, command):
+    (tmp_path / "recipe.yaml").write_bytes((run / "recipe.yaml").read_bytes())
+    (tmp_path / "config.json").write_text((run / "config.json").read_text()[:200])
+    (tmp_path / "report.json").write_text("{}")
+    result = call(command, str(tmp_path))
+    assert result.exit_code == 1
+    assert "config.json is not readable JSON" in sentence(result)
+
+
+# ---------------------------------------------------------------------------------------------- the process
+
+
+def in_a_process(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PRUNE": f"{sys.executable} -m prunecli", **environment}
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=variables, cwd=root, timeout=120
+    )
+
+
+def test_help_needs_no_torch_and_answers_at_once():
+    began = time.perf_counter()
+    done = in_a_process(f"{sys.executable} -X importtime -m prunecli --help")
+    seconds = time.perf_counter() - began
+    assert "compress" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "timm", "numpy", "matplotlib", "sklearn", "accelerate", "pydantic"}
+    assert seconds < 2  # 0.1 s on an idle core; the rest is for busy ones
+
+
+@pytest.mark.parametrize("options", ["", " --json"])
+def test_a_reader_that_has_seen_enough_is_no_failure(options):
+    done = in_a_process(f"$PRUNE recipes ls{options} | true; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout == "0\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("options", ["", " --json"])
+def test_an_output_that_cannot_be_written_is_one_sentence(options):
+    done = in_a_process(f"$PRUNE recipes ls{options} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "Error: Cannot write to standard output: No space left on device.\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_failure(closed):
+    assert in_a_process(f"$PRUNE recipes ls {closed}").returncode == 0
+
+
+def test_an_output_without_unicode_is_no_failure():
+    assert in_a_process("$PRUNE recipes ls", PYTHONIOENCODING="ascii").returncode == 0
+
+
+def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
+    from prunecli import store
+
+    verify = store.verify
+
+    def chatty(path):
+        sys.stdout.write("Files already downloaded and verified\n")
+        logging.getLogger("timm").warning("a library's own warning")
+        logging.getLogger("prunecli").warning("Image x.png cannot be read")
+        return verify(path)
+
+    monkeypatch.setattr(store, "verify", chatty)
+    result = call("verify", str(run), "--json")
+    assert json.loads(result.stdout)["ok"] is True
+    assert result.stderr == "Files already downloaded and verified\nwarning: Image x.png cannot be read\n"
+
+
+def test_quiet_is_silent(run, tmp_path):
+    options = ["--target=ratio=0.5", "prune.round_to=1", f"--out={tmp_path / 'again'}", "--quiet", "--json"]
+    result = call("compress", str(run), *options)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert json.loads(result.stdout)
+
+
+def test_lines_in_a_log_are_not_broken(run):
+    said = call("compress", *JOB, f"--out={run}/plan.json/{'very-long-name' * 12}").stderr
+    assert len(said.splitlines()) == 1
+    assert len(said) > 160
+
+
 # ---------------------------------------------------------------------------------------------- kill and resume
 
 
@@ -339,4 +479,28 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "--resume" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 2.0, 3.5])
+def test_an_interrupt_while_loading_is_one_sentence(tmp_path, number, seconds):
+    process = start(tmp_path / "run")
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("Error: Interrupted")
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
+    process = start(tmp_path / "run")
+    wait_for((tmp_path / "run" / "model.safetensors").exists, process)  # verification takes seconds
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in said
