@@ -124,8 +124,12 @@ def _interruptible() -> Iterator[Callable[[], None]]:
         for number in former:
             signal.signal(number, signal.SIG_DFL)
 
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    def interrupt(_signal: int, frame: FrameType | None) -> None:
         end_at_once()
+        if _importing(frame):  # an exception in the C++ half of an import may abort the process (torch's does)
+            errors().show_cursor(show=True)
+            tell("Error: Interrupted.")
+            os._exit(ExitCode.INTERRUPTED)
         raise KeyboardInterrupt
 
     former = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -134,6 +138,14 @@ def _interruptible() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
