@@ -441,6 +441,15 @@ def test_hub_model_its_failures_and_the_cache(hub: tuple[str, Path], tmp_path: P
     assert cached == good
 
 
+def test_a_client_that_closed_itself_is_an_unreachable_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_name: str) -> None:
+        raise RuntimeError("Cannot send a request, as the client has been closed.")  # as httpx says it to hub 1.x
+
+    monkeypatch.setattr("prunecli.zoo.load_model_config_from_hf", refused)
+    with pytest.raises(PruneError, match="cannot be reached"):
+        load_model("hf-hub:me/other")
+
+
 # ---------------------------------------------------------------------------------------------- build
 
 
