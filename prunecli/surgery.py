@@ -24,7 +24,7 @@ from prunecli.plan import PlannedGroup, Structure, removed_positions
 
 # What nn.Module itself keeps in its __dict__ (hooks, registries, the training flag), and where weights come from:
 # neither is part of a model's structure.
-_NOT_STRUCTURE = frozenset(vars(nn.Module())) | {"pretrained_cfg", "default_cfg"}
+_NOT_STRUCTURE = frozenset(vars(nn.Module())) | {"pretrained_cfg", "default_cfg", "_model_args"}
 _ABSENT = object()
 
 

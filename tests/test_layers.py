@@ -21,6 +21,7 @@ LEVELS = [
     "wording",
     "plots",
     "render page pipeline progress",
+    "console",
     "cli __main__",
 ]
 LEVEL = {name: number for number, line in enumerate(LEVELS) for name in line.split()}
