@@ -6,6 +6,7 @@ which was killed goes on behind the last finished stage, and inside fine-tuning 
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Final
@@ -244,7 +245,7 @@ def finetune(
     with interruptible(job):
         job.begin()
         _dense(job)
-        model = job.source.model
+        model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
         if job.progress.lr is None:
             job.save(job.progress.model_copy(update={"lr": recommended_lr(job, None, model, None)}))
         return _finish(job, empty_plan(job.source, recipe.seed), _finetuned(job, model))

@@ -280,3 +280,29 @@ def test_python_callers_get_the_same_errors(tmp_path: Path) -> None:
     recipe = Recipe.from_mapping({"model": "lenet5_relu", "pretrained": False, "finetune": {"epochs": 0}})
     with pytest.raises(pipeline.UsageError, match="needs data"):
         pipeline.finetune(recipe, out=tmp_path / "run")
+
+
+def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkeypatch):
+    taught = []
+    real = pipeline.train.finetune
+
+    def watched(model: nn.Module, *args: Any, teacher: nn.Module, **kwargs: Any) -> Any:
+        before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+        report = real(model, *args, teacher=teacher, **kwargs)
+        after = teacher.state_dict()
+        taught.append(teacher is not model and all(before[name].equal(after[name]) for name in before))
+        return report
+
+    monkeypatch.setattr(pipeline.train, "finetune", watched)
+    recipe = Recipe.from_mapping(
+        {
+            "model": "lenet5_relu",
+            "pretrained": False,
+            "data": {"name": "digits", "train_limit": 64, "val_limit": 32, "batch_size": 32},
+            "finetune": {"epochs": 1, "distill": {"alpha": 0.5}},
+            "spectrum": {"samples": 0},
+            "device": "cpu",
+        }
+    )
+    pipeline.finetune(recipe, out=tmp_path / "run")
+    assert taught == [True]
