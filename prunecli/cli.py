@@ -289,7 +289,7 @@ def recipes_ls(as_json: JsonOpt = False) -> None:
 
 
 @recipes.command("show")
-def recipesshow(name: str) -> None:
+def recipes_show(name: str) -> None:
     """Print a packaged recipe."""
     with reported():
         from prunecli import catalog

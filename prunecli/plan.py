@@ -86,9 +86,6 @@ class Plan(Value):
     def cut_groups(self) -> tuple[PlannedGroup, ...]:
         return tuple(group for group in self.groups if group.is_cut)
 
-    def kept_widths(self) -> dict[str, int]:
-        return {group.name: len(group.keep) for group in self.groups}
-
     def sha256(self) -> str:
         """Identity of the plan: a resumed run holds to the one it began with."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

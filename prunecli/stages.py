@@ -167,8 +167,6 @@ def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images 
         )
         for group in graph.groups
     )
-    if not any(group.is_cut for group in groups):
-        raise NothingPrunedError("The plan removes no channel.", hint="Ask for a harder target, or widen prune.select.")
     plan = Plan(
         model=source.ref,
         engine=graph.engine,
