@@ -55,8 +55,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Raises:
         UnsupportedError: what the model computes depends on the values of its input; names the module.
     """
-    # The copy shares the tensors: only modules are copied, so that caches filled with fake tensors are thrown away.
-    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in named_tensors(model).values()}).eval()
+    # The copy shares the memory: only modules are copied, so that caches filled with fake tensors are thrown away. Its
+    # parameters need no gradient: torch's module tracker fails on those that are handed to a module as an argument.
+    shell = copy.deepcopy(model, {id(t): _without_gradient(t) for t in named_tensors(model).values()}).eval()
     clear_caches_(shell)
     like = next((p for p in shell.parameters() if p.is_floating_point()), torch.empty(0))
     counter = FlopCounterMode(display=False)
@@ -73,6 +74,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             place = max(counter.mod_tracker.parents - {"Global"}, key=len, default=type(model).__name__)
             raise UnsupportedError(f"{place} cannot be followed: its path depends on the data ({error}).") from error
     return int(counter.get_total_flops()) // 2
+
+
+def _without_gradient(tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
 
 
 def _unique(tensors: Iterable[object]) -> Iterable[Tensor]:

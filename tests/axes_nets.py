@@ -466,6 +466,50 @@ class WeightStandardised(nn.Module):
         return F.conv2d(x, w, self.conv.bias, padding=1)
 
 
+class Windowed(nn.Module):
+    """A convolution inside 4 x 4 windows, which are folded into the batch."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(chs, width, 3, padding=1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        windows = x.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 4, 4)
+        y = F.relu(self.conv(windows)).view(b, h // 4, w // 4, -1, 4, 4)
+        return y.permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h, w)
+
+
+class Overlapping(nn.Module):
+    """Sums over overlapping 3 x 3 windows, once by ``unfold`` of a tensor, once by im2col and col2im."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(chs, 5, 1), nn.Conv2d(5, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x))
+        windows = F.pad(y, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
+        columns = F.unfold(y, kernel_size=3, padding=1)
+        return self.after(windows.sum((4, 5)) + F.fold(columns.sigmoid() * columns, y.shape[2:], 3, padding=1))
+
+
+class Guarded(nn.Module):
+    """Takes its path by two widths it was told, of which only one is called like one."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.dim, self.dim_out = chs, chs
+        self.conv, self.after = nn.Conv2d(chs, chs, 1), nn.Conv2d(chs, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x))
+        return self.after(x + y if self.dim == self.dim_out else y)
+
+
 Block = Callable[[int, int], nn.Module]
 BLOCKS: tuple[Block, ...] = (
     Conv,
@@ -503,6 +547,9 @@ BLOCKS: tuple[Block, ...] = (
     BranchOnWidth,
     InPlaceView,
     WeightStandardised,
+    Windowed,
+    Overlapping,
+    Guarded,
 )
 
 INPUT = (3, 8, 8)

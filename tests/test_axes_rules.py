@@ -26,11 +26,13 @@ from axes_nets import (
     Gated,
     GroupedBottleneck,
     GroupNorm,
+    Guarded,
     InPlaceView,
     Inverted,
     LiteralPad,
     LiteralView,
     NormedAttention,
+    Overlapping,
     PaddedShortcut,
     Partial,
     PixelShuffle,
@@ -48,6 +50,7 @@ from axes_nets import (
     TokenMixer,
     Transposed,
     WeightStandardised,
+    Windowed,
     ZerosBeside,
 )
 from torch import Tensor, nn
@@ -94,6 +97,9 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (TokenMixer, {"fc1": 10, "fc3": 12}),
     (ReluSum, {"conv": 5, "after": 4}),
     (WeightStandardised, {"conv": 4}),
+    (Windowed, {"conv": 4}),
+    (Overlapping, {"conv": 5, "after": 4}),
+    (Guarded, {"after": 4}),
 ]
 
 REFUSED: list[tuple[Block, int, str]] = [
@@ -133,6 +139,11 @@ def test_every_group_may_be_cut_alone(block: Block) -> None:
         kept, outcome = error_of(model, graph, allowed(graph, [group.name], rng), INPUT, rng)
         if kept and "sees nothing" not in outcome.reason:
             assert outcome.relative_error <= 1e-9, (group.name, outcome)
+
+
+def test_windows_in_the_batch_count_each() -> None:
+    """Stem, four windows of 16 positions, the two linear layers."""
+    assert graph_of(Windowed).macs({}) == 64 * 6 * 27 + 4 * 16 * 4 * 6 * 9 + 4 * 7 + 7 * 5
 
 
 def test_input_and_classes_stay() -> None:

@@ -37,6 +37,21 @@ def test_attention_products_are_counted():
     assert count_macs(Attention(), (3, 6, 4)) == 2 * 3 * tokens * tokens * 4
 
 
+class TokenFirst(nn.Module):
+    """Hands a parameter to a submodule, as class-token transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.body = nn.Parameter(torch.zeros(1, 1, 4)), nn.ModuleList([nn.Linear(4, 6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body[0](self.token.expand(len(x), 1, 4)) + x.sum()
+
+
+def test_a_parameter_may_be_a_modules_input():
+    assert count_macs(TokenFirst(), (3, 2, 2)) == 24
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs", "params"),
     [("resnet18", (1.81, 1.82), 11_689_512), ("vit_tiny_patch16_224", (1.25, 1.26), 5_717_416)],

@@ -2,9 +2,10 @@
 
 Rule: attribute ``in_features`` (``in_chs`` …) of a module follows the dimension of that size among the tensors the
 module was called with, ``out_features`` … among those it returned, ``num_features``, ``dim`` … among both; and only
-where exactly one cuttable term has that size. A model's own ``num_features`` and ``embed_dim`` are looked for in what
-its ``forward_features`` returned, ``head_hidden_size`` in what its classifier was called with, and
-``feature_info[i]["num_chs"]`` in what the module named there returned. An attribute of two possible meanings is left.
+where exactly one cuttable term has that size and the program computes nothing from the attribute. A model's own
+``num_features`` and ``embed_dim`` are looked for in what its ``forward_features`` returned, ``head_hidden_size`` in
+what its classifier was called with, and ``feature_info[i]["num_chs"]`` in what the module named there returned. An
+attribute of two possible meanings is left.
 """
 
 from __future__ import annotations
@@ -28,14 +29,21 @@ _OF_CLASSIFIER = frozenset({"head_hidden_size"})
 
 def named_sizes(record: Record, size_of: Callable[[Atom], Size]) -> list[NamedSize]:
     """The stated sizes of a model that follow one cuttable dimension each."""
-    solved = {a for equation in record.equations for a in attributes_in(equation.expression)}
+    read = _read_by_the_program(record)
     found = []
     for attribute, value in record.attributes.items():
-        if attribute.index is None and attribute not in solved:
+        if attribute.index is None and attribute not in read:
             term = _only_term(_candidates(record, attribute), value)
             if term is not None:
                 found.append(NamedSize(module=attribute.module, name=attribute.name, before=value, size=size_of(term)))
     return [*found, *_feature_info(record, size_of)]
+
+
+def _read_by_the_program(record: Record) -> set[Attribute]:
+    """Attributes that size something or decide something (``if self.dim != self.dim_out``): the solver's business."""
+    expressions = [equation.expression for equation in record.equations] + list(record.ledger.pins)
+    expressions += [side for fact in record.ledger.facts for side in (fact.left, fact.right)]
+    return {attribute for expression in expressions for attribute in attributes_in(expression)}
 
 
 def _candidates(record: Record, attribute: Attribute) -> Sequence[Value]:

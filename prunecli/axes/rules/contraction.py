@@ -88,7 +88,8 @@ def _convolution(record: Record, call: Call) -> None:
     record.freeze(w.dims[2:], KERNEL)
     record.freeze(x.dims[2:], SPATIAL)
     spatial = [Atom(size, SPATIAL) for size in call.out.shape[2:]]
-    record.cost("conv", [*(x.dims[2:] if transposed else spatial), *w.dims])
+    # The batch counts: where windows or heads were folded into it, it is not one image.
+    record.cost("conv", [x.dims[0], *(x.dims[2:] if transposed else spatial), *w.dims])
     record.put(call.out, [x.dims[0], produced, *spatial], [False, silent, *[False] * len(spatial)])
 
 

@@ -56,3 +56,24 @@ def _im2col(record: Record, call: Call) -> None:
     channels = product([value.dims[-3], Atom(math.prod(call.args[1]), KERNEL)])
     silent = [*value.silent[:-3], value.silent[-3], False]
     record.put(out, [*value.dims[:-3], channels, Atom(out.shape[-1], SPATIAL)], silent)
+
+
+@rule("col2im")
+def _col2im(record: Record, call: Call) -> None:
+    value, out = record.value(call.args[0]), call.out
+    record.freeze(value.dims[-1:], SPATIAL)
+    channels, inside = rows(record, value.dims[-2], out.shape[-3])
+    freeze(inside, KERNEL)
+    spatial = [Atom(size, SPATIAL) for size in out.shape[-2:]]
+    record.put(out, [*value.dims[:-2], channels, *spatial], [*value.silent[:-2], value.silent[-2], False, False])
+
+
+@rule("unfold")
+def _unfold(record: Record, call: Call) -> None:
+    """Overlapping windows along one dimension: their number takes its place, their length comes last."""
+    value, out = record.value(call.args[0]), call.out
+    at = call.args[1] % len(value.dims)
+    freeze(value.dims[at], SPATIAL)
+    windows, length = Atom(out.shape[at], SPATIAL), Atom(out.shape[-1], SPATIAL)
+    dims = [*value.dims[:at], windows, *value.dims[at + 1 :], length]
+    record.put(out, dims, [*value.silent[:at], False, *value.silent[at + 1 :], False])
