@@ -291,6 +291,59 @@ class NormedAttention(Attention):
         return F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
 
 
+class ZeroKeyBias(Attention):
+    """BEiT: the keys' bias is a buffer of zeros, so a silenced channel of a head adds nothing."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.qkv = nn.Linear(chs, 24, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+        self.register_buffer("k_bias", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(self.norm(x.flatten(2).transpose(1, 2)), self.qkv.weight, bias)
+        qkv = qkv.reshape(b, h * w, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = self.attend(*qkv.unbind(0)).transpose(1, 2).reshape(b, h * w, -1)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class ConstantKeyBias(ZeroKeyBias):
+    """Trap: queries and keys both get a bias that is no parameter, so a silenced channel still adds something."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        del self.q_bias
+        self.register_buffer("q_bias", torch.ones(8))
+        self.k_bias.fill_(0.5)
+
+
+class AxialRotaryAttention(RotaryAttention):
+    """Angles from a buffer of periods, once for each image axis, the same for both halves of a head."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.num_heads, self.head_dim = 2, 8
+        self.qkv, self.proj = nn.Linear(chs, 48), nn.Linear(16, chs)
+        self.register_buffer("periods", torch.linspace(1, 3, 2))
+
+    def turn(self, x: Tensor) -> Tensor:
+        places = torch.stack(torch.meshgrid(torch.linspace(0, 1, 8), torch.linspace(0, 1, 8), indexing="ij"), -1)
+        angles = (places.flatten(0, 1)[:, :, None] / self.periods).flatten(1)
+        angles = torch.cat([angles, angles], -1)
+        first, second = x.chunk(2, dim=-1)
+        return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
+class PooledQueries(Attention):
+    """Hiera: the largest query of each window of tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pooled = q.unflatten(2, (4, -1)).amax(2)
+        return F.scaled_dot_product_attention(pooled, k, v).repeat(1, 1, 4, 1)
+
+
 class SeparateAttention(nn.Module):
     """q, k, v from their own layers; the value width is an axis of its own. Head width from the sizes at hand."""
 
@@ -308,6 +361,25 @@ class SeparateAttention(nn.Module):
         q, k, v = (f(t).reshape(b, h * w, self.num_heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(out).transpose(1, 2).reshape(b, -1, h, w)
+
+
+class BatchNormedQueries(nn.Module):
+    """Queries and keys from convolutions with batch norm; the norm's scale and shift take up the root."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.heads = 2
+        self.q = nn.Sequential(nn.Conv2d(chs, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.k = nn.Sequential(nn.Conv2d(chs, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.v = nn.Conv2d(chs, 6, 1)
+        self.proj = nn.Conv2d(6, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        q, k, v = (f(x).reshape(b, self.heads, -1, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        return self.proj(out.reshape(b, -1, h, w))
 
 
 class RootScaledAttention(Attention):
@@ -533,6 +605,11 @@ BLOCKS: tuple[Block, ...] = (
     ExplicitAttention,
     RotaryAttention,
     NormedAttention,
+    ZeroKeyBias,
+    ConstantKeyBias,
+    AxialRotaryAttention,
+    PooledQueries,
+    BatchNormedQueries,
     SeparateAttention,
     RootScaledAttention,
     TokenMixer,

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from axes_nets import INPUT, Attention, Block, ExplicitAttention, NormedAttention, SeparateAttention, Stack
+from axes_nets import (
+    INPUT,
+    Attention,
+    AxialRotaryAttention,
+    BatchNormedQueries,
+    Block,
+    ExplicitAttention,
+    NormedAttention,
+    PooledQueries,
+    SeparateAttention,
+    Stack,
+)
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
@@ -45,6 +56,33 @@ def test_a_norm_of_the_queries_takes_the_fold() -> None:
 
 def test_a_layer_of_its_own_takes_it_whole() -> None:
     assert folds(SeparateAttention) == {"q.weight": (0, tuple(range(8))), "q.bias": (0, tuple(range(8)))}
+
+
+def test_the_batch_norm_behind_a_convolution_takes_it() -> None:
+    assert folds(BatchNormedQueries) == {"q.1.weight": (0, tuple(range(8))), "q.1.bias": (0, tuple(range(8)))}
+
+
+def test_pooling_passes_it_on() -> None:
+    assert folds(PooledQueries) == folds(Attention)
+
+
+def test_rotation_passes_it_on_and_both_halves_are_one_axis() -> None:
+    rows = (0, tuple(range(16)))
+    assert folds(AxialRotaryAttention) == {"qkv.weight": rows, "qkv.bias": rows}
+
+
+class BoundedQueries(SeparateAttention):
+    """Queries that follow no rows; the keys do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(2).transpose(1, 2)
+        q, k, v = (f(t).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q.tanh(), k, v).transpose(1, 2).flatten(2)
+        return self.proj(out).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def test_keys_take_it_where_queries_cannot() -> None:
+    assert folds(BoundedQueries) == {"k.weight": (0, tuple(range(8)))}
 
 
 class Interleaved(Attention):
@@ -91,9 +129,11 @@ def test_a_joined_bias_is_followed_to_its_query_part() -> None:
         (lambda q, k, v: (q + 1, k, v), "a number is added"),
         (lambda q, k, v: (q * v, k, v), "two tensors that depend on the input"),
         (lambda q, k, v: (q, q, v), "queries and keys share weights"),
+        (lambda q, k, v: (q, q.tanh(), v), "queries and keys share weights"),
+        (lambda q, k, v: (q.sum(-1, keepdim=True) + q, k, v), "pooled over its features"),
         (lambda q, k, v: (q.clone().add_(k), k, v), "overwritten"),
     ],
-    ids=["nonlinear", "shifted", "product", "shared", "in place"],
+    ids=["nonlinear", "shifted", "product", "shared", "shared bent", "pooled", "in place"],
 )
 def test_a_way_that_is_not_linear_keeps_the_head_width(attend: object, reason: str) -> None:
     class Odd(Attention):

@@ -13,11 +13,14 @@ from axes_nets import (
     BLOCKS,
     INPUT,
     Attention,
+    AxialRotaryAttention,
+    BatchNormedQueries,
     Block,
     BranchOnWidth,
     ChannelMean,
     ChannelSoftmax,
     ChunkMix,
+    ConstantKeyBias,
     Conv,
     ConvNormAct,
     Dense,
@@ -36,6 +39,7 @@ from axes_nets import (
     PaddedShortcut,
     Partial,
     PixelShuffle,
+    PooledQueries,
     ReluSum,
     Residual,
     Rolled,
@@ -51,6 +55,7 @@ from axes_nets import (
     Transposed,
     WeightStandardised,
     Windowed,
+    ZeroKeyBias,
     ZerosBeside,
 )
 from torch import Tensor, nn
@@ -91,8 +96,14 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (GroupNorm, {"conv": 4}),
     (Attention, {"qkv:heads": 2, "qkv:head_dim": 4}),
     (ExplicitAttention, {"qkv:heads": 2, "qkv:head_dim": 4}),
-    (RotaryAttention, {"qkv:heads": 2}),
+    # Halves that are rotated into each other keep the same channels.
+    (RotaryAttention, {"qkv:heads": 2, "qkv:head_dim": 2}),
+    (AxialRotaryAttention, {"qkv:heads": 2, "qkv:head_dim": 2}),
     (NormedAttention, {"qkv:heads": 2, "qkv:head_dim": 4}),
+    (ZeroKeyBias, {"qkv:heads": 2, "qkv:head_dim": 4}),
+    (ConstantKeyBias, {"qkv:heads": 2}),
+    (PooledQueries, {"qkv:heads": 2, "qkv:head_dim": 4}),
+    (BatchNormedQueries, {"q.0:heads": 2, "q.0:head_dim": 4, "v:head_dim": 3, "proj": 4}),
     (SeparateAttention, {"q:heads": 2, "q:head_dim": 4, "v:head_dim": 3, "proj": 4}),
     (TokenMixer, {"fc1": 10, "fc3": 12}),
     (ReluSum, {"conv": 5, "after": 4}),
@@ -114,7 +125,7 @@ REFUSED: list[tuple[Block, int, str]] = [
     (Rolled, 4, "depend on the position"),
     (BranchOnWidth, 8, "compared with a number"),
     (InPlaceView, 6, "overwritten in place"),
-    (RotaryAttention, 2, "divides by its root"),
+    (ConstantKeyBias, 4, "silenced channels are not zero"),
     (TokenMixer, 8, "spatial axis"),
 ]
 
@@ -314,3 +325,29 @@ def test_padding_with_attribute_amounts_joins_the_residual_widths() -> None:
     assert producers(graph.group("stem")) == {"stem.weight", "blocks.0.conv.weight"}
     frozen = {(a.name, a.width) for a in graph.frozen}
     assert frozen == {("stem", 3), ("head", 5)}  # nothing of the 11 channels: the one-wide pad is no axis
+
+
+def test_a_buffer_that_its_module_computes_again_on_conversion_stays() -> None:
+    """A rotary embedding keeps its frequencies in single precision: ``half()`` makes the whole table anew."""
+
+    class Table(nn.Module):
+        def __init__(self, rebuilds: bool) -> None:
+            super().__init__()
+            self.rebuilds, self.width = rebuilds, 7
+            self.register_buffer("scale", torch.linspace(1, 2, 7))
+
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+            module = super()._apply(fn, recurse)
+            if self.rebuilds and self.scale.dtype is torch.half:
+                self.scale = torch.linspace(1, 2, self.width)
+            return module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    def reasons(rebuilds: bool) -> list[str]:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 7), Table(rebuilds), nn.Linear(7, 5))
+        return [axis.reason for axis in build_graph(net, INPUT).frozen if axis.width == 7]
+
+    assert reasons(rebuilds=False) == []
+    assert "anew when its dtype changes" in reasons(rebuilds=True)[0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunecli.axes.named import named_sizes
-from prunecli.axes.policy import freeze_statistics, settle
+from prunecli.axes.policy import freeze_rebuilt, freeze_statistics, settle
 from prunecli.axes.record import KERNEL, Record
 from prunecli.axes.relations import Sizes, exclusive_pairs, ties
 from prunecli.axes.scales import foldable_scales, head_scales, scale_folds
@@ -29,6 +29,7 @@ class _Place:
 def to_graph(record: Record) -> Graph:
     """Turn what a trace learnt into groups, costs, folds and the attribute solver."""
     freeze_statistics(record)
+    freeze_rebuilt(record)
     settle(record)
     scales = foldable_scales(record)
     settle(record)

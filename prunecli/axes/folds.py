@@ -1,27 +1,37 @@
 """Which rows make the queries of a default-scale attention: they take up the change of ``1 / sqrt(head width)``.
 
-From the query one walks back through operators that are linear and homogeneous in it, to the last affine ones: a linear
-layer or convolution (weight rows and bias) or a norm (scale and shift). Multiplying these rows by a number multiplies
-the query by it. The positions come from replaying the layout operators on tensors of indices.
+From the query one walks back through operators that pass a positive factor on (linear ones, pooling, ReLU), to the last
+affine ones: a linear layer or convolution (weight rows and bias) or a norm (scale and shift). Multiplying these rows by
+a positive number multiplies the query by it. The positions come from replaying the layout operators on tensors of
+indices. Keys are the same to all this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prunecli.axes.record import Call, Made, Record
-from prunecli.axes.rules.registry import words
+from prunecli.axes.rules.registry import words, wrap
 
 _Step = Callable[[Tensor], Tensor]
 
-_IDENTITY = words("clone detach alias contiguous _to_copy lift_fresh native_dropout")
+_IDENTITY = words("clone detach alias contiguous _to_copy lift_fresh native_dropout relu leaky_relu")
 _LAYOUT = words(
     "view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand select slice unbind",
     "split split_with_sizes chunk",
+)
+_POOLED_DIMS = words("amax amin mean sum")
+_POOLED_PLANES = words(
+    "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d",
+    "mkldnn_adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d",
+)
+_BATCH_NORMS = words(
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training",
+    "_batch_norm_no_update _batch_norm_with_update cudnn_batch_norm batch_norm",
 )
 
 
@@ -72,6 +82,10 @@ def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple
         return [(call.args[0], lambda index: index)]
     if call.name in _LAYOUT:
         return [(call.args[0], _replay(call, made.position))]
+    if call.name in _POOLED_DIMS:
+        return [(call.args[0], _pooled(wrap(call.get(1, "dim"), call.args[0].dim()), shape))]
+    if call.name in _POOLED_PLANES and made.position == 0:
+        return [(call.args[0], _pooled([len(shape) - 2, len(shape) - 1], shape))]
     if call.name in {"mul", "div", "neg"}:
         return [(_scaled_operand(record, call), _expanded(shape))]
     if call.name in {"add", "sub"}:
@@ -87,6 +101,21 @@ def _replay(call: Call, position: int) -> _Step:
     def step(index: Tensor) -> Tensor:
         out = call.function(index, *call.args[1:], **call.kwargs)
         return out if isinstance(out, Tensor) else out[position]
+
+    return step
+
+
+def _pooled(dims: Sequence[int], shape: torch.Size) -> _Step:
+    """Pooling over dimensions along which nothing but positions varies."""
+
+    def step(index: Tensor) -> Tensor:
+        first = index
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        if not torch.equal(first.expand_as(index), index):
+            raise UnknownQueryError("the query is pooled over its features")
+        kept = first if len(shape) == first.dim() else first.squeeze(tuple(dims))
+        return kept.expand(shape)
 
     return step
 
@@ -138,12 +167,29 @@ def _affine_parameters(call: Call) -> tuple[tuple[Tensor, int], Tensor | None, i
             return (call.args[2], 1), call.args[0], -1
         case "convolution":
             return (call.args[1], 0), call.args[2], 1
+        case name if name in _BATCH_NORMS and call.args[1] is not None:
+            return (call.args[1], 0), call.args[2], 1
         case "native_layer_norm" | "rms_norm" | "_fused_rms_norm":
             weight = call.get(2, "weight")
             if weight is None or len(call.args[1]) != 1:
                 raise UnknownQueryError("the query comes from a norm without a scale")
             return (weight, 0), call.get(3, "bias") if call.name == "native_layer_norm" else None, -1
     raise UnknownQueryError(f"{call.name!r} is not known to be linear in the query")
+
+
+def reads_any(record: Record, tensor: Tensor, names: Collection[str]) -> bool:
+    """Whether one of the stored tensors ``names`` takes part in making ``tensor``, however far back."""
+    queue, seen = [tensor], set()
+    while queue:
+        current = queue.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if not set(record.names.get(id(current), ())).isdisjoint(names):
+            return True
+        made = record.made(current)
+        queue += made.call.inputs if made is not None else []
+    return False
 
 
 def _entries(record: Record, parameter: Tensor, dim: int, index: Tensor, path: Sequence[_Step]) -> list[Rows]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+
+import torch
+from torch import nn
 
 from prunecli.axes.ints import Attribute, Extent, Fact, Number, attributes_in, axes_in
 from prunecli.axes.record import Equation, Record
@@ -23,6 +27,20 @@ def freeze_statistics(record: Record) -> None:
         else:
             freeze(dim, f"module {path!r} takes a statistic over it")
     record.norms = kept
+
+
+def freeze_rebuilt(record: Record) -> None:
+    """Freeze buffers that their module computes again when it is converted to another dtype: a cut would be undone.
+
+    Rotary embeddings do so, with tables that have to stay in single precision. Found by trying it on a copy.
+    """
+    for path, module in record.model.named_modules():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_floating_point()}
+        if buffers and type(module)._apply is not nn.Module._apply:  # noqa: SLF001 - what a module overrides to do that
+            converted = dict(copy.deepcopy(module).half().named_buffers(recurse=False))
+            for name, buffer in buffers.items():
+                if name not in converted or converted[name].dtype is not torch.half:
+                    record.freeze(record.dims(buffer), f"module {path!r} computes it anew when its dtype changes")
 
 
 def settle(record: Record) -> None:

@@ -161,7 +161,7 @@ class Record:
                     self.names.setdefault(id(tensor), []).append(full)
                     if id(tensor) not in self._values:
                         dims = tuple(Atom(size) for size in tensor.shape)
-                        silent = id(tensor) in parameters
+                        silent = id(tensor) in parameters or _holds_zeros(tensor)
                         self._values[id(tensor)] = Value(
                             dims=dims,
                             silent=(silent,) * len(dims),
@@ -324,6 +324,15 @@ class Record:
         """Two extents stay equal."""
         if find(left) is not find(right) and not (is_frozen(left) and is_frozen(right)):
             self.equations[Equation(Extent(left), (right,), self.place)] = None
+
+
+def _holds_zeros(tensor: Tensor) -> bool:
+    """Whether a stored tensor that is no parameter is zero throughout (a key bias that is not learnt).
+
+    Buffers are silent everywhere or nowhere: their values stay when a channel is silenced. On the meta device nothing
+    is known.
+    """
+    return not tensor.is_meta and not tensor.any()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

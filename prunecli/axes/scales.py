@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunecli.axes.folds import Rows, UnknownQueryError, query_rows
+from prunecli.axes.folds import Rows, UnknownQueryError, query_rows, reads_any
 from prunecli.axes.record import DefaultScale, Record
 from prunecli.axes.solve import HeadScale
 from prunecli.axes.terms import Atom, factors, find, freeze, is_frozen, leaves
@@ -28,35 +28,59 @@ def foldable_scales(record: Record) -> tuple[FoldableScale, ...]:
     for scale in record.default_scales:
         if is_frozen(scale.width):
             continue
-        axis = _scaling_axis(scale)
+        axis = _scaling_axis(scale.width)
         where = f"the attention in module {scale.module!r} divides by its root"
         if axis is None:
             freeze(scale.width, f"{where} and the head width has several parts")
             continue
         try:
-            rows = query_rows(record, scale.query)
+            found.append(FoldableScale(axis=axis, rows=_rows(record, scale)))
         except UnknownQueryError as unknown:
             freeze(scale.width, f"{where} and {unknown}")
-            continue
-        if _overlap(rows, _rows_if_known(record, scale.key)):
-            freeze(scale.width, f"{where} and queries and keys share weights")
-        else:
-            found.append(FoldableScale(axis=axis, rows=tuple(rows)))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
-def _scaling_axis(scale: DefaultScale) -> Atom | None:
-    """The one axis whose cut changes a head width; None where none or no single factor does."""
-    free = [leaf for leaf in leaves(scale.width) if leaf.reason is None]
-    simple = all(factor.form == "leaf" for factor in factors(scale.width))
-    return free[0] if len(free) == 1 and simple else None
+def _rows(record: Record, scale: DefaultScale) -> tuple[Rows, ...]:
+    """The rows behind the queries or, where these follow no rows, behind the keys.
+
+    Raises:
+        UnknownQueryError: neither will do; says why the queries do not.
+    """
+    query, key = _rows_or_error(record, scale.query), _rows_or_error(record, scale.key)
+    if isinstance(query, UnknownQueryError):
+        if isinstance(key, UnknownQueryError) or _takes_part(record, key, scale.query):
+            raise query
+        return tuple(key)
+    if _takes_part(record, query, scale.key) if isinstance(key, UnknownQueryError) else _overlap(query, key):
+        raise UnknownQueryError("queries and keys share weights")
+    return tuple(query)
 
 
-def _rows_if_known(record: Record, tensor: Tensor) -> list[Rows]:
+def _takes_part(record: Record, rows: Iterable[Rows], tensor: Tensor) -> bool:
+    return reads_any(record, tensor, {part.tensor for part in rows})
+
+
+def _scaling_axis(width: Atom) -> Atom | None:
+    """The one axis that a head width is proportional to; None where there is none."""
+    free = {leaf for leaf in leaves(width) if leaf.reason is None}
+    axis = next(iter(free), None)
+    return axis if axis is not None and len(free) == 1 and _is_multiple(width, axis) else None
+
+
+def _is_multiple(term: Atom, axis: Atom) -> bool:
+    """Whether a term has a fixed number of entries for each entry of ``axis`` (rotated halves: ``[axis | axis]``)."""
+    term = find(term)
+    if term.form == "concat":
+        return all(_is_multiple(kid, axis) for kid in term.kids)
+    own = [factor for factor in factors(term) if axis in leaves(factor)]
+    return len(own) == 1 and (own[0] is axis or (own[0].form == "concat" and _is_multiple(own[0], axis)))
+
+
+def _rows_or_error(record: Record, tensor: Tensor) -> list[Rows] | UnknownQueryError:
     try:
         return query_rows(record, tensor)
-    except UnknownQueryError:
-        return []
+    except UnknownQueryError as unknown:
+        return unknown
 
 
 def _overlap(first: Iterable[Rows], second: Iterable[Rows]) -> bool:
