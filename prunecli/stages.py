@@ -191,9 +191,7 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
     Raises UnsupportedError only where there is no graph at all.
     """
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
-    prunable = {member.tensor for group in graph.groups for member in group.members}
-    sizes = {name: parameter.numel() for name, parameter in source.model.named_parameters()}
-    share = sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)
+    share = prunable_share(source.model, graph)
     supported, status = True, "half of every group was cut on trial: the net equals the silenced dense net"
     try:
         trial = recipe.model_copy(update={"target": Target(metric="ratio", value=0.5)})
@@ -202,6 +200,13 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
     except (UnsupportedError, NothingPrunedError) as error:
         supported, status = False, error.message
     return Inspection(source=source, graph=graph, prunable_share=share, supported=supported, status=status)
+
+
+def prunable_share(model: nn.Module, graph: Graph) -> float:
+    """The share of a model's parameters that lie in tensors with a prunable axis."""
+    prunable = {member.tensor for group in graph.groups for member in group.members}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)
 
 
 def prove(source: Source, plan: Plan, *, seed: int) -> check.Equivalence:

@@ -129,12 +129,14 @@ class Ledger:
     pins: dict[Expression, int] = field(default_factory=dict)
 
     def compare(self, comparison: str, left: Expression, right: Expression, outcome: bool) -> None:
-        """Record a comparison; equality with a literal pins the value."""
+        """Record a comparison; equality with a literal pins the value, but for ``width % groups == 0``, which many
+        widths fulfil.
+        """
         if left == right:
             return
         if outcome is (comparison == "eq") and comparison in {"eq", "ne"}:
             for side, other in ((left, right), (right, left)):
-                if isinstance(other, Number):
+                if isinstance(other, Number) and not (isinstance(side, Operation) and side.symbol == "mod"):
                     self.pins[side] = other.value
                     return
         if isinstance(left, Number):

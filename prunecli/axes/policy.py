@@ -20,9 +20,11 @@ def freeze_statistics(record: Record) -> None:
         module = record.model.get_submodule(path)
         own = [p for p in module.parameters(recurse=False) if p is not None]
         scaled = {id(leaf) for p in own for term in record.dims(p) for leaf in leaves(term)}
-        plain = not own and (hasattr(module, "normalized_shape") or hasattr(module, "num_groups"))
-        is_leaf_module = next(module.children(), None) is None or hasattr(module, "normalized_shape")
-        if is_leaf_module and (plain or all(id(leaf) in scaled or leaf.reason for leaf in leaves(dim))):
+        is_norm = hasattr(module, "normalized_shape") or hasattr(module, "num_groups")
+        plain = not own and is_norm
+        if (is_norm or next(module.children(), None) is None) and (
+            plain or all(id(leaf) in scaled or leaf.reason for leaf in leaves(dim))
+        ):
             kept.append((path, dim))
         else:
             freeze(dim, f"module {path!r} takes a statistic over it")

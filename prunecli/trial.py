@@ -1,0 +1,146 @@
+"""One architecture tried from end to end: graph, cuts, proofs, export, reload. A row of the support matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import timm
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from prunecli import stages, store
+from prunecli.errors import PruneError
+from prunecli.graph import build_graph
+from prunecli.groups import Graph
+from prunecli.plan import Plan
+from prunecli.recipe import Recipe
+from prunecli.support import FrozenShare, Row, Trial
+
+TARGETS: Final = ("ratio=0.5", "macs=50%")
+_WORTH_SAYING: Final = 0.001  # share of the parameters below which a reason to freeze is left out
+
+
+def blank_row(name: str, model: nn.Module, *, model_args: Mapping[str, Any], input_size: tuple[int, int, int]) -> Row:
+    """What is known of a model before anything is tried."""
+    home = timm.models.model_entrypoint(name).__module__
+    return Row(
+        name=name,
+        model_args=dict(model_args),
+        module=home.removeprefix("timm.models.").partition(".")[0],
+        model_class=type(model).__name__,
+        structure=structure_of(model),
+        input_size=input_size,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def structure_of(model: nn.Module) -> str:
+    """A digest of the kinds of modules a model is made of, sizes and repetitions left out.
+
+    A kind is a class with its parameters' names and ranks, its switches (bools, None), the kinds of convolution, and
+    the classes of its children; numbers in names are left out.
+    """
+    kinds = set()
+    for module in model.modules():
+        parameters = sorted((name, p.dim()) for name, p in module.named_parameters(recurse=False))
+        switches = sorted(
+            (name, value)
+            for name, value in vars(module).items()
+            if (value is None or isinstance(value, bool)) and name != "training" and not name.startswith("_")
+        )
+        children = sorted({(re.sub(r"\d+", "*", name), type(kid).__name__) for name, kid in module.named_children()})
+        kinds.add(repr((type(module).__name__, parameters, switches, children, _convolution_kind(module))))
+    return hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()[:12]
+
+
+def _convolution_kind(module: nn.Module) -> str:
+    if not isinstance(module, _ConvNd) or module.groups == 1:
+        return ""
+    return "depthwise" if module.groups == module.in_channels else "grouped"
+
+
+def try_architecture(
+    name: str, *, model_args: Mapping[str, Any] | None = None, fresh_process: bool = True, seed: int = 0
+) -> Row:
+    """Load with random weights, trace, cut by every target of ``TARGETS`` with proof, export and reload the last cut.
+
+    What prunecli refuses (a `PruneError`) becomes the row's ``problem``; any other exception is a defect and goes up.
+
+    Args:
+        name: registered architecture.
+        model_args: keyword arguments for ``timm.create_model``.
+        fresh_process: reload in a new interpreter, as ``prunecli verify`` does, else in this one.
+        seed: of weights and images.
+    """
+    args = dict(model_args or {})
+    recipe = Recipe.from_mapping(
+        {"model": name, "pretrained": False, "model_args": args, "seed": seed, "prune": {"round_to": 1}}
+    )
+    source = stages.load_source(recipe)
+    row = blank_row(name, source.model, model_args=args, input_size=source.spec.size)
+    row = row.model_copy(update={"macs": source.cost.macs})
+    try:
+        graph = build_graph(source.model, source.spec.size)
+    except PruneError as error:
+        return row.model_copy(update={"problem": str(error)})
+    trials, plans = zip(*(try_cut(source, graph, recipe, target) for target in TARGETS), strict=True)
+    return row.model_copy(
+        update={
+            "groups": len(graph.groups),
+            "prunable_share": stages.prunable_share(source.model, graph),
+            "frozen": _frozen(source.model, graph),
+            "unknown_ops": tuple(sorted(graph.unknown_ops)),
+            "trials": trials,
+            "reload_max_abs_diff": _reload(source, plans[-1], fresh=fresh_process) if plans[-1] else None,
+        }
+    )
+
+
+def try_cut(source: stages.Source, graph: Graph, recipe: Recipe, target: str) -> tuple[Trial, Plan | None]:
+    """Plan one cut and prove it; no plan where it was refused."""
+    aimed = Recipe.from_mapping({**recipe.model_dump(exclude_defaults=True), "target": target})
+    try:
+        planned = stages.make_plan(source, graph, aimed, None)
+        proof = stages.prove(source, planned.plan, seed=recipe.seed)
+    except PruneError as error:
+        return Trial(target=target, problem=str(error)), None
+    size = planned.plan.predicted
+    trial = Trial(
+        target=target,
+        params=size.params,
+        macs=size.macs,
+        relative_error=proof.relative_error,
+        notes=planned.notes,
+    )
+    return trial, planned.plan
+
+
+def _reload(source: stages.Source, plan: Plan, *, fresh: bool) -> float:
+    """Export the cut model, load it again, and compare the logits of two fixed images."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = store.RunFolder(path=Path(place))
+        store.export(folder, stages.cut(source.model, plan), ref=source.ref, base=source.cost, final=plan.predicted)
+        return (store.verify if fresh else store.verify_here)(folder.path).reload_max_abs_diff
+
+
+def _frozen(model: nn.Module, graph: Graph) -> tuple[FrozenShare, ...]:
+    """Why parameters without a prunable axis have none, by reason, most parameters first."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    prunable = {member.tensor for group in graph.groups for member in group.members}
+    reasons: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name not in prunable:
+            said = [axis.reason for axis in graph.frozen if name in axis.tensors]
+            reasons[_without_place(said[0]) if said else "no operator was seen to use it"] += size
+    limit = _WORTH_SAYING * sum(sizes.values())
+    return tuple(FrozenShare(reason=reason, params=n) for reason, n in reasons.most_common() if n >= limit)
+
+
+def _without_place(reason: str) -> str:
+    return re.sub(r"module '[^']*'", "a module", reason)
