@@ -234,6 +234,54 @@ class GroupNorm(nn.Module):
         return F.gelu(self.norm(self.conv(x)))
 
 
+class GroupNormAct(nn.GroupNorm):
+    """A norm with an activation of its own, as a child module."""
+
+    def __init__(self, groups: int, chs: int) -> None:
+        super().__init__(groups, chs)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class NormedAndActivated(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(chs, 3 * width, 1), GroupNormAct(3, 3 * width)
+        self.out_chs = 3 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class GroupStd(nn.Module):
+    """EvoNorm's statistic (arXiv 2004.02967): a deviation inside channel groups, written out, and a width guard."""
+
+    def __init__(self, chs: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight, self.bias, self.v = (nn.Parameter(torch.ones(chs)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        assert c % self.groups == 0
+        std = x.reshape(b, self.groups, c // self.groups, h, w).var((2, 3, 4), correction=0, keepdim=True).add(1e-5)
+        std = std.sqrt().expand(b, self.groups, c // self.groups, h, w).reshape(b, c, h, w)
+        v, weight, bias = (p.view(1, -1, 1, 1) for p in (self.v, self.weight, self.bias))
+        return x * (x * v).sigmoid() / std * weight + bias
+
+
+class EvoNormed(nn.Module):
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(chs, 3 * width, 1), GroupStd(3 * width, 3)
+        self.out_chs = 3 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
 class Attention(nn.Module):
     """Fused qkv, default-scale scaled_dot_product_attention, tokens from pixels, pre-norm, residual."""
 
@@ -601,6 +649,8 @@ BLOCKS: tuple[Block, ...] = (
     PixelShuffle,
     Transposed,
     GroupNorm,
+    NormedAndActivated,
+    EvoNormed,
     Attention,
     ExplicitAttention,
     RotaryAttention,

@@ -112,6 +112,13 @@ def test_equality_with_a_literal_pins_and_with_itself_says_nothing() -> None:
     assert not again.facts
 
 
+def test_a_width_that_has_to_divide_evenly_is_a_fact_and_no_pin() -> None:
+    ledger = Ledger()
+    assert traced(6, ledger) % 3 == 0
+    assert not ledger.pins
+    assert list(ledger.facts) == [Fact("eq", Operation("mod", A, Number(3)), Number(0), outcome=True)]
+
+
 def test_shapes_compare_entry_by_entry() -> None:
     ledger = Ledger()
     atom = Atom(3)

@@ -24,6 +24,7 @@ from axes_nets import (
     Conv,
     ConvNormAct,
     Dense,
+    EvoNormed,
     ExplicitAttention,
     ExpProduct,
     Gated,
@@ -34,6 +35,7 @@ from axes_nets import (
     Inverted,
     LiteralPad,
     LiteralView,
+    NormedAndActivated,
     NormedAttention,
     Overlapping,
     PaddedShortcut,
@@ -93,7 +95,10 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (Shuffle, {"conv": 2, "conv#2": 2, "conv#3": 2, "grouped": 4}),
     (PixelShuffle, {"conv": 4, "after": 4}),
     (Transposed, {"conv": 2, "conv#2": 3, "up": 2, "down": 4}),
-    (GroupNorm, {"conv": 4}),
+    # 12 channels in 3 groups: whole groups leave, or as many of each.
+    (GroupNorm, {"conv": 3, "conv#2": 4}),
+    (NormedAndActivated, {"conv": 3, "conv#2": 4}),
+    (EvoNormed, {"conv": 3, "conv#2": 4}),
     (Attention, {"qkv:heads": 2, "qkv:head_dim": 4}),
     (ExplicitAttention, {"qkv:heads": 2, "qkv:head_dim": 4}),
     # Halves that are rotated into each other keep the same channels.
@@ -209,7 +214,8 @@ def test_norms_over_a_cut_axis_are_listed() -> None:
     graph = graph_of(Attention)
     assert graph.group("stem").norms == ("blocks.0.norm",)
     assert graph.group("blocks.0.qkv:heads").norms == ()
-    assert graph_of(GroupNorm).group("blocks.0.conv").norms == ("blocks.0.norm",)
+    assert graph_of(GroupNorm).group("blocks.0.conv").norms == ()  # whole groups
+    assert graph_of(GroupNorm).group("blocks.0.conv#2").norms == ("blocks.0.norm",)
     assert graph_of(ConvNormAct).group("blocks.0.conv").norms == ()
 
 

@@ -328,6 +328,29 @@ def test_a_check_that_cannot_see_is_a_failed_check(mode, words):
     assert words in result.reason
 
 
+class Fading(nn.Module):
+    """Gates after every layer: with drawn statistics nothing of the image would reach the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False) for i in range(40))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(40))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = conv(x)
+            x = bn(0.01 * x * torch.sigmoid(x.mean((2, 3), keepdim=True)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_signal_that_fades_over_many_layers_is_kept_alive_by_its_batch_norms():
+    members = [at("convs.20.weight"), *bn("bns.20"), at("convs.21.weight", 1, "in")]
+    wrong = [at("convs.20.weight"), *bn("bns.20"), at("convs.21.weight", 1, "in", offset=1)]
+    assert check(Fading(), [group(members, width=8, keep=(1, 2, 4))]).relative_error < TOLERANCE
+    assert check(Fading(), [group(wrong, width=7, keep=(1, 2, 4))]).relative_error > 1e-3
+
+
 def test_the_same_seed_gives_the_same_figure_and_the_global_generator_is_untouched():
     members = [at("a.weight"), at("a.bias"), at("b.weight", 1, "in")]
     model = Blind("plain")

@@ -17,7 +17,7 @@ LEVELS = [
     "axes score budget recover spectrum lr files",
     "nets zoo graph graph_tp surgery check cost sources data"
     " schedule objective checkpoint stopping trainer evaluation probe train",
-    "store stages job recovery summary catalog",
+    "store stages job recovery summary catalog support trial",
     "wording",
     "plots",
     "render page pipeline progress",

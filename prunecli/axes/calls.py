@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunecli.axes.ints import TracedInt, untraced
 from prunecli.axes.record import Record
-from prunecli.axes.rules.registry import words
+from prunecli.axes.rules.registry import rows, words
 from prunecli.axes.terms import Atom, MisfitError, blocks, find, freeze, is_frozen
 
 Args = Sequence[Any]
@@ -136,6 +136,11 @@ def _norm(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
         _equate(record, size, [dim])
 
 
+def _group_norm(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
+    groups = _argument(args, kwargs, 1, "num_groups")
+    _equate(record, groups, [rows(record, record.dims(out)[1], untraced(groups))[0]])
+
+
 HANDLERS: dict[str, Handler] = {
     "view": _view,
     "reshape": _view,
@@ -150,11 +155,12 @@ HANDLERS: dict[str, Handler] = {
     "__getitem__": _getitem,
     "layer_norm": _norm,
     "rms_norm": _norm,
+    "group_norm": _group_norm,
 }
 
 #: Functions written in Python whose body calls operators with sizes it takes from shapes alone.
 TRANSPARENT = words(
-    "linear einsum embedding glu prelu threshold batch_norm instance_norm group_norm normalize norm",
+    "linear einsum embedding glu prelu threshold batch_norm instance_norm normalize norm",
     "relu relu6 gelu silu selu elu celu rrelu mish leaky_relu hardswish hardsigmoid hardtanh hardshrink sigmoid tanh",
     "softplus softsign softshrink softmax softmin log_softmax gumbel_softmax logsigmoid tanhshrink",
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout",

@@ -71,10 +71,9 @@ def _group_norm(record: Record, call: Call) -> None:
     for tensor in (weight, bias):
         if tensor is not None:
             unify(record.dims(tensor)[0], x.dims[1])
-    if groups > 1:
-        outer, _ = rows(record, x.dims[1], groups)
-        freeze(outer, f"it counts the groups of the group norm in {record.place}")
-    record.normalise(x.dims[1:2])
+    # Whole groups may leave as well (``num_groups`` then follows): the statistics of the others stay as they are.
+    _, inside = rows(record, x.dims[1], groups)
+    record.normalise([inside])
     silent = _affine_silent(record, weight, bias)
     first, *rest = call.outputs
     record.put(first, x.dims, [d == 1 and silent for d in range(first.dim())])
