@@ -1,8 +1,10 @@
 """The independent proof of a cut: the pruned net computes what the dense net computes with those channels silenced.
 
-Both sides start from one copy in float64 whose parameters are drawn anew, so that no zero-initialised branch hides a
-mistake. One side is cut by ``surgery``; the other keeps all shapes and attributes and only gets zeros. They share no
-code but the list of positions, so wrong index maps, forgotten attributes and stale attention scales all show.
+One copy in float64, its parameters drawn anew so that no zero-initialised branch hides a mistake, is first silenced: it
+keeps all shapes and attributes and only gets zeros. Then ``surgery`` cuts that very copy, whose kept entries silencing
+has not touched. The two share no code but the list of positions: a wrong index map, a forgotten attribute or a stale
+attention scale shows, and so does a cut that removes anything but the zeros. One copy, because large models fill the
+memory: twelve bytes a parameter, the model's own four included.
 
 Where a norm's statistic runs over a cut axis the zeros would take part in it: there the dense side computes that
 statistic over the kept channels, with its own masked implementation.
@@ -19,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from prunecli.groups import AttributeEdit, ScaleFold, module_of
 from prunecli.plan import PlannedGroup, removed_positions
-from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors
+from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors, require_fit
 
 # What a forward pass of a wrongly cut module raises: torch's shape errors and timm's own asserts.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
@@ -80,30 +83,41 @@ def equivalence_error(
     cut = tuple(group for group in groups if group.is_cut)
     norms = tuple(sorted({norm for group in cut for norm in group.norms}))
     generator = torch.Generator().manual_seed(seed)
+    require_fit(model, groups=groups, attributes=attributes, folds=folds)
     clear_caches_(model)
-    dense = copy.deepcopy(model).cpu().eval()
-    map_tensors_(dense, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    _redraw_(dense, generator)
+    net = _double_copy(model)
+    _redraw_(net, generator)
     images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
-    whole = _calibrated_outputs_(dense, images)
-    pruned, silenced = copy.deepcopy(dense), copy.deepcopy(dense)
-    cut_(pruned, groups=groups, attributes=attributes, folds=folds)
-    _silence_(silenced, cut)
-    masked = _MaskedNorms(silenced, cut, norms)
+    whole = _calibrated_outputs_(net, images)
+    _silence_(net, cut)
     try:
-        expected = _silenced_outputs(silenced, masked, images)
+        expected = _silenced_outputs(net, cut, norms, images)
         if cut:
             _assert_visible(whole, expected)
-        worst = _difference(expected, pruned, images)
-        if _without_fused_attention_(pruned):
-            worst = max(worst, _difference(expected, pruned, images))
-        _assert_trains(pruned, images, seed)
+        clear_caches_(net)
+        cut_(net, groups=groups, attributes=attributes, folds=folds)
+        worst = _difference(expected, net, images)
+        if _without_fused_attention_(net):
+            worst = max(worst, _difference(expected, net, images))
+        _assert_trains(net, images, seed)
     except _FailedCheckError as failure:
         return Equivalence(relative_error=math.inf, exact=not norms, norms=norms, reason=str(failure))
     return Equivalence(relative_error=worst, exact=not norms, norms=norms)
 
 
 # ---------------------------------------------------------------------------------------------- the two sides
+
+
+def _double_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in float64, in eval mode; floating parameters come without values, they are drawn anew."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty(parameter.shape, dtype=torch.float64), parameter.requires_grad)
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+    }
+    copied = copy.deepcopy(model, dict(empty)).cpu().eval()
+    map_tensors_(copied, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    return copied
 
 
 @torch.no_grad()
@@ -168,12 +182,14 @@ def _without_fused_attention_(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _silenced_outputs(silenced: nn.Module, masked: _MaskedNorms, images: Tensor) -> Tensor:
+def _silenced_outputs(
+    silenced: nn.Module, cut: tuple[PlannedGroup, ...], norms: Sequence[str], images: Tensor
+) -> Tensor:
     """What the pruned net should give, [images, values], with every declared norm masked.
 
     Raises _FailedCheckError where a norm was not masked, or the outputs would tell nothing.
     """
-    with masked:
+    with _MaskedNorms(silenced, cut, norms) as masked:
         outputs = _outputs(silenced, images)
     unseen = set(masked.masks) - masked.seen
     if unseen:
@@ -278,12 +294,18 @@ class _MaskedNorms(TorchFunctionMode):
         self.masks = {norm: _kept_mask(model, norm, cut) for norm in norms}
         self.seen: set[str] = set()
         self._within: list[str] = []
+        self._hooks: list[RemovableHandle] = []
         for path, module in model.named_modules():
-            module.register_forward_pre_hook(lambda *_, path=path: self._within.append(path))
-            module.register_forward_hook(lambda *_: self._leave())
+            self._hooks.append(module.register_forward_pre_hook(lambda *_, path=path: self._within.append(path)))
+            self._hooks.append(module.register_forward_hook(lambda *_: self._leave()))
 
     def _leave(self) -> None:
         self._within.pop()
+
+    def __exit__(self, *raised: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -172,6 +172,21 @@ def cut_(
         _follow_weight_(module)
 
 
+def require_fit(
+    model: nn.Module,
+    *,
+    groups: Sequence[PlannedGroup],
+    attributes: Sequence[AttributeEdit],
+    folds: Sequence[ScaleFold],
+) -> None:
+    """Raise UnsupportedError where ``cut_`` would refuse the plan for what it names; nothing is changed."""
+    for edit in attributes:
+        _checked_edit(model, edit)
+    tensors = named_tensors(model)
+    _removed_by_tensor(tensors, groups)
+    _fold_factors(tensors, groups, folds)
+
+
 def _removed_by_tensor(tensors: Mapping[str, Tensor], groups: Sequence[PlannedGroup]) -> dict[int, dict[int, set[int]]]:
     """By id of the tensor: dimension → positions that leave; aliases of one tensor are joined."""
     removed: dict[int, dict[int, set[int]]] = {}

@@ -11,6 +11,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from prunecli import surgery
 from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.groups import AttributeEdit, IndexMap, Member, ScaleFold
@@ -72,6 +73,16 @@ def test_a_forgotten_member_fails_with_its_reason():
 def test_a_plan_for_another_model_is_refused():
     with pytest.raises(UnsupportedError, match="conv1"):
         check(nn.Conv2d(3, 4, 1), [group(BLOCK, width=64, keep=KEEP)])
+
+
+def test_a_cut_that_removes_anything_but_the_zeros_shows(monkeypatch):
+    def shifted(model, *, groups, **rest):
+        moved = [g.model_copy(update={"keep": tuple(j + 1 for j in g.keep)}) for g in groups]
+        surgery.cut_(model, groups=moved, **rest)
+
+    monkeypatch.setattr("prunecli.check.cut_", shifted)
+    model = timm.create_model("resnet18", num_classes=5)
+    assert check(model, [group(BLOCK, width=64, keep=KEEP)], size=(3, 64, 64)).relative_error > 1e-3
 
 
 class Grouped(nn.Module):
