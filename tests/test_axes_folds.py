@@ -47,7 +47,8 @@ def test_the_first_third_of_a_fused_qkv() -> None:
 def test_an_explicit_scale_is_left_alone() -> None:
     graph = graph_of(ExplicitAttention)
     assert graph.folds == ()
-    assert all(edit.name != "scale" for edit in graph.solve({"blocks.0.qkv:head_dim": 2}))
+    half = {"blocks.0.qkv:head_dim": 2, "blocks.0.qkv:head_dim#2": 2}
+    assert all(edit.name != "scale" for edit in graph.solve(half))
 
 
 def test_a_norm_of_the_queries_takes_the_fold() -> None:
@@ -158,5 +159,5 @@ def test_other_scales_of_the_module_stay() -> None:
             super().__init__(chs, width)
             self.temperature = 0.7
 
-    edits = graph_of(TwoScales).solve({"blocks.0.qkv:head_dim": 1})
+    edits = graph_of(TwoScales).solve({"blocks.0.qkv:head_dim": 1, "blocks.0.qkv:head_dim#2": 1})
     assert [(e.name, e.before, e.after) for e in edits if isinstance(e.before, float)] == [("scale", 0.5, 1.0)]

@@ -56,7 +56,7 @@ def test_heads() -> None:
 
 
 def test_head_width_and_the_scale_that_goes_with_it() -> None:
-    found = edits(graph_of(Attention), {"blocks.0.qkv:head_dim": 1})
+    found = edits(graph_of(Attention), {"blocks.0.qkv:head_dim": 1, "blocks.0.qkv:head_dim#2": 1})
     assert found["blocks.0.head_dim"] == (4, 1)
     assert found["blocks.0.scale"] == (0.5, 1.0)
 

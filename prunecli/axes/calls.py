@@ -41,7 +41,7 @@ def _view(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
     sizes = sizes or kwargs.get("shape", kwargs.get("size", ()))
     if sizes and isinstance(sizes[0], torch.dtype):
         return
-    for size, dim in zip(sizes, record.dims(out), strict=True):
+    for size, dim in zip(sizes, record.peek(out).dims, strict=True):
         _equate(record, size, [dim])
 
 
@@ -58,13 +58,13 @@ def _view_as(record: Record, args: Args, _kwargs: Kwargs, out: Any) -> None:
 def _unflatten(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
     at = untraced(_argument(args, kwargs, 1, "dim")) % args[0].dim()
     for i, size in enumerate(_argument(args, kwargs, 2, "sizes", "unflattened_size")):
-        _equate(record, size, [record.dims(out)[at + i]])
+        _equate(record, size, [record.peek(out).dims[at + i]])
 
 
 def _split(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
     sizes = _argument(args, kwargs, 1, "split_size_or_sections", "split_size", "split_sizes")
     at = untraced(_argument(args, kwargs, 2, "dim") or 0)
-    parts = [record.dims(t)[at] for t in out]
+    parts = [record.peek(t).dims[at] for t in out]
     if isinstance(sizes, list | tuple):
         for size, part in zip(sizes, parts, strict=True):
             _equate(record, size, [part])
@@ -77,12 +77,12 @@ def _split(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
 
 def _chunk(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
     at = untraced(_argument(args, kwargs, 2, "dim") or 0)
-    parts = [record.dims(t)[at] for t in out]
+    parts = [record.peek(t).dims[at] for t in out]
     if len({find(part).size for part in parts}) > 1:
         record.freeze(parts, f"{record.place} splits it in unequal chunks")
         return
     for other in out[1:]:
-        record.equal_sizes(parts[0], record.dims(other)[at])
+        record.equal_sizes(parts[0], record.peek(other).dims[at])
 
 
 def _narrow(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
@@ -111,7 +111,7 @@ def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
 
 def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
     """``source[start:stop]`` along one dimension: start and stop size the blocks before and inside."""
-    dim = record.dims(source)[at]
+    dim = record.peek(source).dims[at]
     total = find(dim).size
     low, high = untraced(start) or 0, total if stop is None else untraced(stop)
     if (low == 0 and high >= total and not isinstance(stop, TracedInt)) or is_frozen(dim):

@@ -62,7 +62,7 @@ def query_rows(record: Record, query: Tensor) -> list[Rows]:
 
 
 def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
-    if record.value(tensor).origin is not None and tensor.dim() == 1:
+    if record.peek(tensor).origin is not None and tensor.dim() == 1:
         return _entries(record, tensor, 0, torch.arange(len(tensor)), path)
     made = record.made(tensor)
     if made is None:
@@ -138,7 +138,7 @@ def _embedded(call: Call, position: int) -> _Step:
 def _scaled_operand(record: Record, call: Call) -> Tensor:
     """The one factor of a product that comes from the network's input."""
     operands = [arg for arg in call.args if isinstance(arg, Tensor)]
-    varying = [operand for operand in operands if record.value(operand).data]
+    varying = [operand for operand in operands if record.peek(operand).data]
     if len(varying) != 1 or (call.name == "div" and varying[0] is not call.args[0]):
         raise UnknownQueryError(f"the query is a {call.name!r} of two tensors that depend on the input")
     return varying[0]
@@ -194,7 +194,7 @@ def reads_any(record: Record, tensor: Tensor, names: Collection[str]) -> bool:
 
 def _entries(record: Record, parameter: Tensor, dim: int, index: Tensor, path: Sequence[_Step]) -> list[Rows]:
     """Which entries of a stored tensor along ``dim`` arrive at the end of ``path``, started with their numbers."""
-    value = record.value(parameter)
+    value = record.peek(parameter)
     if value.data or value.origin is None:
         raise UnknownQueryError("the weights of the query are computed, not stored")
     seen = torch.zeros(len(index) + 1, dtype=torch.bool)

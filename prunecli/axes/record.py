@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,35 @@ KERNEL = "it is a kernel axis"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Terms that differ between the entries of dimension ``over``: in a fused qkv [3, heads, head_dim] the values may
+    keep other channels than the queries, only equally many.
+
+    Attributes:
+        over: the dimension, which stays as it is.
+        rows: for each entry along it, the terms of all dimensions; that of ``over`` itself is the same in all.
+    """
+
+    over: int
+    rows: tuple[tuple[Atom, ...], ...]
+
+    def reordered(self, order: Sequence[int]) -> Entries:
+        """The same with dimension ``order[i]`` in place ``i``."""
+        rows = tuple(tuple(row[d] for d in order) for row in self.rows)
+        return Entries(over=order.index(self.over), rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Value:
     """What is known about one tensor.
 
     Attributes:
-        dims: a term per dimension.
+        dims: a term per dimension; of the first entry where ``entries`` differ.
         silent: per dimension, whether entries of a channel are zero once the channel is zeroed in every parameter.
         data: whether the tensor depends on the network input.
         sources: names of the parameters and buffers it is computed from, where it depends on nothing else.
         origin: the one tensor it is a mere transposition of, with the dimension each dimension comes from.
+        entries: the terms of each entry along one dimension, where they differ.
     """
 
     dims: tuple[Atom, ...]
@@ -35,6 +55,7 @@ class Value:
     data: bool = False
     sources: frozenset[str] = frozenset()
     origin: tuple[str, tuple[int, ...]] | None = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +205,18 @@ class Record:
     # -------------------------------------------------------------------------------------------- values
 
     def value(self, tensor: Tensor) -> Value:
-        """What is known about a tensor; a constant nobody registered is frozen."""
+        """What is known about a tensor, in one term per dimension: entries that differ are made one."""
+        known = self.peek(tensor)
+        if known.entries is not None:
+            for row in known.entries.rows[1:]:
+                for dim, own in zip(known.dims, row, strict=True):
+                    unify(dim, own)
+            known = replace(known, entries=None)
+            self._values[id(tensor)] = known
+        return known
+
+    def peek(self, tensor: Tensor) -> Value:
+        """What is known about a tensor, entries apart where they differ; a constant nobody registered is frozen."""
         known = self._values.get(id(tensor))
         if known is None:
             known = Value(dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim())
@@ -205,8 +237,9 @@ class Record:
         silent: Sequence[bool] | bool,
         *,
         origin: tuple[str, tuple[int, ...]] | None = None,
+        entries: Entries | None = None,
     ) -> None:
-        """Record an output of the current call."""
+        """Record an output of the current call; ``dims`` are those of the first of its ``entries``."""
         sizes = [find(dim).size for dim in dims]
         assert sizes == list(tensor.shape), (self.operator, sizes, tensor.shape)
         inputs = self._inputs_of_call()
@@ -219,6 +252,7 @@ class Record:
             data=data,
             sources=frozenset() if data else frozenset().union(*(value.sources for value in inputs)),
             origin=origin,
+            entries=entries,
         )
         self._alive.append(tensor)
 
@@ -229,7 +263,7 @@ class Record:
         self._alive.append(tensor)
 
     def _inputs_of_call(self) -> list[Value]:
-        return [self.value(t) for t in self._call.inputs] if self._call else []
+        return [self.peek(t) for t in self._call.inputs] if self._call else []
 
     def _check_in_place(self, tensor: Tensor, silent: tuple[bool, ...]) -> None:
         """An in-place op that makes channels non-zero is seen by every view of the same memory: freeze them there."""
@@ -313,11 +347,11 @@ class Record:
 
     def traced_size(self, tensor: Tensor) -> torch.Size:
         """The shape, each extent remembering its axis."""
-        return torch.Size([TracedInt.of(find(dim).size, Extent(dim), self.ledger) for dim in self.dims(tensor)])
+        return torch.Size([TracedInt.of(find(dim).size, Extent(dim), self.ledger) for dim in self.peek(tensor).dims])
 
     def same_size(self, left: Tensor, right: Tensor) -> None:
         """Two shapes are the same by construction (``view_as``): their extents are equal after a cut too."""
-        for a, b in zip(self.dims(left), self.dims(right), strict=True):
+        for a, b in zip(self.peek(left).dims, self.peek(right).dims, strict=True):
             self.equal_sizes(a, b)
 
     def equal_sizes(self, left: Atom, right: Atom) -> None:

@@ -208,7 +208,7 @@ def _watch_features(model: nn.Module, record: Record) -> None:
 
 def _values_of(record: Record, tensors: Any) -> list[Value]:
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - shapes read by the record are no part of the program
-        return [record.value(t) for t in tensors_in(tensors)]
+        return [record.peek(t) for t in tensors_in(tensors)]
 
 
 @contextmanager

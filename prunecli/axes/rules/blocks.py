@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prunecli.axes.record import Call, Record
+from prunecli.axes.rules.entries import put_entries, put_entry
 from prunecli.axes.rules.registry import cut, rows, rule
 from prunecli.axes.terms import Atom, concat, freeze, is_frozen, unify
 
@@ -40,8 +43,15 @@ def _stack(record: Record, call: Call) -> None:
 
 @rule("split", "split_with_sizes", "unsafe_split", "split_with_sizes_copy", "chunk", "tensor_split")
 def _split(record: Record, call: Call) -> None:
-    value = record.value(call.args[0])
+    value = record.peek(call.args[0])
     at = call.get(2, "dim", 0) % len(value.dims)
+    if value.entries is not None and value.entries.over == at:
+        start = 0
+        for out in call.out:
+            put_entries(record, value, out, start)
+            start += out.shape[at]
+        return
+    value = record.value(call.args[0])
     parts = cut(record, value.dims[at], [t.shape[at] for t in call.out])
     for out, part in zip(call.out, parts, strict=True):
         record.put(out, [*value.dims[:at], part, *value.dims[at + 1 :]], value.silent)
@@ -50,14 +60,20 @@ def _split(record: Record, call: Call) -> None:
 @rule("slice")
 def _slice(record: Record, call: Call) -> None:
     source, out = call.args[0], call.out
-    value = record.value(source)
+    value = record.peek(source)
     at = call.get(1, "dim", 0) % len(value.dims)
-    dim, total, length = value.dims[at], source.shape[at], out.shape[at]
+    total, length = source.shape[at], out.shape[at]
     start, step = call.get(2, "start") or 0, call.get(4, "step", 1)
     start = start + total if start < 0 else min(start, total)
     if length == total:
-        part = dim
-    elif step == 1:
+        record.put(out, value.dims, value.silent, entries=value.entries)
+        return
+    if value.entries is not None and value.entries.over == at and step == 1 and length:
+        put_entries(record, value, out, start)
+        return
+    value = record.value(source)
+    dim = value.dims[at]
+    if step == 1:
         part = cut(record, dim, [start, length, total - start - length])[1]
     elif total % step == 0 and not is_frozen(dim):
         part, phase = rows(record, dim, total // step)
@@ -70,18 +86,25 @@ def _slice(record: Record, call: Call) -> None:
 
 @rule("select")
 def _select(record: Record, call: Call) -> None:
-    _without(record, call, call.args[1])
+    size = call.args[0].shape[call.args[1]]
+    _without(record, call, call.args[1], [call.args[2] % size])
 
 
 @rule("unbind")
 def _unbind(record: Record, call: Call) -> None:
-    _without(record, call, call.get(1, "dim", 0))
+    _without(record, call, call.get(1, "dim", 0), range(len(call.out)))
 
 
-def _without(record: Record, call: Call, dim: int) -> None:
-    value = record.value(call.args[0])
+def _without(record: Record, call: Call, dim: int, picked: Sequence[int]) -> None:
+    """Outputs without a dimension, each one entry of it."""
+    value = record.peek(call.args[0])
     at = dim % len(value.dims)
     freeze(value.dims[at], f"{record.place} picks single entries of it")
+    if value.entries is not None and value.entries.over == at:
+        for out, index in zip(call.outputs, picked, strict=True):
+            put_entry(record, value, out, index)
+        return
+    value = record.value(call.args[0])
     for out in call.outputs:
         record.put(out, [*value.dims[:at], *value.dims[at + 1 :]], [*value.silent[:at], *value.silent[at + 1 :]])
 

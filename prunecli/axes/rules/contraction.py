@@ -41,7 +41,7 @@ def _matmul(record: Record, call: Call, left: Tensor, right: Tensor, bias: Tenso
     record.weigh(left, produced=[rank - 2], contracted=[rank - 1])
     if batched and x.data and y.data:
         record.heads.append(x.dims[0])
-        record.head_dims.append(x.dims[-1])
+        record.head_dims.extend((x.dims[-1], y.dims[-1]))
     dims = [*x.dims[:-1], y.dims[-1]]
     record.cost(call.name, [*dims, x.dims[-1]])
     silent = [x.silent[-2], y.silent[-1]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
 
 from torch import Tensor
 
 from prunecli.axes.record import Call, Record, Value
-from prunecli.axes.rules.registry import rule, wrap
-from prunecli.axes.terms import Atom, MisfitError, find, leaves, merge_frozen_runs, product, take
+from prunecli.axes.rules.entries import put_view
+from prunecli.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, wrap
+from prunecli.axes.terms import Atom, MisfitError, product
 
 ONE_LENGTH = "it is broadcast to a length that no module attribute gives"
 
@@ -17,21 +18,17 @@ ONE_LENGTH = "it is broadcast to a length that no module attribute gives"
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
 def _view(record: Record, call: Call) -> None:
     source, out = call.args[0], call.out
+    with suppress(MisfitError):  # then all entries are one, and if even that does not fit, what follows says why
+        if put_view(record, source, out):
+            return
     value = record.value(source)
-    queue = merge_frozen_runs([factor for dim in value.dims for factor in _open(dim)])
-    dims: list[Atom] = []
     try:
-        dims.extend(product(take(queue, size)) for size in out.shape)
+        dims = regroup(value.dims, out.shape)
     except MisfitError as misfit:
         reason = f"{record.place} reshapes it where its parts do not line up ({misfit})"
-        record.freeze([*value.dims, *dims], reason)
-        dims += [Atom(size, reason) for size in out.shape[len(dims) :]]
-    record.put(out, dims, _regrouped_silence(value, dims), origin=_viewed_origin(value, source, out))
-
-
-def _open(dim: Atom) -> list[Atom]:
-    dim = find(dim)
-    return [factor for kid in dim.kids for factor in _open(kid)] if dim.form == "product" else [dim]
+        record.freeze(value.dims, reason)
+        dims = unrelated(out, reason)
+    record.put(out, dims, regrouped_silence(value, dims), origin=_viewed_origin(value, source, out))
 
 
 def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
@@ -43,16 +40,13 @@ def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tupl
     return value.origin[0], value.origin[1][:rank]
 
 
-def _regrouped_silence(value: Value, dims: Sequence[Atom]) -> list[bool]:
-    """Silence of regrouped dimensions: each axis keeps what it had."""
-    loud = {leaf for dim, silent in zip(value.dims, value.silent, strict=True) if not silent for leaf in leaves(dim)}
-    return [all(leaf.reason is not None or leaf not in loud for leaf in leaves(dim)) for dim in dims]
-
-
 def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
-    value = record.value(call.args[0])
+    value = record.peek(call.args[0])
+    order = [d % len(value.dims) for d in order]
     origin = value.origin and (value.origin[0], tuple(value.origin[1][d] for d in order))
-    record.put(call.out, [value.dims[d] for d in order], [value.silent[d] for d in order], origin=origin)
+    entries = value.entries and value.entries.reordered(order)
+    silent = [value.silent[d] for d in order]
+    record.put(call.out, [value.dims[d] for d in order], silent, origin=origin, entries=entries)
 
 
 @rule("t", "numpy_T")
@@ -104,11 +98,6 @@ def _expand(record: Record, call: Call) -> None:
     record.put(out, dims, silent)
 
 
-def flat_sizes(args: Sequence[Any]) -> list[int]:
-    """``f(*sizes)`` or ``f(sizes)`` as a list."""
-    return list(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else list(args)
-
-
 @rule("repeat")
 def _repeat(record: Record, call: Call) -> None:
     value, out = record.value(call.args[0]), call.out
@@ -123,6 +112,6 @@ def _repeat(record: Record, call: Call) -> None:
 
 @rule("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout")
 def _same(record: Record, call: Call) -> None:
-    value = record.value(call.args[0])
+    value = record.peek(call.args[0])
     for out in call.outputs:
-        record.put(out, value.dims, value.silent, origin=value.origin)
+        record.put(out, value.dims, value.silent, origin=value.origin, entries=value.entries)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.terms import Atom, MisfitError, blocks, find, freeze, split_front
+from prunecli.axes.record import Call, Record, Value
+from prunecli.axes.terms import (
+    Atom,
+    MisfitError,
+    blocks,
+    find,
+    freeze,
+    leaves,
+    merge_frozen_runs,
+    product,
+    split_front,
+    take,
+)
 
 Rule = Callable[[Record, Call], None]
 RULES: dict[str, Rule] = {}
@@ -58,6 +69,34 @@ def rows(record: Record, dim: Atom, count: int) -> tuple[Atom, Atom]:
         reason = f"{record.place} groups it where its parts do not line up ({misfit})"
         freeze(dim, reason)
         return Atom(count, reason), Atom(find(dim).size // count, reason)
+
+
+def flat_sizes(args: Sequence[Any]) -> list[int]:
+    """``f(*sizes)`` or ``f(sizes)`` as a list."""
+    return list(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else list(args)
+
+
+def regroup(dims: Iterable[Atom], sizes: Iterable[int]) -> list[Atom]:
+    """Row-major dimensions regrouped to new sizes of the same product.
+
+    Raises:
+        MisfitError: their parts do not line up with the new sizes.
+    """
+    queue = merge_frozen_runs([factor for dim in dims for factor in _open(dim)])
+    return [product(take(queue, size)) for size in sizes]
+
+
+def _open(dim: Atom) -> list[Atom]:
+    dim = find(dim)
+    return [factor for kid in dim.kids for factor in _open(kid)] if dim.form == "product" else [dim]
+
+
+def regrouped_silence(value: Value, dims: Sequence[Atom]) -> list[bool]:
+    """Silence of regrouped dimensions: each axis keeps what it had."""
+    rows = (value.dims,) if value.entries is None else value.entries.rows
+    known = [(dim, silent) for row in rows for dim, silent in zip(row, value.silent, strict=True)]
+    loud = {leaf for dim, silent in known if not silent for leaf in leaves(dim)}
+    return [all(leaf.reason is not None or leaf not in loud for leaf in leaves(dim)) for dim in dims]
 
 
 def unrelated(out: Tensor, reason: str) -> list[Atom]:
