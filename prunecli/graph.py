@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from prunecli.errors import UsageError, nearest
@@ -26,9 +30,26 @@ def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: s
         from prunecli.axes.collect import to_graph
         from prunecli.axes.trace import trace
 
-        return to_graph(trace(model, input_size))
+        with _no_collection():
+            return to_graph(trace(model, input_size))
     if engine == "torch_pruning":
         from prunecli.graph_tp import build
 
         return build(model, input_size)
     raise UsageError(f"There is no graph engine {engine!r}.", hint=nearest(engine, ENGINES))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running.
+
+    A graph is built of many small objects, all of which stay until the end: to look for garbage among them, and among
+    all that torch and timm hold, takes longer than the work itself.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,8 +1,10 @@
-"""Run a model's own forward once on fake tensors and record what happens to axes.
+"""Run a model's own forward once without data and record what happens to axes.
 
-Three modes are stacked: `FakeTensorMode` (no data is touched, weights may be on the meta device), a dispatch mode
-(aten operators → rules) and a function mode (Python calls, where ints still know their origin). Int attributes of
-modules are replaced by `TracedInt` for the time of the trace; the model is left exactly as it was found.
+Two modes are stacked: a dispatch mode (aten operators → rules) and a function mode (Python calls, where ints still
+know their origin). Operators run on meta tensors (`Shapes`), which is fast; a forward that cannot, because it runs into
+code that compares devices, or into an operator torch has no meta kernel for, runs on torch's fake tensors. No data is
+touched either way, and weights may be on the meta device. Int attributes of modules are replaced by `TracedInt` for
+the time of the trace; the model is left exactly as it was found.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
 from prunecli.axes.rules import apply_rule, layer_norm, sdpa
 from prunecli.axes.rules.registry import words
+from prunecli.axes.shapes import Shapes
 from prunecli.errors import UnsupportedError
 
 INPUT = "it is an axis of the network's input"
@@ -37,6 +40,10 @@ _SILENT_OPERATORS = words(
 )
 #: Calls recorded as one, whatever they are made of on this device and torch version.
 _WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
+#: Properties that tell on which device a tensor lies, beside ``device`` itself.
+_DEVICE_FLAGS = words("is_cpu is_cuda is_meta is_mps is_xpu")
+#: Runs an operator: ``(function, args, kwargs) -> outputs``.
+_Runner = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
 #: Module attributes that belong to nn.Module itself.
 _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"})
 
@@ -44,9 +51,10 @@ _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"}
 class _Operators(TorchDispatchMode):
     """Applies the rule of every aten operator."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, run: _Runner) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
+        self.run = run
         self.paused = False
 
     def __torch_dispatch__(
@@ -55,21 +63,25 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         self.record.operator = name
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if self.paused or name in _SILENT_OPERATORS or not tensors_in(out):
             return out
         call = Call(name=name, function=func, args=args, kwargs=kwargs, out=out)
-        apply_rule(self.record, call, func.tags)
+        apply_rule(self.record, call)
         return out
 
 
 class _Functions(TorchFunctionMode):
-    """Reads the int arguments of Python-level calls, and hands out shapes that know their axes."""
+    """Reads the int arguments of Python-level calls, and hands out shapes that know their axes.
 
-    def __init__(self, record: Record, operators: _Operators) -> None:
+    Stand-ins on the meta device say that they lie on ``device``: what a program does may depend on it.
+    """
+
+    def __init__(self, record: Record, operators: _Operators, device: torch.device) -> None:
         super().__init__()
         self.record = record
         self.operators = operators
+        self.device = device
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,8 +95,16 @@ class _Functions(TorchFunctionMode):
         if name == "numel" and args[0].dim() == 1:
             return self.record.traced_size(args[0])[0]
         if name == "__get__":
-            return func(*args, **kwargs)
+            return self._property(func, args[0])
         return self._call(func, name, args, kwargs)
+
+    def _property(self, func: Any, tensor: Tensor) -> Any:
+        attribute = func.__self__.__name__
+        if attribute == "device" and tensor.is_meta:
+            return self.device
+        if attribute in _DEVICE_FLAGS and tensor.is_meta:
+            return attribute == f"is_{self.device.type}"
+        return func(tensor)
 
     def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         dim = untraced(args[1] if len(args) > 1 else kwargs.get("dim"))
@@ -237,15 +257,22 @@ def _module_stack(model: nn.Module, record: Record) -> Iterator[None]:
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
-    """Run the model on one fake image and record what its axes are.
+    """Run the model on one image without data and record what its axes are.
 
     Args:
         model: on any device, meta included, in any dtype; traced in eval mode and left as it was.
         input_size: channels, height, width.
 
     Raises:
-        UnsupportedError: the forward does not run on fake tensors (its path depends on data); names module and op.
+        UnsupportedError: the forward does not run without data (its path depends on it); names module and op.
     """
+    try:
+        return _attempt(model, input_size, fake=False)
+    except UnsupportedError:
+        return _attempt(model, input_size, fake=True)
+
+
+def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) -> Record:
     record = Record(model)
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     with ExitStack() as stack:
@@ -255,24 +282,31 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
         _watch_features(model, record)
         _prefer_fused_attention(model)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        image = torch.empty(1, *input_size, dtype=first.dtype, device=first.device)
+        run = Shapes(record.names).run
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            run = _run_as_is
+        image = torch.empty(1, *input_size, dtype=first.dtype, device=first.device if fake else "meta")
         record.put_input(image, INPUT)
-        outputs = _run(model, image, record)
+        operators = _Operators(record, run)
+        with operators, _Functions(record, operators, first.device), _module_stack(model, record):
+            outputs = _forward(model, image, record)
     for tensor in outputs:
         record.freeze(record.dims(tensor), OUTPUT)
     return record
 
 
-def _run(model: Callable[[Tensor], Any], image: Tensor, record: Record) -> list[Tensor]:
-    operators = _Operators(record)
-    with operators, _Functions(record, operators), _module_stack(record.model, record):
-        try:
-            return tensors_in(model(image))
-        except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
-            reason = str(error).strip().splitlines()
-            raise UnsupportedError(
-                f"{record.place} cannot be traced: operator {record.operator!r} failed"
-                f" ({type(error).__name__}{': ' + reason[0] if reason else ''}).",
-                hint="Its path depends on data, or it does not take an image of this size.",
-            ) from error
+def _run_as_is(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def _forward(model: nn.Module, image: Tensor, record: Record) -> list[Tensor]:
+    try:
+        return tensors_in(model(image))
+    except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"{record.place} cannot be traced: operator {record.operator!r} failed"
+            f" ({type(error).__name__}{': ' + reason[0] if reason else ''}).",
+            hint="Its path depends on data, or it does not take an image of this size.",
+        ) from error

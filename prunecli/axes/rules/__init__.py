@@ -7,27 +7,23 @@ only then may a later contraction or sum run over them, and the cut net equal th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
 from prunecli.axes.record import Call, Record
 from prunecli.axes.rules import blocks, contraction, layout, lookup, space, statistics
 from prunecli.axes.rules.contraction import sdpa
-from prunecli.axes.rules.elementwise import UNTAGGED, pointwise
+from prunecli.axes.rules.elementwise import is_elementwise, pointwise
 from prunecli.axes.rules.registry import RULES, opaque
 from prunecli.axes.rules.statistics import layer_norm
 
 __all__ = ["apply_rule", "blocks", "contraction", "layer_norm", "layout", "lookup", "sdpa", "space", "statistics"]
 
 
-def apply_rule(record: Record, call: Call, tags: Sequence[torch.Tag]) -> None:
+def apply_rule(record: Record, call: Call) -> None:
     """Look up the rule of an operator and apply it; one without a rule freezes what it touches."""
     record.begin(call)
     rule = RULES.get(call.name)
     if rule is not None:
         rule(record, call)
-    elif torch.Tag.pointwise in tags or call.name.rstrip("_") in UNTAGGED:
+    elif is_elementwise(call.function):
         pointwise(record, call)
     else:
         opaque(record, call)
