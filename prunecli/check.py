@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,8 +224,23 @@ def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """All output tensors as one, [images, values]."""
-    return torch.cat([tensor.reshape(len(images), -1) for tensor in _tensors(model(images))], dim=1)
+    """All output tensors as one, [images, values]; images in float64 stay so on their way."""
+    with _StayDouble() if images.dtype is torch.float64 else nullcontext():
+        return torch.cat([tensor.reshape(len(images), -1) for tensor in _tensors(model(images))], dim=1)
+
+
+class _StayDouble(TorchFunctionMode):
+    """Reads single precision as double: a model that computes its attention in float32 whatever comes in
+    (``q.float()``) would be compared to seven digits only, which hides small mistakes and refuses right cuts.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wider = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*(torch.float64 if arg is torch.float32 else arg for arg in args), **wider)
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:

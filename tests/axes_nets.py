@@ -430,6 +430,189 @@ class BatchNormedQueries(nn.Module):
         return self.proj(out.reshape(b, -1, h, w))
 
 
+class SingleHead(Attention):
+    """One head, written without a dimension for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x.flatten(2).transpose(1, 2))).unflatten(-1, (3, self.proj.in_features)).unbind(2)
+        return x + self.proj(self.attend(q, k, v)).transpose(1, 2).reshape(b, c, h, w)
+
+
+class GroupedQueries(nn.Module):
+    """Two queries share each of three keys and values (grouped-query attention)."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = 6, 3, 4
+        self.q, self.kv, self.proj = nn.Linear(chs, 24), nn.Linear(chs, 24), nn.Linear(24, chs)
+        self.out_chs = chs
+
+    def repeat(self, t: Tensor) -> Tensor:
+        return t.repeat_interleave(2, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        t = x.flatten(2).transpose(1, 2)
+        q = self.q(t).view(b, h * w, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(t).view(b, h * w, 2, self.kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, self.repeat(k), self.repeat(v))
+        return x + self.proj(out.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(b, c, h, w)
+
+
+class ExpandedKeys(GroupedQueries):
+    """The same by expand and flatten."""
+
+    def repeat(self, t: Tensor) -> Tensor:
+        return t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+
+class MultiQuery(nn.Module):
+    """All queries share one key and one value, broadcast over the heads."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 3, 4
+        self.q, self.k, self.v, self.proj = (
+            nn.Conv2d(chs, 12, 1),
+            nn.Conv2d(chs, 4, 1),
+            nn.Conv2d(chs, 5, 1),
+            nn.Conv2d(15, width, 1),
+        )
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        q = self.q(x).reshape(b, self.num_heads, self.head_dim, h * w).transpose(2, 3)
+        k, v = (f(x).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.k, self.v))
+        out = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+        return self.proj(out.transpose(2, 3).reshape(b, -1, h, w))
+
+
+class TalkingHeads(Attention):
+    """CaiT: heads are mixed by linear layers before and after the softmax."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.before, self.after = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = self.before((q * self.scale @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).softmax(-2)
+        return self.after(weights).permute(0, 3, 1, 2) @ v
+
+
+class ClassAttention(nn.Module):
+    """One learnt token asks all others; the others stay as they are."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.token = nn.Parameter(torch.zeros(1, 1, chs))
+        self.q, self.k, self.v, self.proj = (nn.Linear(*io) for io in ((chs, 8), (chs, 8), (chs, 6), (6, chs)))
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        patches = x.flatten(2).transpose(1, 2)
+        t = torch.cat([self.token.expand(b, -1, -1), patches], 1)
+        q, k, v = (
+            f(u).reshape(b, u.shape[1], self.num_heads, -1).transpose(1, 2)
+            for f, u in ((self.q, t[:, :1]), (self.k, t), (self.v, t))
+        )
+        token = t[:, :1] + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 1, -1))
+        return (patches + token).transpose(1, 2).reshape(b, c, h, w)
+
+
+class ChannelAttention(Attention):
+    """XCiT: the softmax runs over the channels of a head, which therefore stay; heads may leave."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
+        weights = (q.transpose(-2, -1) @ k * self.temperature).softmax(-1)
+        return (weights @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+class RelativeBias(Attention):
+    """A table of biases by relative position, a column a head."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.table = nn.Parameter(torch.zeros(15, 2))
+        self.register_buffer("index", (torch.arange(64)[:, None] - torch.arange(64)).abs() % 15, persistent=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = self.table[self.index.view(-1)].view(64, 64, -1).permute(2, 0, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+
+
+class CachedBias(Attention):
+    """LeViT: a row of biases a head, and a cache that an eval forward fills."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.biases = nn.Parameter(torch.zeros(2, 15))
+        self.register_buffer("index", (torch.arange(64)[:, None] - torch.arange(64)).abs() % 15, persistent=False)
+        self.cache: dict[str, Tensor] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.training:
+            bias = self.biases[:, self.index]
+        else:
+            key = str(q.device)
+            if key not in self.cache:
+                self.cache[key] = self.biases[:, self.index]
+            bias = self.cache[key]
+        return (q * self.scale @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+
+class GatedHeads(Attention):
+    """A gate for every head and token."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.gate = nn.Linear(chs, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        t = self.norm(x.flatten(2).transpose(1, 2))
+        qkv = self.qkv(t).reshape(b, h * w, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        gates = self.gate(t).sigmoid().transpose(1, 2).unsqueeze(-1)
+        out = (self.attend(*qkv.unbind(0)) * gates).transpose(1, 2).reshape(b, h * w, -1)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class LatentQueries(nn.Module):
+    """Attention pooling by learnt queries (`AttentionPoolLatent`), read by a layer over all of them."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 4
+        self.latent = nn.Parameter(torch.zeros(1, 3, chs))
+        self.q, self.kv, self.proj = nn.Linear(chs, 8), nn.Linear(chs, 16), nn.Linear(8, width)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        q = self.q(self.latent.expand(b, -1, -1)).reshape(b, 3, self.num_heads, self.head_dim).transpose(1, 2)
+        kv = self.kv(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 2, self.num_heads, self.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 3, self.num_heads * self.head_dim)
+        return self.proj(out.mean(1))[:, :, None, None] * x[:, :1].sigmoid()
+
+
+class LinearAttention(Attention):
+    """EfficientViT: a column of ones beside the values gives the sum to divide by, sliced off from the end."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = F.pad(v, (0, 1), value=1.0)
+        out = F.relu(q) @ (F.relu(k).transpose(-2, -1) @ v)
+        return out[..., :-1] / (out[..., -1:] + 0.1)
+
+
 class RootScaledAttention(Attention):
     """The root is taken from the shape in Python: it would change with the cut, so the head width must stay."""
 
@@ -661,6 +844,18 @@ BLOCKS: tuple[Block, ...] = (
     PooledQueries,
     BatchNormedQueries,
     SeparateAttention,
+    SingleHead,
+    GroupedQueries,
+    ExpandedKeys,
+    MultiQuery,
+    TalkingHeads,
+    ClassAttention,
+    ChannelAttention,
+    RelativeBias,
+    CachedBias,
+    GatedHeads,
+    LatentQueries,
+    LinearAttention,
     RootScaledAttention,
     TokenMixer,
     SigmoidSum,

@@ -11,7 +11,10 @@ from axes_nets import (
     AxialRotaryAttention,
     BatchNormedQueries,
     Block,
+    ExpandedKeys,
     ExplicitAttention,
+    GroupedQueries,
+    LatentQueries,
     NormedAttention,
     PooledQueries,
     SeparateAttention,
@@ -65,6 +68,15 @@ def test_the_batch_norm_behind_a_convolution_takes_it() -> None:
 
 def test_pooling_passes_it_on() -> None:
     assert folds(PooledQueries) == folds(Attention)
+
+
+def test_queries_whose_rows_lie_apart_in_memory_are_followed() -> None:
+    assert folds(GroupedQueries) == {"q.weight": (0, tuple(range(24))), "q.bias": (0, tuple(range(24)))}
+    assert folds(ExpandedKeys) == folds(GroupedQueries)
+
+
+def test_learnt_queries_are_followed_to_their_layer() -> None:
+    assert folds(LatentQueries) == {"q.weight": (0, tuple(range(8))), "q.bias": (0, tuple(range(8)))}
 
 
 def test_rotation_passes_it_on_and_both_halves_are_one_axis() -> None:

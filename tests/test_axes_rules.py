@@ -17,24 +17,33 @@ from axes_nets import (
     BatchNormedQueries,
     Block,
     BranchOnWidth,
+    CachedBias,
+    ChannelAttention,
     ChannelMean,
     ChannelSoftmax,
     ChunkMix,
+    ClassAttention,
     ConstantKeyBias,
     Conv,
     ConvNormAct,
     Dense,
     EvoNormed,
+    ExpandedKeys,
     ExplicitAttention,
     ExpProduct,
     Gated,
+    GatedHeads,
     GroupedBottleneck,
+    GroupedQueries,
     GroupNorm,
     Guarded,
     InPlaceView,
     Inverted,
+    LatentQueries,
+    LinearAttention,
     LiteralPad,
     LiteralView,
+    MultiQuery,
     NormedAndActivated,
     NormedAttention,
     Overlapping,
@@ -42,6 +51,7 @@ from axes_nets import (
     Partial,
     PixelShuffle,
     PooledQueries,
+    RelativeBias,
     ReluSum,
     Residual,
     Rolled,
@@ -51,8 +61,10 @@ from axes_nets import (
     SeparateAttention,
     Shuffle,
     SigmoidSum,
+    SingleHead,
     Split,
     Stack,
+    TalkingHeads,
     TokenMixer,
     Transposed,
     WeightStandardised,
@@ -73,7 +85,7 @@ def graph_of(block: Block, width: int = 4) -> Graph:
 
 def block_groups(graph: Graph) -> dict[str, int]:
     """Groups first produced in the block, and their widths; the stem's where the block splits it."""
-    return {g.name.removeprefix("blocks.0."): g.width for g in graph.groups if g.name.startswith("blocks.0")}
+    return {g.name.removeprefix("blocks.0").lstrip("."): g.width for g in graph.groups if g.name.startswith("blocks.0")}
 
 
 GROUPS: list[tuple[Block, dict[str, int]]] = [
@@ -110,6 +122,24 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (PooledQueries, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
     (BatchNormedQueries, {"q.0:heads": 2, "q.0:head_dim": 4, "v:head_dim": 3, "proj": 4}),
     (SeparateAttention, {"q:heads": 2, "q:head_dim": 4, "v:head_dim": 3, "proj": 4}),
+    (SingleHead, {"qkv:head_dim": 8, "qkv:head_dim#2": 8}),
+    # A key and value head leaves with the queries that share it.
+    (GroupedQueries, {"q:heads": 3, "q:head_dim": 4, "kv:head_dim": 4}),
+    (ExpandedKeys, {"q:heads": 3, "q:head_dim": 4, "kv:head_dim": 4}),
+    (MultiQuery, {"q:heads": 3, "q:head_dim": 4, "v:head_dim": 5, "proj": 4}),
+    # The heads of the queries, those of the softmax, and those of the values.
+    (
+        TalkingHeads,
+        {"qkv:heads": 2, "qkv:head_dim": 4, "before": 2, "qkv:heads#2": 2, "qkv:head_dim#2": 4},
+    ),
+    (ClassAttention, {"q:heads": 2, "q:head_dim": 4, "v:head_dim": 3}),
+    (ChannelAttention, {"qkv:heads": 2}),
+    (RelativeBias, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
+    (CachedBias, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
+    (GatedHeads, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
+    # The queries are learnt tokens: their width is an axis beside the stem's.
+    (LatentQueries, {"": 6, "q:heads": 2, "q:head_dim": 4, "kv:head_dim": 4, "proj": 4}),
+    (LinearAttention, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
     (TokenMixer, {"fc1": 10, "fc3": 12}),
     (ReluSum, {"conv": 5, "after": 4}),
     (WeightStandardised, {"conv": 4}),
@@ -131,6 +161,10 @@ REFUSED: list[tuple[Block, int, str]] = [
     (BranchOnWidth, 8, "compared with a number"),
     (InPlaceView, 6, "overwritten in place"),
     (ConstantKeyBias, 4, "silenced channels are not zero"),
+    (ChannelAttention, 4, "takes a softmax over it"),
+    (ExpandedKeys, 2, "written as a number"),
+    (GroupedQueries, 2, "broadcast to a length"),
+    (RelativeBias, 15, "looks entries of it up"),
     (TokenMixer, 8, "spatial axis"),
 ]
 

@@ -362,6 +362,20 @@ def test_a_signal_that_fades_over_many_layers_is_kept_alive_by_its_batch_norms()
     assert check(Fading(), [group(wrong, width=7, keep=(1, 2, 4))]).relative_error > 1e-3
 
 
+def test_a_model_that_casts_to_single_precision_is_compared_in_double():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 64, 3), nn.Linear(64, 5)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x)).mean((2, 3))
+            return x.float() @ self.last.weight.to(torch.float32).t() + self.last.bias
+
+    members = (at("first.weight"), at("first.bias", role="elementwise"), at("last.weight", 1, "in"))
+    assert check(Narrow(), [group(members, width=64, keep=KEEP)]).relative_error < 1e-13
+
+
 def test_the_same_seed_gives_the_same_figure_and_the_global_generator_is_untouched():
     members = [at("a.weight"), at("a.bias"), at("b.weight", 1, "in")]
     model = Blind("plain")

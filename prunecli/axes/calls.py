@@ -16,7 +16,7 @@ from torch import Tensor
 from prunecli.axes.ints import TracedInt, untraced
 from prunecli.axes.record import Record
 from prunecli.axes.rules.registry import rows, words
-from prunecli.axes.terms import Atom, MisfitError, blocks, find, freeze, is_frozen
+from prunecli.axes.terms import Atom, MisfitError, blocks, find, is_frozen
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]
@@ -110,24 +110,29 @@ def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
 
 
 def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
-    """``source[start:stop]`` along one dimension: start and stop size the blocks before and inside."""
+    """``source[start:stop]`` along one dimension: each number sizes the blocks before it or, negative, behind it."""
     dim = record.peek(source).dims[at]
     total = find(dim).size
     low, high = untraced(start) or 0, total if stop is None else untraced(stop)
     if (low == 0 and high >= total and not isinstance(stop, TracedInt)) or is_frozen(dim):
         return
-    if low < 0 or high < 0:
-        freeze(dim, f"{record.place} slices it from its end")
-        return
-    high = min(high, total)
+    low, high = (max(end + total, 0) if end < 0 else min(end, total) for end in (low, high))
     try:
-        before, inside, _ = blocks(dim, [low, high - low, total - high])
+        before, inside, after = blocks(dim, [low, max(high - low, 0), total - max(low, high)])
     except MisfitError:
         return  # the operator's rule has frozen it
     if start is not None and low > 0:
-        record.equate(start, [before])
+        _sized(record, start, [before], [inside, after])
     if stop is not None:
-        record.equate(stop, [before, inside] if low > 0 else [inside])
+        _sized(record, stop, [before, inside], [after])
+
+
+def _sized(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
+    """An end of a slice, counted from the front or, negative, from the back."""
+    if untraced(end) < 0:
+        record.equate(-end, back)
+    else:
+        record.equate(end, [part for part in front if find(part).size])
 
 
 def _norm(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:

@@ -20,9 +20,9 @@ from prunecli.axes.rules.registry import words, wrap
 _Step = Callable[[Tensor], Tensor]
 
 _IDENTITY = words("clone detach alias contiguous _to_copy lift_fresh native_dropout relu leaky_relu")
-_LAYOUT = words(
-    "view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand select slice unbind",
-    "split split_with_sizes chunk",
+_VIEWS = words("view _unsafe_view reshape _reshape_alias")
+_LAYOUT = _VIEWS | words(
+    "t transpose permute squeeze unsqueeze expand select slice unbind split split_with_sizes chunk"
 )
 _POOLED_DIMS = words("amax amin mean sum")
 _POOLED_PLANES = words(
@@ -98,6 +98,9 @@ def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple
 
 
 def _replay(call: Call, position: int) -> _Step:
+    if call.name in _VIEWS:  # entries of the index tensor may lie elsewhere in memory, where a view is a copy
+        return lambda index: index.reshape(call.out.shape)
+
     def step(index: Tensor) -> Tensor:
         out = call.function(index, *call.args[1:], **call.kwargs)
         return out if isinstance(out, Tensor) else out[position]

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from prunecli.axes.record import Call, Record, Value
 from prunecli.axes.rules.entries import put_view
-from prunecli.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, wrap
+from prunecli.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, words, wrap
 from prunecli.axes.terms import Atom, MisfitError, product
 
 ONE_LENGTH = "it is broadcast to a length that no module attribute gives"
+#: Calls that broadcast one operand to the other, with whose axis it is then made one.
+_BROADCASTING = words("matmul __matmul__ __rmatmul__ einsum normalize")
 
 
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
@@ -93,9 +95,15 @@ def _expand(record: Record, call: Call) -> None:
             dims.append(value.dims[d - new])
             silent.append(value.silent[d - new])
         else:
-            dims.append(record.sized(asked[d]) if asked and len(asked) == out.dim() else Atom(size, ONE_LENGTH))
+            dims.append(_broadcast_axis(record, size, asked[d] if asked and len(asked) == out.dim() else None))
             silent.append(False)
     record.put(out, dims, silent)
+
+
+def _broadcast_axis(record: Record, size: int, asked: int | None) -> Atom:
+    if asked is not None:
+        return record.sized(asked)
+    return Atom(size) if record.request[0] in _BROADCASTING else Atom(size, ONE_LENGTH)
 
 
 @rule("repeat")
