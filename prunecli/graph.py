@@ -27,11 +27,11 @@ def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: s
         UsageError: no such engine.
     """
     if engine == "axes":
-        from prunecli.axes.collect import to_graph
+        from prunecli.axes.rehearsal import rehearsed
         from prunecli.axes.trace import trace
 
         with _no_collection():
-            return to_graph(trace(model, input_size))
+            return rehearsed(trace(model, input_size), input_size)
     if engine == "torch_pruning":
         from prunecli.graph_tp import build
 

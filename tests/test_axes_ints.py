@@ -75,19 +75,77 @@ def test_division_by_zero_has_no_value() -> None:
         float,
         int,
         math.sqrt,
-        round,
         lambda n: n**-0.5,
         lambda n: 2**n,
         lambda n: n / 2,
         lambda n: 6 / n,
         lambda n: n * 2.0,
+        lambda n: n & 1,
+        lambda n: 4 | n,
+        lambda n: 1 << n,
+        lambda n: ~n,
+        abs,
+        lambda n: [0] * n,
+        lambda n: n in (3, 5),
     ],
-    ids=["float", "int", "sqrt", "round", "pow", "exponent", "truediv", "divisor", "float product"],
+    ids=[
+        "float",
+        "int",
+        "sqrt",
+        "pow",
+        "exponent",
+        "truediv",
+        "divisor",
+        "float product",
+        "and",
+        "or",
+        "shift count",
+        "invert",
+        "abs",
+        "list",
+        "in",
+    ],
 )
 def test_any_other_use_pins_the_value(use: Callable[[Any], Any]) -> None:
     ledger = Ledger()
     assert use(traced(3, ledger)) == use(3)
     assert ledger.pins == {A: 3}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        round,
+        math.floor,
+        math.ceil,
+        math.trunc,
+        operator.pos,
+        lambda n: n.real,
+        lambda n: n << 2,
+        lambda n: n >> 1,
+        lambda n: n**3,
+        lambda n: divmod(7, n)[0],
+        lambda n: divmod(7, n)[1],
+        lambda n: sum([n, n]),
+        lambda n: math.prod(torch.Size([n, 2])),
+    ],
+    ids=["round", "floor", "ceil", "trunc", "pos", "real", "lshift", "rshift", "power", "rdiv", "rmod", "sum", "prod"],
+)
+def test_what_gives_an_int_again_keeps_the_expression(use: Callable[[Any], Any]) -> None:
+    ledger = Ledger()
+    number = use(traced(3, ledger))
+    assert not ledger.pins
+    assert isinstance(number, TracedInt)
+    for value in (3, 6, 10):
+        assert evaluate(number.expression, {A: value}, lambda _: 0) == use(value)
+
+
+def test_truth_is_a_comparison_with_zero() -> None:
+    ledger = Ledger()
+    assert traced(3, ledger) % 2
+    assert not traced(0, ledger, B)
+    assert list(ledger.facts) == [Fact("ne", Operation("mod", A, Number(2)), Number(0), outcome=True)]
+    assert ledger.pins == {B: 0}
 
 
 def test_comparisons_are_recorded_with_their_outcome() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunecli.axes.named import named_sizes
@@ -26,7 +26,16 @@ class _Place:
     member: Member
 
 
-def to_graph(record: Record) -> Graph:
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """A graph with what its names stand for: the axis of each group, and terms as sizes."""
+
+    graph: Graph
+    axes: Mapping[str, Atom]
+    sizes: Sizes
+
+
+def infer(record: Record) -> Inference:
     """Turn what a trace learnt into groups, costs, folds and the attribute solver."""
     freeze_statistics(record)
     freeze_rebuilt(record)
@@ -40,7 +49,8 @@ def to_graph(record: Record) -> Graph:
     groups, names = _groups(record, places, cuttable)
     sizes = Sizes(names)
     graph_sizes = {name: tuple(sizes.of(dim) for dim in record.dims(t)) for name, t in record.homes.items()}
-    return Graph(
+    axes = {names[id(place.leaf)]: place.leaf for place in places if id(place.leaf) in names}
+    graph = Graph(
         engine="axes",
         groups=groups,
         frozen=_frozen(record, places),
@@ -55,6 +65,7 @@ def to_graph(record: Record) -> Graph:
         solve=_solver(record, sizes, names),
         unknown_ops=dict(record.unknown),
     )
+    return Inference(graph=graph, axes=axes, sizes=sizes)
 
 
 def _freeze_tables(places: Sequence[_Place]) -> None:

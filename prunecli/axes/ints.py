@@ -7,10 +7,11 @@ the cut. Where it does anything else (a comparison, a float, an index) the outco
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -72,6 +73,7 @@ COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+_LARGEST_POWER = 4  # up to which a power is written as a product
 _MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
 
@@ -147,8 +149,9 @@ class Ledger:
 class TracedInt(int):
     """An int with its expression; arithmetic keeps it, comparisons are recorded, any other use pins the value.
 
-    Three uses go unseen, because the interpreter reads the value of an int subclass without asking: ``range(n)``,
-    ``sequence[n]`` and a float on the left (``0.5 * n``). There the equivalence check has to find what went wrong.
+    Some uses go unseen, because the interpreter reads the value of an int subclass without asking: ``range(n)``,
+    ``sequence[n]``, a float on the left (``0.5 * n``), ``math.gcd`` and the like. A number so made is a literal to the
+    trace where it sizes something, which freezes; where it does anything else, `prunecli.axes.rehearsal` finds it.
     """
 
     expression: Expression
@@ -189,10 +192,15 @@ class TracedInt(int):
     def __float__(self) -> float:
         return float(self.pinned())
 
+    def __bool__(self) -> bool:
+        return self != 0
+
     def __neg__(self) -> TracedInt:
         return TracedInt.of(-self.plain, Operation("sub", Number(0), self.expression), self.ledger)
 
     def __pow__(self, exponent: Any, modulus: Any = None) -> Any:
+        if type(exponent) is int and 0 < exponent <= _LARGEST_POWER and modulus is None:
+            return math.prod([self] * exponent)
         return pow(self.pinned(), exponent, modulus)
 
     def __rpow__(self, base: Any, modulus: Any = None) -> Any:
@@ -207,8 +215,21 @@ class TracedInt(int):
     def __divmod__(self, other: int) -> tuple[int, int]:
         return self // other, self % other
 
-    def __round__(self, digits: SupportsIndex | None = None) -> int:
-        return self.pinned()
+    def __rdivmod__(self, other: int) -> tuple[int, int]:
+        return other // self, other % self
+
+    def __lshift__(self, bits: int) -> Any:
+        return self * (1 << untraced(bits, pin=True))
+
+    def __rshift__(self, bits: int) -> Any:
+        return self // (1 << untraced(bits, pin=True))
+
+    def __itself(self, *_: Any) -> TracedInt:
+        """What rounding and the like make of an int."""
+        return self
+
+    __pos__ = __round__ = __floor__ = __ceil__ = __trunc__ = __itself  # type: ignore[assignment]
+    real = numerator = property(__itself)  # type: ignore[assignment]
 
 
 def expression_of(value: int) -> Expression:
@@ -247,6 +268,17 @@ def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
     return method
 
 
+def _bits(name: str) -> Callable[..., Any]:
+    plain_method = getattr(int, name)
+
+    def method(self: TracedInt, *others: Any) -> Any:
+        return plain_method(self.pinned(), *(untraced(other, pin=True) for other in others))
+
+    return method
+
+
+for _name in ("and", "rand", "or", "ror", "xor", "rxor", "rlshift", "rrshift", "invert", "abs"):
+    setattr(TracedInt, f"__{_name}__", _bits(f"__{_name}__"))
 for _symbol in ARITHMETIC:
     setattr(TracedInt, f"__{_symbol}__", _arithmetic(_symbol, reflected=False))
     setattr(TracedInt, f"__r{_symbol}__", _arithmetic(_symbol, reflected=True))

@@ -91,6 +91,14 @@ class Made:
     position: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator call of the trace and the module in whose forward it was made, in words."""
+
+    place: str
+    call: Call
+
+
 @dataclass(frozen=True)
 class Equation:
     """``expression`` has to equal the summed sizes of ``parts``."""
@@ -144,14 +152,16 @@ class ModuleCall:
 class Record:
     """Everything one trace learns. Terms keep getting refined until the trace ends, so nothing is summed up before."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, fake: bool = False) -> None:
         self.model = model
+        self.fake = fake
         self.names: dict[int, list[str]] = {}
         self.homes: dict[str, Tensor] = {}
         self.used: dict[str, None] = {}
         self.attributes: dict[Attribute, int] = {}
         self.ledger = Ledger()
         self.equations: dict[Equation, None] = {}
+        self.steps: list[Step] = []
         self.weights: list[WeightUse] = []
         self.costs: list[TermCost] = []
         self.heads: list[Atom] = []
@@ -280,6 +290,7 @@ class Record:
         """Everything put until the next call comes from ``call``."""
         self._call = call
         self.operator = call.name
+        self.steps.append(Step(place=self.place, call=call))
         for position, tensor in enumerate(call.outputs):
             self._made[id(tensor)] = Made(call=call, position=position)
 

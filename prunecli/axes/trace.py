@@ -1,49 +1,37 @@
 """Run a model's own forward once without data and record what happens to axes.
 
 Two modes are stacked: a dispatch mode (aten operators → rules) and a function mode (Python calls, where ints still
-know their origin). Operators run on meta tensors (`Shapes`), which is fast; a forward that cannot, because it runs into
-code that compares devices, or into an operator torch has no meta kernel for, runs on torch's fake tensors. No data is
-touched either way, and weights may be on the meta device. Int attributes of modules are replaced by `TracedInt` for
+know their origin). No data is touched (`prunecli.axes.dry`). Int attributes of modules are replaced by `TracedInt` for
 the time of the trace; the model is left exactly as it was found.
 """
 
 from __future__ import annotations
 
+import math
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunecli.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
+from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
 from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
 from prunecli.axes.rules import apply_rule, layer_norm, sdpa
-from prunecli.axes.rules.registry import words
-from prunecli.axes.shapes import Shapes
 from prunecli.errors import UnsupportedError
 
 INPUT = "it is an axis of the network's input"
 OUTPUT = "it is an axis of the network's output (classes)"
 
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-#: Operators that say nothing about axes.
-_SILENT_OPERATORS = words(
-    "device _local_scalar_dense item is_contiguous is_pinned sym_size sym_numel sym_stride set_ is_same_size equal",
-    "_assert_async _assert_tensor_metadata",
-)
 #: Calls recorded as one, whatever they are made of on this device and torch version.
-_WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
-#: Properties that tell on which device a tensor lies, beside ``device`` itself.
-_DEVICE_FLAGS = words("is_cpu is_cuda is_meta is_mps is_xpu")
-#: Runs an operator: ``(function, args, kwargs) -> outputs``.
-_Runner = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
+WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
 #: Module attributes that belong to nn.Module itself.
 _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"})
 
@@ -51,7 +39,7 @@ _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"}
 class _Operators(TorchDispatchMode):
     """Applies the rule of every aten operator."""
 
-    def __init__(self, record: Record, run: _Runner) -> None:
+    def __init__(self, record: Record, run: Runner) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.run = run
@@ -64,7 +52,7 @@ class _Operators(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.record.operator = name
         out = self.run(func, args, kwargs)
-        if self.paused or name in _SILENT_OPERATORS or not tensors_in(out):
+        if self.paused or name in SILENT_OPERATORS or not tensors_in(out):
             return out
         call = Call(name=name, function=func, args=args, kwargs=kwargs, out=out)
         apply_rule(self.record, call)
@@ -72,16 +60,13 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Reads the int arguments of Python-level calls, and hands out shapes that know their axes.
+    """Reads the int arguments of Python-level calls, and hands out shapes that know their axes."""
 
-    Stand-ins on the meta device say that they lie on ``device``: what a program does may depend on it.
-    """
-
-    def __init__(self, record: Record, operators: _Operators, device: torch.device) -> None:
+    def __init__(self, record: Record, operators: _Operators, dry_run: Dry) -> None:
         super().__init__()
         self.record = record
         self.operators = operators
-        self.device = device
+        self.dry = dry_run
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -92,19 +77,13 @@ class _Functions(TorchFunctionMode):
             return self.record.traced_size(args[0])
         if name == "size":
             return self._size(args, kwargs)
-        if name == "numel" and args[0].dim() == 1:
-            return self.record.traced_size(args[0])[0]
+        if name in {"numel", "nelement"}:
+            return math.prod(self.record.traced_size(args[0]))
+        if name == "__len__":
+            return self.record.traced_size(args[0])[0].pinned()  # type: ignore[attr-defined]
         if name == "__get__":
-            return self._property(func, args[0])
+            return self.dry.property_of(func, args[0])
         return self._call(func, name, args, kwargs)
-
-    def _property(self, func: Any, tensor: Tensor) -> Any:
-        attribute = func.__self__.__name__
-        if attribute == "device" and tensor.is_meta:
-            return self.device
-        if attribute in _DEVICE_FLAGS and tensor.is_meta:
-            return attribute == f"is_{self.device.type}"
-        return func(tensor)
 
     def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         dim = untraced(args[1] if len(args) > 1 else kwargs.get("dim"))
@@ -115,11 +94,11 @@ class _Functions(TorchFunctionMode):
         known = name in HANDLERS or name in READ_BY_RULE
         plain_args = untraced(list(args), pin=not known)
         plain_kwargs = untraced(dict(kwargs), pin=not known)
-        if not known and name not in _WHOLE_CALLS and _hides_sizes(func, name):
+        if not known and name not in WHOLE_CALLS and _hides_sizes(func, name):
             self._distrust(name, tensors_in([args, kwargs]))
         self.record.request = (name, args, kwargs)
         try:
-            if name in _WHOLE_CALLS:
+            if name in WHOLE_CALLS:
                 out = self._whole(func, name, plain_args, plain_kwargs)
             else:
                 out = func(*plain_args, **plain_kwargs)
@@ -138,7 +117,7 @@ class _Functions(TorchFunctionMode):
             self.operators.paused = False
         call = Call(name=name, function=func, args=tuple(args), kwargs=kwargs, out=out)
         self.record.begin(call)
-        _WHOLE_CALLS[name](self.record, call)
+        WHOLE_CALLS[name](self.record, call)
         return out
 
     def _distrust(self, name: str, tensors: list[Tensor]) -> None:
@@ -157,32 +136,6 @@ def _hides_sizes(func: Any, name: str) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ != "torch._tensor" and name not in TRANSPARENT
 
 
-@contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Put back every module's state: attributes, parameters, buffers, and caches filled on the way."""
-    state = [(module, {name: _copied(value) for name, value in module.__dict__.items()}) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, before in state:
-            for name in set(module.__dict__) - set(before):
-                del module.__dict__[name]
-            for name, (value, content) in before.items():
-                if isinstance(value, dict):
-                    value.clear()
-                    value.update(content)
-                elif isinstance(value, list):
-                    value[:] = content
-                module.__dict__[name] = value
-
-
-def _copied(value: Any) -> tuple[Any, Any]:
-    """A value, and the present content of the containers that a forward might fill."""
-    if isinstance(value, dict):
-        return value, dict(value)
-    return value, list(value) if isinstance(value, list) else None
-
-
 def _trace_attributes(model: nn.Module, record: Record) -> None:
     """Replace every int (and tuple or list of ints) attribute by one that remembers its name."""
     for path, module in model.named_modules():
@@ -199,17 +152,6 @@ def _trace_attributes(model: nn.Module, record: Record) -> None:
 def _traced(record: Record, attribute: Attribute, value: int) -> TracedInt:
     record.attributes[attribute] = value
     return TracedInt.of(value, attribute, record.ledger)
-
-
-def _prefer_fused_attention(model: nn.Module) -> None:
-    """Trace the fused path of attention modules that have the choice (timm's ``fused_attn`` switch).
-
-    That path needs more care (its scale follows the head width), and what keeps it true keeps the other one true.
-    Which path a module takes depends on the machine it is built on, so the cut has to be right for both.
-    """
-    for module in model.modules():
-        if vars(module).get("fused_attn") is False:
-            module.__dict__["fused_attn"] = True
 
 
 def _watch_features(model: nn.Module, record: Record) -> None:
@@ -273,31 +215,17 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
 
 
 def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) -> Record:
-    record = Record(model)
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with ExitStack() as stack:
-        stack.enter_context(_as_found(model))
-        model.eval()
+    record = Record(model, fake=fake)
+    with dry(model, input_size, record.names, fake=fake) as dry_run:
         _trace_attributes(model, record)
         _watch_features(model, record)
-        _prefer_fused_attention(model)
-        stack.enter_context(torch.no_grad())
-        run = Shapes(record.names).run
-        if fake:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            run = _run_as_is
-        image = torch.empty(1, *input_size, dtype=first.dtype, device=first.device if fake else "meta")
-        record.put_input(image, INPUT)
-        operators = _Operators(record, run)
-        with operators, _Functions(record, operators, first.device), _module_stack(model, record):
-            outputs = _forward(model, image, record)
+        record.put_input(dry_run.image, INPUT)
+        operators = _Operators(record, dry_run.run)
+        with operators, _Functions(record, operators, dry_run), _module_stack(model, record):
+            outputs = _forward(model, dry_run.image, record)
     for tensor in outputs:
         record.freeze(record.dims(tensor), OUTPUT)
     return record
-
-
-def _run_as_is(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return function(*args, **kwargs)
 
 
 def _forward(model: nn.Module, image: Tensor, record: Record) -> list[Tensor]:

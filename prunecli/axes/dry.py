@@ -1,0 +1,121 @@
+"""Running a model's own forward without values, on a model that is left exactly as it was found.
+
+Operators run on meta tensors (`Shapes`), which is fast; a forward that cannot, because it runs into code that compares
+devices, or into an operator torch has no meta kernel for, runs on torch's fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prunecli.axes.rules.registry import words
+from prunecli.axes.shapes import Shapes
+
+#: Runs an operator: ``(function, args, kwargs) -> outputs``.
+Runner = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
+
+#: Operators that say nothing about axes.
+SILENT_OPERATORS = words(
+    "device _local_scalar_dense item is_contiguous is_pinned sym_size sym_numel sym_stride set_ is_same_size equal",
+    "_assert_async _assert_tensor_metadata",
+)
+#: Properties that tell on which device a tensor lies, beside ``device`` itself.
+_DEVICE_FLAGS = words("is_cpu is_cuda is_meta is_mps is_xpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dry:
+    """What a forward without values is made with.
+
+    Attributes:
+        run: runs an operator.
+        image: of batch size 1.
+        place: the device on which new tensors have to be made.
+        device: the device that tensors say they lie on: what a program does may depend on it.
+    """
+
+    run: Runner
+    image: Tensor
+    place: torch.device
+    device: torch.device
+
+    def property_of(self, getter: Any, tensor: Tensor) -> Any:
+        """A property of a tensor, given its ``__get__``; stand-ins on the meta device say that they lie elsewhere."""
+        name = getter.__self__.__name__
+        if name == "device" and tensor.is_meta:
+            return self.device
+        if name in _DEVICE_FLAGS and tensor.is_meta:
+            return name == f"is_{self.device.type}"
+        return getter(tensor)
+
+
+@contextmanager
+def dry(model: nn.Module, input_size: tuple[int, int, int], stored: Container[int], *, fake: bool) -> Iterator[Dry]:
+    """A model in eval mode, on its fused attention path, ready to be run without values; put back at the end.
+
+    Args:
+        model: on any device, meta included, in any dtype.
+        input_size: channels, height, width.
+        stored: ids of the model's parameters and buffers.
+        fake: on torch's fake tensors instead of meta tensors.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = first.device if fake else torch.device("meta")
+    with ExitStack() as stack:
+        stack.enter_context(_as_found(model))
+        model.eval()
+        _prefer_fused_attention(model)
+        stack.enter_context(torch.no_grad())
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        image = torch.empty(1, *input_size, dtype=first.dtype, device=place)
+        run = _as_is if fake else Shapes(stored).run
+        yield Dry(run=run, image=image, place=place, device=first.device)
+
+
+def _as_is(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def _prefer_fused_attention(model: nn.Module) -> None:
+    """Take the fused path of attention modules that have the choice (timm's ``fused_attn`` switch).
+
+    That path needs more care (its scale follows the head width), and what keeps it true keeps the other one true.
+    Which path a module takes depends on the machine it is built on, so the cut has to be right for both.
+    """
+    for module in model.modules():
+        if vars(module).get("fused_attn") is False:
+            module.__dict__["fused_attn"] = True
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Put back every module's state: attributes, parameters, buffers, and caches filled on the way."""
+    state = [(module, {name: _copied(value) for name, value in module.__dict__.items()}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in state:
+            for name in set(module.__dict__) - set(before):
+                del module.__dict__[name]
+            for name, (value, content) in before.items():
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
+                module.__dict__[name] = value
+
+
+def _copied(value: Any) -> tuple[Any, Any]:
+    """A value, and the present content of the containers that a forward might fill."""
+    if isinstance(value, dict):
+        return value, dict(value)
+    return value, list(value) if isinstance(value, list) else None

@@ -1,0 +1,293 @@
+"""The cut rehearsed without data: the pruned forward must take the traced path, with the sizes that were predicted.
+
+A number can lose its origin: ``range(n)``, ``0.5 * n``, ``math.log2(n)`` read an int without asking (see
+`prunecli.axes.ints`). Where such a number sizes a tensor the trace takes it for a literal and freezes; where it decides
+how often a loop runs, which layer comes next or what a tensor is multiplied by, nothing notices. So the forward is run
+again, without values, with half of every group gone, and every operator is held to the trace: which it is, the extents
+of what it gives, the stored tensors and the numbers it is given. At the first difference the group behind it is looked
+for by halving, frozen with what was seen and where, and all is inferred again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunecli.axes.collect import Inference, infer
+from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
+from prunecli.axes.record import Call, Record, tensors_in
+from prunecli.axes.rules.registry import words
+from prunecli.axes.terms import Atom, freeze, leaves
+from prunecli.axes.trace import WHOLE_CALLS
+from prunecli.groups import AttributeConflictError, AttributeEdit, Graph
+
+_ROUNDS = 3  # groups that exclude each other cannot all be cut at once
+#: Whether these are called depends on strides and on who runs the forward, not on the path it takes.
+_MOVES = words("clone contiguous detach alias lift_fresh expand as_strided_")
+_VIEWS = words("view _unsafe_view reshape _reshape_alias")
+#: Operators whose int arguments are values; those of others are sizes, dimensions and places.
+_FILLS = words("full fill_ full_like arange linspace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one operator call looked like."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    stored: tuple[str, ...]
+    numbers: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Difference:
+    """The first step at which a rehearsal left the trace, and how."""
+
+    at: int
+    what: str
+
+
+class _DifferentError(Exception):
+    """Ends a rehearsal at its first difference."""
+
+
+def rehearsed(record: Record, input_size: tuple[int, int, int]) -> Graph:
+    """The graph of a trace, with every group frozen whose cut would make the forward leave the traced path.
+
+    Args:
+        record: of the trace; more of its axes may be frozen.
+        input_size: channels, height, width.
+    """
+    while True:
+        inference = infer(record)
+        found = _Rehearsal(record, inference, input_size).culprit()
+        if found is None:
+            return inference.graph
+        name, reason = found
+        freeze(inference.axes[name], reason)
+
+
+class _Rehearsal:
+    """Rehearsals of one graph."""
+
+    def __init__(self, record: Record, inference: Inference, input_size: tuple[int, int, int]) -> None:
+        self.record = record
+        self.inference = inference
+        self.graph = inference.graph
+        self.input_size = input_size
+        self.steps = [step for step in record.steps if step.call.name not in _MOVES]
+
+    def culprit(self) -> tuple[str, str] | None:
+        """The name of a group that cannot be cut as the trace thinks, with the reason; None where all is well."""
+        for names in self._rounds():
+            difference = self._difference(names)
+            if difference is not None and self._difference([]) is None:
+                name = self._responsible(names, difference)
+                place = self.steps[min(difference.at, len(self.steps) - 1)].place
+                reason = f"{place} computes with its size where that cannot be followed: with half of it {{}}"
+                return name, reason.format(self._last.what)
+        return None
+
+    def _rounds(self) -> Iterator[list[str]]:
+        """Sets of groups to cut together, until each has been cut once or will not be."""
+        left = [group.name for group in self.graph.groups if group.width > 1]
+        for _ in range(_ROUNDS):
+            chosen: list[str] = []
+            for name in left:
+                rivals = {other for pair in self.graph.exclusive if name in pair for other in pair} - {name}
+                if rivals.isdisjoint(chosen):
+                    chosen.append(name)
+            kept, _ = self._expressible(chosen)
+            if not kept:
+                return
+            yield list(kept)
+            left = [name for name in left if name not in kept]
+
+    def _responsible(self, names: Sequence[str], difference: _Difference) -> str:
+        """One group without which there is no such difference: groups at its place first, halved until one is left."""
+        self._last = difference
+        suspects = [name for name in names if name in self._groups_at(difference.at)]
+        if suspects and self._difference(suspects) is None:
+            suspects = []
+        pool = suspects or list(names)
+        good, bad = 0, len(pool)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            seen = self._difference(pool[:middle])
+            if seen is None:
+                good = middle
+            else:
+                bad, self._last = middle, seen
+        return pool[bad - 1]
+
+    def _groups_at(self, at: int) -> set[str]:
+        """The groups that run through the tensors of a step."""
+        call = self.steps[min(at, len(self.steps) - 1)].call
+        touched = {id(leaf) for t in (*call.inputs, *call.outputs) for d in self.record.dims(t) for leaf in leaves(d)}
+        return {name for name, axis in self.inference.axes.items() if id(axis) in touched}
+
+    def _expressible(self, names: Iterable[str]) -> tuple[dict[str, int], tuple[AttributeEdit, ...]]:
+        """Half of each of these groups, without those whose attributes cannot follow."""
+        widths = {group.name: group.width for group in self.graph.groups}
+        kept = {name: max(widths[name] // 2, min(2, widths[name] - 1)) for name in names}
+        while True:
+            try:
+                return kept, self.graph.solve(kept)
+            except AttributeConflictError as conflict:
+                fewer = {name: width for name, width in kept.items() if name not in conflict.groups}
+                kept = fewer if len(fewer) < len(kept) else {}
+
+    def _difference(self, names: Iterable[str]) -> _Difference | None:
+        """Run the forward with half of these groups gone."""
+        return _Expected(self, *self._expressible(names)).run()
+
+
+class _Expected:
+    """One rehearsal: the steps as they should be with these widths, and the run that is held to them."""
+
+    def __init__(self, rehearsal: _Rehearsal, kept: Mapping[str, int], edits: Sequence[AttributeEdit]) -> None:
+        self.rehearsal = rehearsal
+        self.model = rehearsal.record.model
+        self.kept = kept
+        self.edits = edits
+        self.rescaled = {(e.before, e.after) for e in edits if isinstance(e.before, float)}
+        self.names = {key: names[0] for key, names in rehearsal.record.names.items()}
+        self.at = 0
+
+    def run(self) -> _Difference | None:
+        """The first difference, if there is any."""
+        record = self.rehearsal.record
+        try:
+            with dry(self.model, self.rehearsal.input_size, record.names, fake=record.fake) as dry_run:
+                self._cut(dry_run.place)
+                with _Operators(self, dry_run.run) as operators, _Functions(operators, dry_run):
+                    self.model(dry_run.image)
+        except _DifferentError as different:
+            return _Difference(at=self.at, what=str(different))
+        except Exception as error:  # a forward with wrong sizes may raise anything
+            reason = str(error).strip().splitlines()
+            return _Difference(at=self.at, what=f"it fails ({reason[0] if reason else type(error).__name__})")
+        return _Difference(at=self.at, what="it ends early") if self.at < len(self.rehearsal.steps) else None
+
+    def _cut(self, place: torch.device) -> None:
+        """Give the model, for the time of a dry run, tensors without values in the new shapes, and the edits."""
+        record, tensors = self.rehearsal.record, self.rehearsal.graph.tensors
+        new: dict[int, Tensor] = {}
+        for name, tensor in record.homes.items():
+            shape = [size.evaluate(self.kept) for size in tensors[name]]
+            if shape != list(tensor.shape) and id(tensor) not in new:
+                smaller = torch.empty(shape, dtype=tensor.dtype, device=place)
+                new[id(tensor)] = smaller.requires_grad_(tensor.requires_grad)  # how a matmul is folded depends on it
+        self.names.update({id(new[key]): names[0] for key, names in record.names.items() if key in new})
+        self.cut = new
+        for module in self.model.modules():
+            for store in (module.__dict__, *module.__dict__.values()):
+                _substitute(store, new)
+        for edit in self.edits:
+            if "." not in edit.name:
+                own = self.model.get_submodule(edit.module).__dict__
+                own[edit.name] = type(own[edit.name])(edit.after)
+
+    def compare(self, call: Call) -> None:
+        """Hold one call to its step. Raises _DifferentError."""
+        if call.name in _MOVES:
+            return
+        if self.at == len(self.rehearsal.steps):
+            raise _DifferentError("it goes on for longer")
+        step = self.rehearsal.steps[self.at].call
+        found, before = self._seen(call), self._seen(step)
+        shapes = tuple(tuple(map(self._extent, self.rehearsal.record.dims(out))) for out in _results(step))
+        if found.name != before.name:
+            raise _DifferentError(f"the operator {found.name!r} comes instead of {before.name!r}")
+        if found.shapes != shapes:
+            raise _DifferentError(f"{found.name!r} gives {_text(found.shapes)} instead of {_text(shapes)}")
+        if found.stored != before.stored:
+            raise _DifferentError(f"{found.name!r} takes {_text(found.stored)} instead of {_text(before.stored)}")
+        for after, number in zip_longest(found.numbers, before.numbers):
+            if after != number and (number, after) not in self.rescaled:
+                raise _DifferentError(f"{found.name!r} is given the number {after} instead of {number}")
+        self.at += 1
+
+    def _extent(self, term: Atom) -> int:
+        return self.rehearsal.inference.sizes.of(term).evaluate(self.kept)
+
+    def _seen(self, call: Call) -> _Seen:
+        takes_ints = call.name in _FILLS or torch.Tag.pointwise in getattr(call.function, "tags", ())
+        kinds = (int, float) if takes_ints else (float,)
+        values = (*call.args, *call.kwargs.values())
+        return _Seen(
+            name="view" if call.name in _VIEWS else call.name,
+            shapes=tuple(tuple(out.shape) for out in _results(call)),
+            stored=tuple(self.names[id(t)] for t in call.inputs if id(t) in self.names),
+            numbers=tuple(value for value in values if isinstance(value, kinds)),
+        )
+
+
+def _results(call: Call) -> list[Tensor]:
+    """The outputs of a call without the by-products of norms, which differ with the device."""
+    return call.outputs[:1] if "norm" in call.name else call.outputs
+
+
+def _text(parts: Sequence[Any]) -> str:
+    return ", ".join(map(str, parts)) or "nothing"
+
+
+def _substitute(store: Any, new: Mapping[int, Tensor]) -> None:
+    """Replace the tensors of a container by their new ones, in place."""
+    if isinstance(store, dict):
+        store.update({key: new[id(value)] for key, value in store.items() if id(value) in new})
+    elif isinstance(store, list):
+        store[:] = [new.get(id(value), value) for value in store]
+
+
+class _Operators(TorchDispatchMode):
+    """Runs every operator without values, then compares it."""
+
+    def __init__(self, expected: _Expected, run: Runner) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.expected = expected
+        self.run = run
+        self.paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = self.run(func, args, kwargs)
+        name = func.overloadpacket.__name__
+        if not self.paused and name not in SILENT_OPERATORS and tensors_in(out):
+            self.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
+        return out
+
+
+class _Functions(TorchFunctionMode):
+    """Calls that the trace records as one, and properties that tell the device."""
+
+    def __init__(self, operators: _Operators, dry_run: Dry) -> None:
+        super().__init__()
+        self.operators = operators
+        self.dry = dry_run
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self.dry.property_of(func, args[0])
+        if name not in WHOLE_CALLS:
+            return func(*args, **kwargs)
+        self.operators.paused = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.operators.paused = False
+        self.operators.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
+        return out
