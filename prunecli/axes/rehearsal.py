@@ -130,7 +130,8 @@ class _Rehearsal:
     def _groups_at(self, at: int) -> set[str]:
         """The groups that run through the tensors of a step."""
         call = self.steps[min(at, len(self.steps) - 1)].call
-        touched = {id(leaf) for t in (*call.inputs, *call.outputs) for d in self.record.dims(t) for leaf in leaves(d)}
+        values = [self.record.peek(tensor) for tensor in (*call.inputs, *call.outputs)]
+        touched = {id(leaf) for value in values for dim in value.dims for leaf in leaves(dim)}
         return {name for name, axis in self.inference.axes.items() if id(axis) in touched}
 
     def _expressible(self, names: Iterable[str]) -> tuple[dict[str, int], tuple[AttributeEdit, ...]]:
@@ -203,7 +204,7 @@ class _Expected:
             raise _DifferentError("it goes on for longer")
         step = self.rehearsal.steps[self.at].call
         found, before = self._seen(call), self._seen(step)
-        shapes = tuple(tuple(map(self._extent, self.rehearsal.record.dims(out))) for out in _results(step))
+        shapes = tuple(tuple(map(self._extent, self.rehearsal.record.peek(out).dims)) for out in _results(step))
         if found.name != before.name:
             raise _DifferentError(f"the operator {found.name!r} comes instead of {before.name!r}")
         if found.shapes != shapes:
