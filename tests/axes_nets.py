@@ -494,7 +494,9 @@ class TalkingHeads(Attention):
 
     def __init__(self, chs: int, width: int) -> None:
         super().__init__(chs, width)
-        self.before, self.after = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.num_heads = 3
+        self.qkv, self.proj = nn.Linear(chs, 36), nn.Linear(12, chs)
+        self.before, self.after = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = self.before((q * self.scale @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).softmax(-2)
@@ -602,6 +604,17 @@ class LatentQueries(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 3, self.num_heads * self.head_dim)
         return self.proj(out.mean(1))[:, :, None, None] * x[:, :1].sigmoid()
+
+
+class QueryBias(Attention):
+    """SAM: the bias of the attention is read off the queries, which therefore cannot take up the root; keys can."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.places = nn.Parameter(torch.zeros(64, 4))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=q @ self.places.transpose(0, 1))
 
 
 class LinearAttention(Attention):
@@ -855,6 +868,7 @@ BLOCKS: tuple[Block, ...] = (
     CachedBias,
     GatedHeads,
     LatentQueries,
+    QueryBias,
     LinearAttention,
     RootScaledAttention,
     TokenMixer,

@@ -17,6 +17,7 @@ from axes_nets import (
     LatentQueries,
     NormedAttention,
     PooledQueries,
+    QueryBias,
     SeparateAttention,
     Stack,
 )
@@ -84,6 +85,24 @@ def test_rotation_passes_it_on_and_both_halves_are_one_axis() -> None:
     assert folds(AxialRotaryAttention) == {"qkv.weight": rows, "qkv.bias": rows}
 
 
+class TwiceWithOneLayer(SeparateAttention):
+    """Two attentions whose queries come from one layer, the second with a scale of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.flatten(2).transpose(1, 2)
+
+        def heads(layer: nn.Module, t: Tensor) -> Tensor:
+            return layer(t).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        first = F.scaled_dot_product_attention(heads(self.q, t), heads(self.k, t), heads(self.v, t))
+        again = F.scaled_dot_product_attention(heads(self.q, -t), heads(self.k, -t), first, scale=1.0)
+        return self.proj(again.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def test_a_layer_used_twice_takes_nothing() -> None:
+    assert "reads the queries too" in refusal(TwiceWithOneLayer)
+
+
 class BoundedQueries(SeparateAttention):
     """Queries that follow no rows; the keys do."""
 
@@ -96,6 +115,11 @@ class BoundedQueries(SeparateAttention):
 
 def test_keys_take_it_where_queries_cannot() -> None:
     assert folds(BoundedQueries) == {"k.weight": (0, tuple(range(8)))}
+
+
+def test_keys_take_it_where_something_else_reads_the_queries() -> None:
+    second = (0, tuple(range(8, 16)))
+    assert folds(QueryBias) == {"qkv.weight": second, "qkv.bias": second}
 
 
 class Interleaved(Attention):
@@ -145,8 +169,9 @@ def test_a_joined_bias_is_followed_to_its_query_part() -> None:
         (lambda q, k, v: (q, q.tanh(), v), "queries and keys share weights"),
         (lambda q, k, v: (q.sum(-1, keepdim=True) + q, k, v), "pooled over its features"),
         (lambda q, k, v: (q.clone().add_(k), k, v), "overwritten"),
+        (lambda q, k, v: (q, k, v * torch.sigmoid(q + k)), "'add' reads the queries too"),
     ],
-    ids=["nonlinear", "shifted", "product", "shared", "shared bent", "pooled", "in place"],
+    ids=["nonlinear", "shifted", "product", "shared", "shared bent", "pooled", "in place", "read elsewhere"],
 )
 def test_a_way_that_is_not_linear_keeps_the_head_width(attend: object, reason: str) -> None:
     class Odd(Attention):

@@ -51,6 +51,7 @@ from axes_nets import (
     Partial,
     PixelShuffle,
     PooledQueries,
+    QueryBias,
     RelativeBias,
     ReluSum,
     Residual,
@@ -130,7 +131,7 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     # The heads of the queries, those of the softmax, and those of the values.
     (
         TalkingHeads,
-        {"qkv:heads": 2, "qkv:head_dim": 4, "before": 2, "qkv:heads#2": 2, "qkv:head_dim#2": 4},
+        {"qkv:heads": 3, "qkv:head_dim": 4, "before": 3, "qkv:heads#2": 3, "qkv:head_dim#2": 4},
     ),
     (ClassAttention, {"q:heads": 2, "q:head_dim": 4, "v:head_dim": 3}),
     (ChannelAttention, {"qkv:heads": 2}),
@@ -139,6 +140,7 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (GatedHeads, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
     # The queries are learnt tokens: their width is an axis beside the stem's.
     (LatentQueries, {"": 6, "q:heads": 2, "q:head_dim": 4, "kv:head_dim": 4, "proj": 4}),
+    (QueryBias, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
     (LinearAttention, {"qkv:heads": 2, "qkv:head_dim": 4, "qkv:head_dim#2": 4}),
     (TokenMixer, {"fc1": 10, "fc3": 12}),
     (ReluSum, {"conv": 5, "after": 4}),

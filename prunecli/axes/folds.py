@@ -48,20 +48,41 @@ class Rows:
     positions: frozenset[int]
 
 
-def query_rows(record: Record, query: Tensor) -> list[Rows]:
-    """The weight rows and bias entries that a query is linear in.
+@dataclass(frozen=True, kw_only=True)
+class Trail:
+    """The weight rows and bias entries that a query is linear in, and every tensor on the way from them to it."""
+
+    rows: tuple[Rows, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The stored tensors the rows belong to."""
+        return frozenset(rows.tensor for rows in self.rows)
+
+    def overlaps(self, other: Trail) -> bool:
+        """Whether a row belongs to both."""
+        taken = {(rows.tensor, rows.dim): rows.positions for rows in other.rows}
+        return any(rows.positions & taken.get((rows.tensor, rows.dim), frozenset()) for rows in self.rows)
+
+
+def trail(record: Record, query: Tensor) -> Trail:
+    """The way from a query back to the rows that make it.
 
     Raises:
         UnknownQueryError: an operator on the way is not linear in the query, or its weights are no plain parameters.
     """
     found: dict[tuple[str, int], frozenset[int]] = {}
-    for rows in _walk(record, query, []):
+    tensors: list[Tensor] = []
+    for rows in _walk(record, query, [], tensors):
         key = (rows.tensor, rows.dim)
         found[key] = found.get(key, frozenset()) | rows.positions
-    return [Rows(tensor=tensor, dim=dim, positions=at) for (tensor, dim), at in found.items()]
+    made = tuple(Rows(tensor=tensor, dim=dim, positions=at) for (tensor, dim), at in found.items())
+    return Trail(rows=made, tensors=tuple(tensors))
 
 
-def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
+def _walk(record: Record, tensor: Tensor, path: list[_Step], tensors: list[Tensor]) -> list[Rows]:
+    tensors.append(tensor)
     if record.peek(tensor).origin is not None and tensor.dim() == 1:
         return _entries(record, tensor, 0, torch.arange(len(tensor)), path)
     made = record.made(tensor)
@@ -71,8 +92,8 @@ def _walk(record: Record, tensor: Tensor, path: list[_Step]) -> list[Rows]:
         raise UnknownQueryError(f"the query is overwritten by {made.call.name!r}")
     sources = _linear_sources(record, made, tensor.shape)
     if sources is None:
-        return _affine_rows(record, made.call, path)
-    return [rows for source, step in sources for rows in _walk(record, source, [step, *path])]
+        return _affine_rows(record, made.call, path, tensors)
+    return [rows for source, step in sources for rows in _walk(record, source, [step, *path], tensors)]
 
 
 def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple[Tensor, _Step]] | None:
@@ -147,7 +168,7 @@ def _scaled_operand(record: Record, call: Call) -> Tensor:
     return varying[0]
 
 
-def _affine_rows(record: Record, call: Call, path: list[_Step]) -> list[Rows]:
+def _affine_rows(record: Record, call: Call, path: list[_Step], tensors: list[Tensor]) -> list[Rows]:
     """The parameter entries behind each feature of an affine operator's output."""
     weight, bias, axis = _affine_parameters(call)
     out = call.outputs[0]
@@ -158,7 +179,7 @@ def _affine_rows(record: Record, call: Call, path: list[_Step]) -> list[Rows]:
         return index.view(shape).expand(out.shape)
 
     rows = _entries(record, *weight, torch.arange(out.shape[axis]), [along, *path])
-    return rows + (_walk(record, bias, [along, *path]) if bias is not None else [])
+    return rows + (_walk(record, bias, [along, *path], tensors) if bias is not None else [])
 
 
 def _affine_parameters(call: Call) -> tuple[tuple[Tensor, int], Tensor | None, int]:
@@ -193,6 +214,41 @@ def reads_any(record: Record, tensor: Tensor, names: Collection[str]) -> bool:
         made = record.made(current)
         queue += made.call.inputs if made is not None else []
     return False
+
+
+class Readers:
+    """Which calls read which tensor, over a whole trace."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._calls: dict[int, list[Call]] = {}
+        for step in record.steps:
+            for tensor in step.call.inputs:
+                self._calls.setdefault(id(tensor), []).append(step.call)
+
+    def others(self, found: Trail, own: Call) -> str | None:
+        """The name of an operator beside ``own`` that reads what the rows of a trail make, if there is one.
+
+        Taking the other parts of a fused projection is none.
+        """
+        on_the_way = {id(tensor) for tensor in found.tensors}
+        for tensor in found.tensors:
+            for call in self._calls.get(id(tensor), ()):
+                if call is own or any(id(out) in on_the_way for out in call.outputs):
+                    continue
+                if not (call.name in _LAYOUT and all(self._apart(out, found) for out in call.outputs)):
+                    return call.name
+        for name in found.names:
+            readers = self._calls.get(id(self._record.homes[name]), ())
+            if len(readers) > 1:
+                return readers[1].name
+        return None
+
+    def _apart(self, tensor: Tensor, found: Trail) -> bool:
+        try:
+            return not trail(self._record, tensor).overlaps(found)
+        except UnknownQueryError:
+            return False
 
 
 def _entries(record: Record, parameter: Tensor, dim: int, index: Tensor, path: Sequence[_Step]) -> list[Rows]:

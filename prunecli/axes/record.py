@@ -136,6 +136,7 @@ class DefaultScale:
     """A scaled_dot_product_attention call with ``scale=None``: its query and where it was made."""
 
     module: str
+    call: Call
     query: Tensor
     key: Tensor
     width: Atom

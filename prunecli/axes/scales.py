@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunecli.axes.folds import Rows, UnknownQueryError, query_rows, reads_any
+from prunecli.axes.folds import Readers, Rows, Trail, UnknownQueryError, reads_any, trail
 from prunecli.axes.record import DefaultScale, Record
 from prunecli.axes.solve import HeadScale
 from prunecli.axes.terms import Atom, factors, find, freeze, is_frozen, leaves
@@ -25,6 +25,7 @@ class FoldableScale:
 def foldable_scales(record: Record) -> tuple[FoldableScale, ...]:
     """The default scales that can be kept true; the head widths of the others are frozen."""
     found = []
+    readers = Readers(record)
     for scale in record.default_scales:
         if is_frozen(scale.width):
             continue
@@ -34,30 +35,38 @@ def foldable_scales(record: Record) -> tuple[FoldableScale, ...]:
             freeze(scale.width, f"{where} and the head width has several parts")
             continue
         try:
-            found.append(FoldableScale(axis=axis, rows=_rows(record, scale)))
+            found.append(FoldableScale(axis=axis, rows=_rows(record, scale, readers)))
         except UnknownQueryError as unknown:
             freeze(scale.width, f"{where} and {unknown}")
     return tuple(dict.fromkeys(found))
 
 
-def _rows(record: Record, scale: DefaultScale) -> tuple[Rows, ...]:
-    """The rows behind the queries or, where these follow no rows, behind the keys.
+def _rows(record: Record, scale: DefaultScale, readers: Readers) -> tuple[Rows, ...]:
+    """The rows behind the queries or, where these cannot be scaled alone, behind the keys.
 
     Raises:
         UnknownQueryError: neither will do; says why the queries do not.
     """
-    query, key = _rows_or_error(record, scale.query), _rows_or_error(record, scale.key)
-    if isinstance(query, UnknownQueryError):
-        if isinstance(key, UnknownQueryError) or _takes_part(record, key, scale.query):
-            raise query
-        return tuple(key)
-    if _takes_part(record, query, scale.key) if isinstance(key, UnknownQueryError) else _overlap(query, key):
-        raise UnknownQueryError("queries and keys share weights")
-    return tuple(query)
+    ends = {end: _trail_or_error(record, tensor) for end, tensor in (("queries", scale.query), ("keys", scale.key))}
+    problems = []
+    for end, other, tensor in (("queries", "keys", scale.key), ("keys", "queries", scale.query)):
+        own, rest = ends[end], ends[other]
+        if isinstance(own, UnknownQueryError):
+            problems.append(own)
+        elif reads_any(record, tensor, own.names) if isinstance(rest, UnknownQueryError) else own.overlaps(rest):
+            problems.append(UnknownQueryError("queries and keys share weights"))
+        elif (reader := readers.others(own, scale.call)) is not None:
+            problems.append(UnknownQueryError(f"{reader!r} reads the {end} too"))
+        else:
+            return own.rows
+    raise problems[0]
 
 
-def _takes_part(record: Record, rows: Iterable[Rows], tensor: Tensor) -> bool:
-    return reads_any(record, tensor, {part.tensor for part in rows})
+def _trail_or_error(record: Record, tensor: Tensor) -> Trail | UnknownQueryError:
+    try:
+        return trail(record, tensor)
+    except UnknownQueryError as unknown:
+        return unknown
 
 
 def _scaling_axis(width: Atom) -> Atom | None:
@@ -74,18 +83,6 @@ def _is_multiple(term: Atom, axis: Atom) -> bool:
         return all(_is_multiple(kid, axis) for kid in term.kids)
     own = [factor for factor in factors(term) if axis in leaves(factor)]
     return len(own) == 1 and (own[0] is axis or (own[0].form == "concat" and _is_multiple(own[0], axis)))
-
-
-def _rows_or_error(record: Record, tensor: Tensor) -> list[Rows] | UnknownQueryError:
-    try:
-        return query_rows(record, tensor)
-    except UnknownQueryError as unknown:
-        return unknown
-
-
-def _overlap(first: Iterable[Rows], second: Iterable[Rows]) -> bool:
-    taken = {(rows.tensor, rows.dim): rows.positions for rows in second}
-    return any(rows.positions & taken.get((rows.tensor, rows.dim), frozenset()) for rows in first)
 
 
 def scale_folds(scales: Iterable[FoldableScale], names: Mapping[int, str]) -> tuple[ScaleFold, ...]:

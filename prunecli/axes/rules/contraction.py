@@ -135,7 +135,9 @@ def sdpa(record: Record, call: Call) -> None:
     record.heads.extend(batch)
     record.head_dims.extend((q.dims[-1], v.dims[-1]))
     if call.get(6, "scale") is None:
-        record.default_scales.append(DefaultScale(module=record.module, query=query, key=key, width=q.dims[-1]))
+        record.default_scales.append(
+            DefaultScale(module=record.module, call=call, query=query, key=key, width=q.dims[-1])
+        )
     record.cost("sdpa.qk", [*batch, q.dims[-2], q.dims[-1], k.dims[-2]])
     record.cost("sdpa.av", [*batch, q.dims[-2], v.dims[-2], v.dims[-1]])
     silent = [*v.silent[: len(batch)], False, v.silent[-1]]
