@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from prunecli.groups import AttributeEdit, ScaleFold, module_of
+from prunecli.outputs import tensors_of
 from prunecli.plan import PlannedGroup, removed_positions
 from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors, require_fit
 
@@ -224,9 +225,18 @@ def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """All output tensors as one, [images, values]; images in float64 stay so on their way."""
+    """All output tensors as one, [images, values]; images in float64 stay so on their way.
+
+    A tensor that has no row an image is repeated for each.
+    """
     with _StayDouble() if images.dtype is torch.float64 else nullcontext():
-        return torch.cat([tensor.reshape(len(images), -1) for tensor in _tensors(model(images))], dim=1)
+        return torch.cat([_rows(tensor, len(images)) for tensor in tensors_of(model(images))], dim=1)
+
+
+def _rows(tensor: Tensor, count: int) -> Tensor:
+    if tensor.shape[:1] == (count,):
+        return tensor.reshape(count, -1)
+    return tensor.reshape(1, -1).expand(count, -1)
 
 
 class _StayDouble(TorchFunctionMode):
@@ -241,14 +251,6 @@ class _StayDouble(TorchFunctionMode):
             return args[0].double()
         wider = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
         return func(*(torch.float64 if arg is torch.float32 else arg for arg in args), **wider)
-
-
-def _tensors(output: Any) -> Iterable[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | list | tuple):
-        for item in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(item)
 
 
 def _assert_trains(pruned: nn.Module, images: Tensor, seed: int) -> None:

@@ -34,11 +34,26 @@ app.add_typer(recipes, name="recipes")
 _DEBUG = "--debug"
 _ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=")
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="timm name, hf-hub:owner/name, local-dir:PATH or a run")]
+WordsArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] [KEY=VALUE]...", help="timm name, hf-hub:owner/name, local-dir:PATH, module:function or a run"
+    ),
+]
+FunctionOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that makes the model (of MODEL, if that is a run)",
+    ),
+]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 WeightsOpt = Annotated[str | None, typer.Option("--weights", metavar="FILE", help=".safetensors, .pth, .bin")]
 PretrainedOpt = Annotated[bool, typer.Option("--no-pretrained", help="start from random weights")]
-ModelArgsOpt = Annotated[list[str] | None, typer.Option("--model-arg", metavar="K=V", help="goes to timm")]
+ModelArgsOpt = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="K=V", help="goes to timm, or to your function")
+]
 DataOpt = Annotated[str | None, typer.Option("--data", metavar="PATH|NAME", help="ImageFolder, timm data set, digits")]
 DataDirOpt = Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="where a named data set lies")]
 DeviceOpt = Annotated[str | None, typer.Option("--device", metavar="auto|cpu|cuda[:N]")]
@@ -59,7 +74,8 @@ PrintConfigOpt = Annotated[bool, typer.Option("--print-config", help="show the r
 
 @app.command()
 def compress(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...")] = None,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     recipe: RecipeOpt = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="METRIC=VALUE", help="macs=50%, speedup=2 …")
@@ -93,7 +109,7 @@ def compress(
         )  # fmt: skip
         prune = {"criterion": criterion, "round_to": round_to}
         flags |= _given(target=target, method=method, prune=_given(**prune), recover=_recovery(recover))
-        resolved = _resolved(words or [], recipe, flags, resume=resume, out=out)
+        resolved = _resolved(words, recipe, flags, model=model, resume=resume, out=out)
         if print_config:
             write(resolved.to_yaml())
         elif dry_run:
@@ -106,7 +122,8 @@ def compress(
 
 @app.command()
 def finetune(
-    words: Annotated[list[str] | None, typer.Argument(metavar="MODEL|RUN [KEY=VALUE]...")] = None,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     recipe: RecipeOpt = None,
     weights: WeightsOpt = None,
     no_pretrained: PretrainedOpt = False,
@@ -130,7 +147,7 @@ def finetune(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             epochs=epochs, lr=lr, device=device, seed=seed,
         )  # fmt: skip
-        resolved = _resolved(words or [], recipe, flags, resume=resume, out=out)
+        resolved = _resolved(words, recipe, flags, model=model, resume=resume, out=out)
         if print_config:
             write(resolved.to_yaml())
             return
@@ -141,7 +158,8 @@ def finetune(
 
 @app.command()
 def inspect(
-    model: ModelArg,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     weights: WeightsOpt = None,
     model_arg: ModelArgsOpt = None,
     engine: Annotated[str | None, typer.Option("--graph", help="axes or torch_pruning")] = None,
@@ -154,16 +172,17 @@ def inspect(
         from prunecli.stages import inspection, load_source
 
         flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
-        resolved = _resolved([model], None, flags | _given(prune=_given(graph=engine)))
+        resolved = _resolved(words, None, flags | _given(prune=_given(graph=engine)), model=model)
         found = inspection(load_source(resolved), resolved)
         show(found.to_mapping(), render.inspection(found), as_json=as_json)
         if not found.supported:
-            raise UnsupportedError(f"{model} is not supported.")
+            raise UnsupportedError(f"{resolved.model} is not supported.")
 
 
 @app.command()
 def spectrum(
-    model: ModelArg,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     weights: WeightsOpt = None,
     no_pretrained: PretrainedOpt = False,
     model_arg: ModelArgsOpt = None,
@@ -185,7 +204,7 @@ def spectrum(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             device=device, seed=seed,
         )  # fmt: skip
-        resolved = _resolved([model], None, flags)
+        resolved = _resolved(words, None, flags, model=model)
         source = load_source(resolved)
         images = open_images(resolved, source)
         where = resolve_device(resolved.device)
@@ -205,7 +224,8 @@ def spectrum(
 
 @app.command()
 def lr(
-    model: ModelArg,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     weights: WeightsOpt = None,
     no_pretrained: PretrainedOpt = False,
     model_arg: ModelArgsOpt = None,
@@ -224,13 +244,14 @@ def lr(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             epochs=epochs, device=device,
         )  # fmt: skip
-        found = lr_of_source(_resolved([model], None, flags))
+        found = lr_of_source(_resolved(words, None, flags, model=model))
         show(found.model_dump(mode="json"), render.lr_table(found), as_json=as_json)
 
 
 @app.command(name="eval")
 def evaluate(
-    model: ModelArg,
+    words: WordsArg = None,
+    model: FunctionOpt = None,
     weights: WeightsOpt = None,
     no_pretrained: PretrainedOpt = False,
     model_arg: ModelArgsOpt = None,
@@ -245,10 +266,9 @@ def evaluate(
     with reported():
         from prunecli import render, train
         from prunecli.job import resolve_device
+        from prunecli.recipe import layered
         from prunecli.stages import load_source, open_images
 
-        if data is None:
-            raise UsageError("Evaluation needs data.", hint="Give --data.")
         flags = _flags(
             weights=weights,
             no_pretrained=no_pretrained,
@@ -257,24 +277,32 @@ def evaluate(
             data_dir=data_dir,
             device=device,
         )
-        flags["data"] |= _given(val_limit=limit, batch_size=batch_size)
-        resolved = _resolved([model], None, flags)
+        flags = layered(flags, {"data": _given(val_limit=limit, batch_size=batch_size)})
+        resolved = _resolved(words, None, flags, model=model)
+        if resolved.data.name is None:
+            raise UsageError("Evaluation needs data.", hint="Give --data.")
         source = load_source(resolved)
         images = open_images(resolved, source)
         assert images is not None
         where = resolve_device(resolved.device)
         found = train.evaluate(source.model.to(where), images.val_loader(), device=where)
-        document = {"model": source.ref.name, "data": data, **found.model_dump(mode="json")}
-        show(document, render.accuracy_table(source.ref.name, data, found, source.notes), as_json=as_json)
+        name = resolved.data.name
+        document = {"model": source.ref.name, "data": name, **found.model_dump(mode="json")}
+        show(document, render.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)
 
 
 @app.command()
-def verify(run: RunArg, as_json: JsonOpt = False) -> None:
+def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = None, as_json: JsonOpt = False) -> None:
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
         from prunecli import render, store
+        from prunecli.factory import Function
+        from prunecli.recipe import parse_assignments
 
-        found = store.verify(run)
+        args = parse_assignments(model_arg or [])
+        if args and model is None:
+            raise UsageError("--model-arg belongs to a function.", hint="Name it with --model.")
+        found = store.verify(run, Function(name=model, args=args) if model is not None else None)
         show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
 
 
@@ -369,25 +397,32 @@ def _recovery(text: str | None) -> dict[str, Any] | None:
 
 
 def _resolved(
-    words: list[str], recipe: str | None, flags: dict[str, Any], *, resume: bool = False, out: Path | None = None
+    words: list[str] | None,
+    recipe: str | None,
+    flags: dict[str, Any],
+    *,
+    model: str | None,
+    resume: bool = False,
+    out: Path | None = None,
 ) -> Recipe:
     """Merge recipe, KEY=VALUE and flags (later ones win). Raises UsageError.
 
-    A resume without anything else takes the recipe of the run folder.
+    ``--model`` is the model, or beside a word that is one the function that made that run. A resume without anything
+    else takes the recipe of the run folder.
     """
     from prunecli import catalog
     from prunecli.recipe import Recipe, layered, parse_assignments
 
+    words = words or []
     models = [word for word in words if not _ASSIGNMENT.match(word)]
     if len(models) > 1:
         raise UsageError(f"One model at a time, not {len(models)}: {', '.join(models)}.")
+    flags |= _given(model=models[0], function=model) if models else _given(model=model)
     if resume and not words and recipe is None and not flags:
         return _recipe_of_run(out)
     base = catalog.read(recipe) if recipe else {}
     assigned = parse_assignments([word for word in words if _ASSIGNMENT.match(word)])
-    return Recipe.from_mapping(
-        layered(base, assigned, flags, _given(model=models[0] if models else None)), origin=recipe or "options"
-    )
+    return Recipe.from_mapping(layered(base, assigned, flags), origin=recipe or "options")
 
 
 def _recipe_of_run(out: Path | None) -> Recipe:

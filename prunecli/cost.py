@@ -8,7 +8,8 @@ forward pass runs on fake tensors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         torch.no_grad(),
         # Written out as matrix products, which every torch version counts; fused CPU attention is not known to all.
         sdpa_kernel(SDPBackend.MATH),
+        _layer_by_layer(),
         FakeTensorMode(allow_non_fake_inputs=True),
         counter,
     ):
@@ -78,6 +80,17 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 def _without_gradient(tensor: Tensor) -> Tensor:
     return nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor
+
+
+@contextmanager
+def _layer_by_layer() -> Iterator[None]:
+    """Without the operators that do a whole ``nn.MultiheadAttention`` or transformer layer: they are not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _unique(tensors: Iterable[object]) -> Iterable[Tensor]:

@@ -87,3 +87,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if match:
         return f"Did you mean {match[0]!r}?"
     return f"Known: {', '.join(choices)}." if 0 < len(choices) <= 30 else ""
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """What an exception says, as one line without its full stop, at most ``limit`` characters; its type if nothing."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli.errors import PruneError
+from prunecli.outputs import logits_of
 from prunecli.report import Accuracy
 
 
@@ -20,7 +21,8 @@ def evaluate(
     """Top-1, top-5 (percent; none below five classes) and mean cross-entropy in nats, in evaluation mode.
 
     Args:
-        model: images ``[B, C, H, W]`` -> logits ``[B, K]``; moved to ``device``, its mode is put back.
+        model: images ``[B, C, H, W]`` -> logits ``[B, K]``, as ``outputs`` finds them; moved to ``device``, its mode is
+            put back.
         loader: batches of images and labels ``[B]``.
         device: where to compute; sums are kept there in float64.
         amp: forward in bfloat16.
@@ -33,7 +35,7 @@ def evaluate(
     with evaluation_mode(model.to(device)), torch.no_grad():
         for images, labels in loader:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                logits = model(images.to(device, non_blocking=True))
+                logits = logits_of(model(images.to(device, non_blocking=True)))
             targets = labels.to(device, non_blocking=True)
             samples, classes = samples + len(targets), logits.shape[1]
             hits = logits.float().topk(min(5, classes), dim=1).indices == targets[:, None]

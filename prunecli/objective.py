@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunecli.errors import UsageError
+from prunecli.outputs import logits_of
 from prunecli.recipe import FinetuneSettings
 
 
@@ -49,7 +50,7 @@ class Objective:
         if self.teacher is None:
             return loss
         with torch.no_grad():
-            teacher_logits = self.teacher(images)
+            teacher_logits = logits_of(self.teacher(images))
         distance = distillation_loss(logits, teacher_logits, temperature=self.temperature)
         return (1.0 - self.alpha) * loss + self.alpha * distance
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunecli import cost, data, page, spectrum, store, train
 from prunecli.errors import PruneError, TargetError, UsageError
+from prunecli.factory import Function
 from prunecli.files import read_tensors, write_json, write_tensors, write_text
 from prunecli.graph import build_graph
 from prunecli.job import (
@@ -192,7 +193,7 @@ def _finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     job.notify({"event": "start", "name": "export"})
     write_json(job.folder.path / store.PLAN, plan.model_dump(mode="json"))
     store.export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
-    verified = store.verify(job.folder.path)
+    verified = store.verify(job.folder.path, Function.of(job.source.ref))
     job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
     report = summarise(job, model, size, verified)
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())

@@ -24,13 +24,27 @@ class Value(BaseModel):
 
 
 class ModelRef(Value):
-    """Where a model comes from: enough to build the plain timm module again, without its weights."""
+    """Where a model comes from: enough to build the plain module again, without its weights."""
 
-    name: str = Field(description="registered timm architecture, tag included: resnet50.a1_in1k")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
+    name: str = Field(
+        description="registered timm architecture, tag included (resnet50.a1_in1k), or package.module:function"
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments for timm.create_model or the function"
+    )
     num_classes: int
     pretrained_cfg: dict[str, Any] = Field(default_factory=dict, description="input size, mean, std, interpolation …")
     timm: str = Field(description="timm version the model was built with")
+
+    @property
+    def is_function(self) -> bool:
+        """Whether a function of the user's makes the model; it is called only where the user names it too."""
+        return ":" in self.name
+
+    @property
+    def assumes_input_size(self) -> bool:
+        """Whether nobody said how large the images of such a function's model are."""
+        return self.is_function and "input_size" not in self.pretrained_cfg and "img_size" not in self.args
 
 
 class Cost(Value):
@@ -104,7 +118,7 @@ def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, l
 
 
 class Structure(Value):
-    """What differs from the plain timm model: enough, with the safetensors, to rebuild the pruned one.
+    """What differs from the plain model: enough, with the safetensors, to rebuild the pruned one.
 
     ``tensors`` maps a parameter, buffer or tensor attribute to its new shape; ``attributes`` maps a module path to the
     attributes that changed (lists stand for tuples or lists, the loader keeps the type it finds). ``extra`` names the

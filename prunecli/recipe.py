@@ -23,6 +23,7 @@ from prunecli.plan import Value
 
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
 Ranking = Literal["local", "global", "isomorphic"]
+Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
 RecoverStep = Literal["auto", "orthp", "bn"]
 _LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
@@ -97,6 +98,19 @@ class DataSettings(Value):
     train_limit: int | None = Field(default=None, gt=0, description="use only the first N training images")
     val_limit: int | None = Field(default=None, gt=0, description="use only the first N validation images")
     unreadable_limit: int = Field(default=10, ge=0, description="how many unreadable images a run survives")
+    input_size: tuple[Count, Count, Count] | None = Field(
+        default=None, description="channels, height, width that the model is fed with; none: the checkpoint's own"
+    )
+    mean: tuple[float, ...] | None = Field(
+        default=None, min_length=1, description="of each channel, for pixels in [0, 1]; none: the checkpoint's own"
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, min_length=1)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is set of ``input_size``, ``mean`` and ``std``, as JSON values: it goes before the checkpoint's own."""
+        given = {"input_size": self.input_size, "mean": self.mean, "std": self.std}
+        return {key: list(value) for key, value in given.items() if value is not None}
 
 
 class PruneSettings(Value):
@@ -196,10 +210,19 @@ class SpectrumSettings(Value):
 class Recipe(Value):
     """A whole job. Running the resolved recipe again repeats it."""
 
-    model: str | None = Field(default=None, description="timm name, hf-hub:owner/name, local-dir:PATH or a run folder")
+    model: str | None = Field(
+        default=None,
+        description="timm name, hf-hub:owner/name, local-dir:PATH, package.module:function or a run folder",
+    )
+    function: str | None = Field(
+        default=None,
+        description="package.module:function that made the run which `model` names; it is called to load the run",
+    )
     weights: str | None = None
     pretrained: bool = True
-    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for timm.create_model")
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments for timm.create_model, or the function"
+    )
     data: DataSettings = DataSettings()
     target: Target | None = None
     method: Literal["oneshot"] = "oneshot"
@@ -227,6 +250,8 @@ class Recipe(Value):
     def _fits_together(self) -> Self:
         if self.weights is not None and not self.pretrained:
             raise ValueError("weights and pretrained: false contradict each other; leave one out")
+        if self.data.input_size and (twice := {"img_size", "in_chans"} & self.model_args.keys()):
+            raise ValueError(f"data.input_size and the model argument {min(twice)} both set the input; leave one out")
         return self
 
     # -------------------------------------------------------------------------------------------- reading

@@ -187,6 +187,8 @@ def inspection(found: Inspection) -> RenderableType:
     """Coupled groups, frozen axes with their reasons, totals."""
     graph, cost, count = found.graph, found.source.cost, wording.count
     shape = " x ".join(str(extent) for extent in found.source.spec.size)
+    if found.source.ref.assumes_input_size:
+        shape += " (assumed)"
     totals = _fields(
         ("model", f"{found.source.ref.name}, input {shape}, {found.source.ref.num_classes} classes"),
         ("cost", f"{count(cost.params)} parameters, {count(cost.macs)} multiply-adds, {wording.size(cost.bytes)}"),

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from prunecli.errors import PruneError, UnsupportedError
+from prunecli.outputs import logits_of
 from prunecli.recover import evaluating, weight_layers, weight_matrices
 from prunecli.report import SpectrumSummary
 
@@ -261,7 +262,7 @@ def _stacked(pull: Callable[[Tensor], Tensor], tape: _Tape, chunk: int) -> Tenso
 
 
 def _logits(output: object, samples: int) -> Tensor:
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[0] != samples:
-        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedError(f"The model returns {found} where logits [{samples}, classes] are needed.")
-    return output
+    logits = logits_of(output)
+    if len(logits) != samples:
+        raise UnsupportedError(f"The model returns {len(logits)} rows of logits for {samples} images.")
+    return logits

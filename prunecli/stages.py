@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from prunecli import budget, check, cost, data, score, store, surgery, zoo
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
+from prunecli.factory import Function
 from prunecli.graph import build_graph
 from prunecli.groups import Graph
+from prunecli.outputs import logits_of
 from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
 from prunecli.recipe import Recipe, Target
 from prunecli.report import TargetResult
@@ -88,25 +90,31 @@ class Inspection:
 
 
 def load_source(recipe: Recipe) -> Source:
-    """Load the model that a recipe names: a timm name, a hub or local folder, or a run folder of ours.
+    """Load the model that a recipe names: a timm name, a hub or local folder, a function, or a run folder.
 
     Raises UsageError (no such model) or PruneError (broken weights).
     """
     if recipe.model is None:
-        raise UsageError("No model was given.", hint="Name a timm model, hf-hub:…, local-dir:… or a run folder.")
+        raise UsageError(
+            "No model was given.", hint="Name a timm model, hf-hub:…, local-dir:…, package.module:function or a run."
+        )
     path = recipe.model.removeprefix("local-dir:")
     if store.is_run(path) or store.RunFolder(path=Path(path)).begun:
-        if recipe.weights or recipe.model_args:
-            raise UsageError(f"{path} is a run folder: it brings its own weights and arguments.")
-        model, exported = store.load_exported(path)
+        function = Function(name=recipe.function, args=recipe.model_args) if recipe.function else None
+        if recipe.weights or recipe.data.preprocessing or (recipe.model_args and not function):
+            raise UsageError(f"{path} is a run folder: it brings its own weights, arguments and preprocessing.")
+        model, exported = store.load_exported(path, function)
         ref, digest = exported.model, exported.weights_sha256
         notes: tuple[str, ...] = (f"The base is the pruned model of {path}.",)
+    elif recipe.function:
+        raise UsageError(f"{path} is no run folder, so {recipe.function!r} cannot have made it.", hint="Name one.")
     else:
         loaded = zoo.load_model(
             recipe.model,
             weights=recipe.weights,
             pretrained=recipe.pretrained,
             model_args=recipe.model_args,
+            preprocessing=recipe.data.preprocessing,
             seed=recipe.seed,
         )
         model, ref, digest, notes = loaded.model, loaded.ref, loaded.digest, loaded.notes
@@ -258,7 +266,7 @@ def spectrum_batch(images: data.Images | None, spec: zoo.InputSpec, count: int, 
 def _gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Loss gradients of all parameters on calibration images, model untouched."""
     probe = copy.deepcopy(model).eval()
-    loss = nn.functional.cross_entropy(probe(inputs), labels)
+    loss = nn.functional.cross_entropy(logits_of(probe(inputs)), labels)
     names, parameters = zip(*probe.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

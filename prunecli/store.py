@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,9 +26,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prunecli import __version__, surgery, zoo
+from prunecli import __version__, factory, surgery, zoo
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
+from prunecli.factory import Function
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
+from prunecli.outputs import logits_of
 from prunecli.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.recipe import Recipe
 from prunecli.report import Report, VerifyReport
@@ -275,9 +277,19 @@ def _newest_unfinished(model: str) -> Path:
 def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, final: Cost) -> Structure:
     """Write model.safetensors, config.json and the reference logits that ``verify`` compares with.
 
-    Raises PruneError where the disk refuses.
+    Args:
+        folder: where to.
+        model: the pruned model.
+        ref: what it was made from; where that is a function, it is called.
+        base: cost of the dense model.
+        final: cost of this one.
+
+    Raises:
+        PruneError: the disk refuses, or what ``ref`` names makes another module than before.
     """
-    structure = surgery.structure_of(zoo.build(ref), model)
+    function = Function.of(ref)
+    plain = zoo.build(ref) if function is None else factory.make(function, title=f"Model {function}")
+    structure = surgery.structure_of(plain, model, whole=function is not None)
     held = surgery.named_tensors(model)
     tensors = {**model.state_dict(), **{name: held[name] for name in structure.extra}}
     path = folder.path / WEIGHTS
@@ -292,7 +304,7 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
         final=final,
     )
     hub = {
-        "architecture": ref.name.partition(".")[0],
+        "architecture": ref.name if ref.is_function else ref.name.partition(".")[0],
         "num_classes": ref.num_classes,
         "num_features": int(getattr(model, "num_features", 0)),
         "model_args": ref.args,
@@ -304,21 +316,26 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
     return structure
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, *, model: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The pruned model of a run folder, in eval mode on the CPU, bit-equal to the exported one.
 
-    Only config.json and model.safetensors are read; the dense model is never run and nothing is unpickled.
+    Only config.json and model.safetensors are read; the dense model is never run and nothing is unpickled. Nothing that
+    the folder names is imported or called: a model that a function of the user's made needs that function again.
+
+    Args:
+        path: the run folder.
+        model: makes the plain module that was pruned (``lambda: nets.tiny(width=16)``); not for models of timm.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder; ``model`` is missing, fails, or is given for a model of timm.
         PruneError: the folder holds no model of ours, or a broken one.
     """
-    model, _ = load_exported(path)
-    return model
+    loaded, _ = load_exported(path, model)
+    return loaded
 
 
-def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
-    """``load`` with the record beside the weights. Raises as ``load``."""
+def load_exported(path: str | Path, function: Callable[[], object] | None = None) -> tuple[nn.Module, Exported]:
+    """``load`` with the record beside the weights; a ``Function`` has to be the recorded one. Raises as ``load``."""
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist or is no folder.")
@@ -329,16 +346,49 @@ def load_exported(path: str | Path) -> tuple[nn.Module, Exported]:
     tensors = read_tensors(folder / WEIGHTS)
     if lost := sorted(set(exported.structure.extra) - set(tensors)):
         raise PruneError(f"{folder / WEIGHTS} lacks {lost[0]}, which {CONFIG} names.")
-    model = zoo.build(exported.model)
+    model = _plain(folder, exported.model, function)
     try:
         surgery.shape_(model, exported.structure)
         surgery.fill_(model, tensors)
     except UnsupportedError as error:
-        raise PruneError(
-            f"{folder} does not fit {exported.model.name} of timm {version('timm')}: {error.message}",
-            hint=f"It was made with timm {exported.model.timm}." if exported.model.timm != version("timm") else None,
-        ) from None
+        raise _misfit(folder, exported.model, error) from None
     return model.eval(), exported
+
+
+def _plain(folder: Path, ref: ModelRef, function: Callable[[], object] | None) -> nn.Module:
+    """The plain module of a folder that may be a stranger's: what it records is built by timm, or only compared.
+
+    Raises UsageError where a function is needed and another one, or none, was given.
+    """
+    _require_consent(folder, ref, function)
+    if function is None:
+        return zoo.build(ref)
+    return factory.make(function, title=f"Model {function}" if isinstance(function, Function) else "The function")
+
+
+def _require_consent(folder: Path, ref: ModelRef, function: Callable[[], object] | None) -> None:
+    if not ref.is_function:
+        if function is not None:
+            raise UsageError(f"{folder} holds a model of timm, which no function makes.", hint="Leave --model out.")
+        return
+    recorded = Function(name=ref.name, args=ref.args)
+    if function is None:
+        raise UsageError(
+            f"{folder} holds a model made by {str(recorded)!r}, which is not run unless you name it.",
+            hint="If you trust that code: --model package.module:function with its --model-arg K=V, or in Python "
+            "prunecli.load(DIR, model=FUNCTION).",
+        )
+    if isinstance(function, Function) and function != recorded:
+        raise UsageError(f"{folder} holds a model made by {str(recorded)!r}, not by {str(function)!r}.")
+
+
+def _misfit(folder: Path, ref: ModelRef, error: UnsupportedError) -> PruneError:
+    if ref.is_function:
+        return PruneError(f"{folder} does not fit the module that was made for it: {error.message}")
+    return PruneError(
+        f"{folder} does not fit {ref.name} of timm {version('timm')}: {error.message}",
+        hint=f"It was made with timm {ref.timm}." if ref.timm != version("timm") else None,
+    )
 
 
 def read_config(folder: Path) -> Exported:
@@ -357,18 +407,27 @@ def read_config(folder: Path) -> Exported:
 # ---------------------------------------------------------------------------------------------- verify
 
 
-def verify(path: Path) -> VerifyReport:
+def verify(path: Path, function: Function | None = None) -> VerifyReport:
     """Reload the exported model in a fresh process and compare logits, class count and bytes.
 
+    Args:
+        path: the run folder.
+        function: what made the model, where it was a function of the user's; the process finds what this one finds.
+
     Raises:
-        UsageError: no such folder.
+        UsageError: no such folder; the function is missing, is another one, or fails.
         VerificationError: it does not reload to what was exported, with the reason.
     """
     if not path.is_dir():
         raise UsageError(f"{path} does not exist or is no folder.")
+    if (ref := _recorded_model(path)) is not None:
+        _require_consent(path, ref, function)
     # -P and PYTHONPATH: the child gets this very package, and no module that happens to lie in the user's folder.
     command = [sys.executable, "-P", "-m", "prunecli.store", str(path.resolve())]
     places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if function is not None:
+        command += [function.name, json.dumps(dict(function.args))]
+        places += [os.path.abspath(place) for place in sys.path]  # noqa: PTH100 - text in, text out
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run(  # noqa: S603 our own interpreter
         command, capture_output=True, text=True, check=False, env=environment
@@ -378,6 +437,8 @@ def verify(path: Path) -> VerifyReport:
     except (IndexError, ValueError):
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise VerificationError(f"{path} could not be reloaded in a fresh process: {last[0]}") from None
+    if answer.get("usage"):
+        raise UsageError(answer["error"])
     if "error" in answer:
         raise VerificationError(f"{path} does not verify: {answer['error']}")
     result = VerifyReport.model_validate(answer)
@@ -390,7 +451,15 @@ def verify(path: Path) -> VerifyReport:
     return result
 
 
-def verify_here(path: Path) -> VerifyReport:
+def _recorded_model(path: Path) -> ModelRef | None:
+    """What the config says, None where it cannot be read: the fresh process will say why."""
+    try:
+        return read_config(path).model
+    except PruneError:
+        return None
+
+
+def verify_here(path: Path, function: Function | None = None) -> VerifyReport:
     """The comparison itself, in this process. Raises PruneError."""
     exported = read_config(path)
     weights = path / WEIGHTS
@@ -401,7 +470,7 @@ def verify_here(path: Path) -> VerifyReport:
     reference = read_tensors(path / REFERENCE).get("logits")
     if reference is None:
         raise PruneError(f"{path / REFERENCE} holds no logits.")
-    model, _ = load_exported(path)
+    model, _ = load_exported(path, function)
     logits = _reference_logits(model, exported.model)
     classes_equal = logits.shape == reference.shape and logits.shape[-1] == exported.model.num_classes
     difference = float((logits - reference).abs().max()) if logits.shape == reference.shape else float("inf")
@@ -428,7 +497,7 @@ def _reference_logits(model: nn.Module, ref: ModelRef) -> Tensor:
     was_training, threads = cpu_model.training, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        logits: Tensor = cpu_model.eval()(reference_input(zoo.input_spec(ref).size))
+        logits = logits_of(cpu_model.eval()(reference_input(zoo.input_spec(ref).size)))
     finally:
         torch.set_num_threads(threads)
     cpu_model.train(was_training)
@@ -444,14 +513,15 @@ def read_value(kind: type[V], path: Path) -> V:
         raise PruneError(f"{path} is damaged: {error.errors()[0]['msg']}.") from None
 
 
-def _main(path: str) -> None:
+def _main(path: str, name: str | None = None, args: str = "{}") -> None:
     """Entry of the fresh process: one JSON line on stdout."""
+    function = Function(name=name, args=json.loads(args)) if name else None
     try:
-        answer = verify_here(Path(path)).model_dump()
+        answer = verify_here(Path(path), function).model_dump()
     except PruneError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "usage": isinstance(error, UsageError)}
     sys.stdout.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

@@ -80,14 +80,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {slot.name: slot.tensor for slot in _slots(model)}
 
 
-def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> None:
+def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> list[str]:
     """Empty the dict attributes that hold nothing but tensors: what a forward pass stored there (levit's
     ``attention_bias_cache``) is derived from parameters, is wrong once they are cut, and fills itself again.
 
     Args:
         model: changed in place.
         keep: names of tensors that are to be kept (those a plan cuts).
+
+    Returns:
+        Names of the attributes that were emptied.
     """
+    cleared = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for key, value in _own_attributes(module):
@@ -96,6 +100,8 @@ def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> No
             derived = all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values())
             if derived and keep.isdisjoint(f"{prefix}{key}[{item}]" for item in value):
                 value.clear()
+                cleared.append(prefix + key)
+    return cleared
 
 
 def map_tensors_(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
@@ -321,8 +327,14 @@ def _follow_weight_(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- structure
 
 
-def structure_of(plain: nn.Module, pruned: nn.Module) -> Structure:
+def structure_of(plain: nn.Module, pruned: nn.Module, *, whole: bool = False) -> Structure:
     """What differs between two modules of one architecture: tensor shapes, and attributes that JSON can hold.
+
+    Args:
+        plain: as it is built again for loading.
+        pruned: as it is to be.
+        whole: name all tensors outside the state_dict as ``extra``, not only those whose shape differs: for a module
+            whose builder may compute them otherwise the next time.
 
     Raises:
         UnsupportedError: the two do not consist of the same modules and tensors; names the first difference.
@@ -331,7 +343,7 @@ def structure_of(plain: nn.Module, pruned: nn.Module) -> Structure:
     attributes: dict[str, dict[str, Any]] = {}
     for path, module in plain.named_modules(remove_duplicate=False):
         other = theirs.pop(path, None)
-        if type(module) is not type(other):
+        if other is None or _class_name(module) != _class_name(other):
             raise UnsupportedError(
                 f"Module {path!r} is {type(module).__name__} in the plain model, {type(other).__name__} in the other."
             )
@@ -346,7 +358,8 @@ def structure_of(plain: nn.Module, pruned: nn.Module) -> Structure:
         raise UnsupportedError(f"The pruned model has no tensor {missing[0]!r}.")
     shapes = {n: tuple(t.shape) for n, t in after.items() if n in before and t.shape != before[n].shape}
     saved = pruned.state_dict().keys()
-    return Structure(tensors=shapes, attributes=attributes, extra=tuple(n for n in shapes if n not in saved))
+    extra = tuple(n for n in (after if whole else shapes) if n in before and n not in saved)
+    return Structure(tensors=shapes, attributes=attributes, extra=extra)
 
 
 def shape_(plain: nn.Module, structure: Structure) -> None:
@@ -401,6 +414,11 @@ def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     empty = [name for name, tensor in named_tensors(model).items() if tensor.is_meta]
     if empty:
         raise UnsupportedError(f"{len(empty)} tensors have no values, the first is {empty[0]}.")
+
+
+def _class_name(module: nn.Module) -> tuple[str, str]:
+    """By name: a class that is made inside a function, as torch's parametrized ones are, is another one each time."""
+    return type(module).__module__, type(module).__qualname__
 
 
 def _cached(model: nn.Module) -> set[str]:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from prunecli.errors import PruneError
 from prunecli.objective import Objective
+from prunecli.outputs import logits_of
 from prunecli.recipe import FinetuneSettings
 from prunecli.schedule import Schedule, build_optimizer, build_schedule
 
@@ -48,8 +49,7 @@ class _Shell(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images)
-        return logits
+        return logits_of(self.model(images))
 
 
 @dataclass(frozen=True, kw_only=True)

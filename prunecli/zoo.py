@@ -39,8 +39,9 @@ from timm.models._hub import load_model_config_from_path  # the one public way t
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunecli import factory
 from prunecli import nets as _registered  # noqa: F401 - import registers the papers' networks
-from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.errors import PruneError, UsageError, nearest, one_line
 from prunecli.plan import ModelRef
 
 log = logging.getLogger("prunecli")
@@ -51,6 +52,7 @@ PLAIN_KEYS = ("state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
 # huggingface_hub 1.x closes its client where a connection is refused, then tries again with the closed one
 _CLOSED_CLIENT = "client has been closed"
+_DEFAULT_SIZE = (3, 224, 224)  # as timm's, where nothing is known
 OWN_ARGS = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
 )
@@ -97,28 +99,36 @@ def load_model(
     weights: str | Path | None = None,
     pretrained: bool = True,
     model_args: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Loaded:
     """Build a model and load its weights, strictly.
 
     Args:
-        name: timm name with or without tag, ``hf-hub:owner/name[@revision]`` or ``local-dir:PATH``.
+        name: timm name with or without tag, ``hf-hub:owner/name[@revision]``, ``local-dir:PATH``, or
+            ``package.module:function``, which is imported and called.
         weights: a ``.safetensors`` or torch file to load instead of the weights that belong to ``name``.
         pretrained: False starts from random weights; ignored where ``weights`` is given.
-        model_args: keyword arguments for ``timm.create_model``.
+        model_args: keyword arguments for ``timm.create_model``, or for the function.
+        preprocessing: ``input_size``, ``mean`` and ``std`` that go before the checkpoint's own.
         seed: for whatever starts at random (all weights, or a classifier with another number of classes).
 
     Raises:
-        UsageError: unknown name, file or argument; no weights to load; no classifier.
+        UsageError: unknown name, file or argument; no weights to load; no classifier; a function that fails.
         PruneError: a file that cannot be read, would execute code or holds another model; no network.
     """
     file = _existing_file(weights) if weights is not None else None
-    args = _checked_args(model_args or {})
+    given = _plain_args(model_args or {})
+    if factory.names_function(name):
+        function = factory.Function(name=name, args=given)
+        return _load_function(function, file, pretrained=pretrained, preprocessing=preprocessing or {}, seed=seed)
+    if own := sorted(OWN_ARGS & set(given)):
+        raise UsageError(f"Model argument {own[0]!r} cannot be set.", hint="Weights are chosen by name or --weights.")
     source = _resolve(name)
-    asked = args
-    args = {**source.args, **asked}
-    with _naming_bad_args(name, asked):
-        plain = _create(source.name, source.cfg, args, initialise=False)
+    args = {**source.args, **given}
+    overlay = {"pretrained_cfg_overlay": _tuples(preprocessing)} if preprocessing else {}
+    with _naming_bad_args(name, given):
+        plain = _create(source.name, source.cfg, args | overlay, initialise=False)
     ref = _reference(plain, args)
     if ref.num_classes == 0:
         raise UsageError(
@@ -132,14 +142,49 @@ def load_model(
     elif pretrained:
         _require_weights(name, plain.pretrained_cfg)  # type: ignore[arg-type]
         with _naming_download_failures(name), _tensors_only():
-            model = _create(source.name, source.cfg, args, initialise=True, pretrained=True, seed=seed)
+            model = _create(source.name, source.cfg, args | overlay, initialise=True, pretrained=True, seed=seed)
         if ref.num_classes != ref.pretrained_cfg["num_classes"]:
             was = ref.pretrained_cfg["num_classes"]
             notes.append(f"the classifier is new and untrained: {ref.num_classes} classes, the checkpoint has {was}")
     else:
-        model = _create(source.name, source.cfg, args, initialise=True, seed=seed)
+        model = _create(source.name, source.cfg, args | overlay, initialise=True, seed=seed)
         notes.append("random weights, nothing pretrained")
     return Loaded(model=model, ref=ref, digest=state_digest(model.state_dict()), notes=tuple(notes))
+
+
+def _load_function(
+    function: factory.Function,
+    file: Path | None,
+    *,
+    pretrained: bool,
+    preprocessing: Mapping[str, Any],
+    seed: int,
+) -> Loaded:
+    """A model of the user's own, with the weights it comes with or those of ``file``. Raises as ``load_model``."""
+    title = f"Model {function}"
+    notes: list[str] = []
+    model = factory.make(function, title=title, seed=seed, notes=notes)
+    cfg = {**factory.declared_input(model), **preprocessing}
+    ref = ModelRef(
+        name=function.name, args=dict(function.args), num_classes=0, pretrained_cfg=cfg, timm=timm.__version__
+    )
+    spec = input_spec(ref)
+    ref = ref.model_copy(update={"num_classes": factory.count_classes(model, spec.size, title=title)})
+    if file is not None:
+        _load_strictly_(model, _read_state(file, notes), file=file, ref=ref)
+    else:
+        no_say = "" if pretrained else ", which --no-pretrained does not change"
+        notes.append(f"the weights are those that {function.name} returns{no_say}")
+    notes += _assumptions(ref, spec)
+    return Loaded(model=model, ref=ref, digest=state_digest(model.state_dict()), notes=tuple(notes))
+
+
+def _assumptions(ref: ModelRef, spec: InputSpec) -> list[str]:
+    """What had to be taken for granted of a function's input, in one note or none."""
+    assumed = [f"images of {'x'.join(map(str, spec.size))}"] if ref.assumes_input_size else []
+    if not {"mean", "std"} <= ref.pretrained_cfg.keys():
+        assumed.append("the mean and std of ImageNet")
+    return [f"{ref.name} does not say what it takes; assumed: {', '.join(assumed)}"] if assumed else []
 
 
 def build(ref: ModelRef) -> nn.Module:
@@ -164,7 +209,7 @@ def build(ref: ModelRef) -> nn.Module:
         return _create(arch if ref.pretrained_cfg else ref.name, ref.pretrained_cfg or None, args, initialise=False)
     except (TypeError, ValueError, AssertionError) as error:
         raise PruneError(
-            f"timm {timm.__version__} cannot build {ref.name} with {args}: {_one_line(error)}.",
+            f"timm {timm.__version__} cannot build {ref.name} with {args}: {one_line(error)}.",
             hint=f"The model was built with timm {ref.timm}.",
         ) from error
 
@@ -173,7 +218,8 @@ def input_spec(ref: ModelRef) -> InputSpec:
     """The preprocessing of a reference: timm's ``resolve_data_config`` on its pretrained_cfg, ``in_chans`` and
     ``img_size`` arguments applied. Where the channels change, ``mean`` and ``std`` become their average over channels.
     """
-    cfg = resolve_data_config(pretrained_cfg=_tuples(ref.pretrained_cfg) or timm.get_pretrained_cfg(ref.name).to_dict())
+    known = ref.pretrained_cfg or ({} if ref.is_function else timm.get_pretrained_cfg(ref.name).to_dict())
+    cfg = resolve_data_config(pretrained_cfg={"input_size": _DEFAULT_SIZE, **_tuples(known)})
     channels, height, width = cfg["input_size"]
     channels = ref.args.get("in_chans", channels)
     if (size := ref.args.get("img_size")) is not None:
@@ -225,7 +271,7 @@ def _from_folder(name: str, folder: Path) -> _Source:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PruneError(f"{folder / 'config.json'} cannot be read: {_one_line(error)}.") from error
+        raise PruneError(f"{folder / 'config.json'} cannot be read: {one_line(error)}.") from error
     if not isinstance(raw, dict) or "architecture" not in raw:
         raise PruneError(f"{folder / 'config.json'} names no architecture, so it is not timm's layout.")
     return _from_config(name, *load_model_config_from_path(folder))
@@ -240,9 +286,7 @@ def _from_config(name: str, cfg: dict[str, Any], arch: str, args: dict[str, Any]
     return _Source(name=arch, cfg=cfg, args=dict(args))
 
 
-def _checked_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    if own := sorted(OWN_ARGS & set(args)):
-        raise UsageError(f"Model argument {own[0]!r} cannot be set.", hint="Weights are chosen by name or --weights.")
+def _plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(args)))
     except TypeError as error:
@@ -259,7 +303,7 @@ def _naming_bad_args(name: str, args: Mapping[str, Any]) -> Iterator[None]:
         if not args:
             raise
         given = ", ".join(f"{key}={value}" for key, value in args.items())
-        raise UsageError(f"Model {name!r} cannot be built with {given}: {_one_line(error)}.") from error
+        raise UsageError(f"Model {name!r} cannot be built with {given}: {one_line(error)}.") from error
 
 
 def _reference(model: nn.Module, args: Mapping[str, Any]) -> ModelRef:
@@ -356,7 +400,7 @@ def _naming_download_failures(name: str) -> Iterator[None]:
     try:
         yield
     except hub.HFValidationError as error:
-        raise UsageError(f"{name!r} is not a hub repository: {_one_line(error)}.", hint="Write owner/name.") from error
+        raise UsageError(f"{name!r} is not a hub repository: {one_line(error)}.", hint="Write owner/name.") from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, urllib.error.URLError, ConnectionError) as error:
         raise _unreachable(name) from error
     except hub.GatedRepoError as error:
@@ -364,9 +408,9 @@ def _naming_download_failures(name: str) -> Iterator[None]:
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
         raise UsageError(f"{name!r} does not exist on the hub, or is private.", hint="Check the spelling.") from error
     except hub.EntryNotFoundError as error:
-        raise PruneError(f"{name!r} lacks a file that timm needs: {_one_line(error)}.") from error
+        raise PruneError(f"{name!r} lacks a file that timm needs: {one_line(error)}.") from error
     except SafetensorError as error:
-        raise PruneError(f"The weights of {name!r} are damaged or truncated: {_one_line(error)}.") from error
+        raise PruneError(f"The weights of {name!r} are damaged or truncated: {one_line(error)}.") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
         if _CLOSED_CLIENT in str(error):
             raise _unreachable(name) from error
@@ -403,7 +447,7 @@ def _read_state(file: Path, notes: list[str]) -> dict[str, Tensor]:
         try:
             return _unwrapped(load_file(file), file, notes)
         except (SafetensorError, OSError) as error:
-            raise PruneError(f"{file} is damaged, truncated or no safetensors file: {_one_line(error)}.") from error
+            raise PruneError(f"{file} is damaged, truncated or no safetensors file: {one_line(error)}.") from error
     try:
         # timm's and torchvision's training scripts store their arguments; a Namespace is plain data
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -426,8 +470,8 @@ def _explain_unreadable(what: str, error: BaseException) -> PruneError:
                 hint="Save the tensors alone: torch.save(model.state_dict(), FILE), or better safetensors.",
             )
     if "loading state_dict" in text:
-        return PruneError(f"{what} do not fit the architecture: {_one_line(error)}.")
-    reason = "" if isinstance(error, KeyError) else f" ({_one_line(error)})"  # a KeyError says "101"
+        return PruneError(f"{what} do not fit the architecture: {one_line(error)}.")
+    reason = "" if isinstance(error, KeyError) else f" ({one_line(error)})"  # a KeyError says "101"
     return PruneError(f"{what}: damaged, truncated or no torch file{reason}.")
 
 
@@ -453,8 +497,9 @@ def _load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path
     Raises:
         PruneError: names the first tensors that do not fit.
     """
-    own = model.state_dict()
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    own = model.state_dict(keep_vars=True)
+    given = {id(own[n]) for n in own if n in state}  # a shared tensor needs to be there under one of its names
+    missing = [n for n in own if id(own[n]) not in given and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in own]
     other = [n for n in state if n in own and state[n].shape != own[n].shape]
     problems = [
@@ -498,8 +543,3 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     if len(values) == channels:
         return tuple(values)
     return (sum(values) / len(values),) * channels
-
-
-def _one_line(error: BaseException, limit: int = 240) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

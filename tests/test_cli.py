@@ -403,11 +403,11 @@ def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
 
     verify = store.verify
 
-    def chatty(path):
+    def chatty(*arguments):
         sys.stdout.write("Files already downloaded and verified\n")
         logging.getLogger("timm").warning("a library's own warning")
         logging.getLogger("prunecli").warning("Image x.png cannot be read")
-        return verify(path)
+        return verify(*arguments)
 
     monkeypatch.setattr(store, "verify", chatty)
     result = call("verify", str(run), "--json")

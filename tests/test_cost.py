@@ -37,6 +37,16 @@ def test_attention_products_are_counted():
     assert count_macs(Attention(), (3, 6, 4)) == 2 * 3 * tokens * tokens * 4
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_torchs_own_transformer_layer_is_counted_whatever_path_it_takes(fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", fast)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    tokens = nn.Sequential(nn.Flatten(0, 1), layer)  # images of one channel: rows are tokens
+    projections, products, feedforward = 4 * 8 * 24 + 4 * 8 * 8, 2 * 4 * 4 * 8, 2 * 4 * 8 * 16
+    assert count_macs(tokens, (1, 4, 8)) == projections + products + feedforward
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
 class TokenFirst(nn.Module):
     """Hands a parameter to a submodule, as class-token transformers do."""
 

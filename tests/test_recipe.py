@@ -90,3 +90,25 @@ def test_weights_and_no_pretrained_contradict():
 def test_broken_yaml_is_one_sentence(text, said):
     with pytest.raises(UsageError, match=said):
         parse_yaml(text, origin="job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data": {"input_size": [3, 64]}}, "data.input_size"),
+        ({"data": {"input_size": [3, 0, 64]}}, "data.input_size"),
+        ({"data": {"mean": []}}, "data.mean"),
+        ({"data": {"std": [0.5, 0.0]}}, "data.std"),
+        ({"data": {"input_size": [3, 64, 64]}, "model_args": {"img_size": 64}}, "img_size both set the input"),
+    ],
+)
+def test_wrong_preprocessing_is_named(values, said):
+    with pytest.raises(UsageError, match=said):
+        Recipe.from_mapping(values)
+
+
+def test_preprocessing_is_what_was_given():
+    recipe = Recipe.from_mapping({"data": {"input_size": [3, 64, 64], "std": [0.5]}})
+    assert recipe.data.preprocessing == {"input_size": [3, 64, 64], "std": [0.5]}
+    assert Recipe.from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert Recipe().data.preprocessing == {}

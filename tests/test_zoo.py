@@ -49,7 +49,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         ("cifar_resnet57", "cifar_resnet56"),
         ("resnet50.a1_in1kk", "resnet50.a1_in1k"),
         ("timm/resnet50.a1_in1k", "hf-hub:timm/resnet50.a1_in1k"),
-        ("s3:bucket", "hf-hub:s3:bucket"),
+        ("s3:bucket/key", "hf-hub:s3:bucket/key"),
     ],
 )
 def test_unknown_name_gets_the_nearest(name: str, hint: str) -> None:
@@ -523,3 +523,15 @@ def test_input_spec_follows_the_model_args() -> None:
     assert build(ref)(torch.zeros(1, 1, 160, 160)).shape == (1, 1000)
     ref = load_model("resnet18", pretrained=False, model_args={"in_chans": 1}).ref
     assert input_spec(ref).mean == (pytest.approx(0.449),)
+
+
+def test_input_size_mean_and_std_of_the_user_go_before_the_checkpoints_own() -> None:
+    asked = {"input_size": [1, 64, 32], "mean": [0.1], "std": [0.3]}
+    ref = load_model("resnet18", pretrained=False, preprocessing=asked).ref
+    spec = input_spec(ModelRef.model_validate_json(ref.model_dump_json()))
+    assert (spec.size, spec.mean, spec.std, spec.interpolation) == ((1, 64, 32), (0.1,), (0.3,), "bicubic")
+    assert ref.args == {}
+    assert build(ref)(torch.zeros(1, 1, 64, 32)).shape == (1, 1000)
+    assert input_spec(load_model("resnet18", pretrained=False).ref).size == (3, 224, 224)
+    ref = load_model("vit_tiny_patch16_224", pretrained=False, preprocessing={"input_size": [3, 64, 64]}).ref
+    assert build(ref)(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)

@@ -25,6 +25,7 @@ from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
 from prunecli.axes.rules import apply_rule, layer_norm, sdpa
 from prunecli.errors import UnsupportedError
+from prunecli.outputs import tensors_of
 
 INPUT = "it is an axis of the network's input"
 OUTPUT = "it is an axis of the network's output (classes)"
@@ -230,7 +231,7 @@ def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) 
 
 def _forward(model: nn.Module, image: Tensor, record: Record) -> list[Tensor]:
     try:
-        return tensors_in(model(image))
+        return tensors_of(model(image))
     except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
         reason = str(error).strip().splitlines()
         raise UnsupportedError(
