@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from prunecli.groups import AttributeEdit, ScaleFold, module_of
-from prunecli.outputs import tensors_of
+from prunecli.outputs import as_rows
 from prunecli.plan import PlannedGroup, removed_positions
 from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors, require_fit
 
@@ -225,18 +225,9 @@ def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """All output tensors as one, [images, values]; images in float64 stay so on their way.
-
-    A tensor that has no row an image is repeated for each.
-    """
+    """All output tensors as one, [images, values]; images in float64 stay so on their way."""
     with _StayDouble() if images.dtype is torch.float64 else nullcontext():
-        return torch.cat([_rows(tensor, len(images)) for tensor in tensors_of(model(images))], dim=1)
-
-
-def _rows(tensor: Tensor, count: int) -> Tensor:
-    if tensor.shape[:1] == (count,):
-        return tensor.reshape(count, -1)
-    return tensor.reshape(1, -1).expand(count, -1)
+        return as_rows(model(images), len(images))
 
 
 class _StayDouble(TorchFunctionMode):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from prunecli.errors import UnsupportedError
@@ -52,6 +53,16 @@ def tensors_of(output: object) -> list[Tensor]:
         return [output]
     items = output if isinstance(output, list | tuple) else _parts(output).values()
     return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def as_rows(output: object, images: int) -> Tensor:
+    """Everything a model returned for a batch as one matrix [images, values]: features of any shape, logits, lists.
+
+    A tensor that has no row an image is repeated for each.
+    """
+    tensors = tensors_of(output)
+    rows = [t.reshape(images, -1) if t.shape[:1] == (images,) else t.reshape(1, -1).expand(images, -1) for t in tensors]
+    return torch.cat(rows, dim=1)
 
 
 def _parts(value: object) -> Mapping[object, object]:

@@ -190,7 +190,7 @@ def inspection(found: Inspection) -> RenderableType:
     if found.source.ref.assumes_input_size:
         shape += " (assumed)"
     totals = _fields(
-        ("model", f"{found.source.ref.name}, input {shape}, {found.source.ref.num_classes} classes"),
+        ("model", f"{found.source.ref.name}, input {shape}, {wording.classes(found.source.ref.num_classes)}"),
         ("cost", f"{count(cost.params)} parameters, {count(cost.macs)} multiply-adds, {wording.size(cost.bytes)}"),
         ("prunable", f"{len(graph.groups)} coupled groups, {found.prunable_share:.1%} of the parameters"),
         ("engine", graph.engine),

@@ -132,6 +132,11 @@ def open_images(recipe: Recipe, source: Source) -> data.Images | None:
     """The data of a recipe, or None where it names none. Raises UsageError, PruneError."""
     if recipe.data.name is None:
         return None
+    if source.ref.num_classes == 0:
+        raise UsageError(
+            f"Model {recipe.model!r} has no classifier, so data cannot say how good it is.",
+            hint="Give --model-arg num_classes=N to put a new one on it, or no --data.",
+        )
     return data.open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
 
 
@@ -252,6 +257,8 @@ def jacobian_images(recipe: Recipe, source: Source, device: torch.device) -> int
     asked = recipe.spectrum.samples
     if asked != "auto":
         return asked
+    if source.ref.num_classes == 0:
+        return 0
     price = 3 * source.ref.num_classes * max(source.cost.macs, 1)
     return min(_JACOBIAN_IMAGES, int(_JACOBIAN_MACS[device.type] / price))
 

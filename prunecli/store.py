@@ -30,7 +30,7 @@ from prunecli import __version__, factory, surgery, zoo
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
 from prunecli.factory import Function
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
-from prunecli.outputs import logits_of
+from prunecli.outputs import as_rows, logits_of
 from prunecli.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.recipe import Recipe
 from prunecli.report import Report, VerifyReport
@@ -472,7 +472,8 @@ def verify_here(path: Path, function: Function | None = None) -> VerifyReport:
         raise PruneError(f"{path / REFERENCE} holds no logits.")
     model, _ = load_exported(path, function)
     logits = _reference_logits(model, exported.model)
-    classes_equal = logits.shape == reference.shape and logits.shape[-1] == exported.model.num_classes
+    classes = exported.model.num_classes
+    classes_equal = logits.shape == reference.shape and classes in {0, logits.shape[-1]}
     difference = float((logits - reference).abs().max()) if logits.shape == reference.shape else float("inf")
     scale = float(reference.abs().max())
     close = difference <= _VERIFY_TOLERANCE * scale
@@ -492,16 +493,19 @@ def reference_input(size: tuple[int, int, int]) -> Tensor:
 
 @torch.no_grad()
 def _reference_logits(model: nn.Module, ref: ModelRef) -> Tensor:
-    """Logits of the reference input on one CPU thread, whose sums do not depend on how work was shared out."""
+    """Logits of the reference input, or all features where there is no classifier.
+
+    On one CPU thread, whose sums do not depend on how work was shared out.
+    """
     cpu_model = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
     was_training, threads = cpu_model.training, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        logits = logits_of(cpu_model.eval()(reference_input(zoo.input_spec(ref).size)))
+        output = cpu_model.eval()(reference_input(zoo.input_spec(ref).size))
     finally:
         torch.set_num_threads(threads)
     cpu_model.train(was_training)
-    return logits.float()
+    return (logits_of(output) if ref.num_classes else as_rows(output, _VERIFY_IMAGES)).float()
 
 
 def read_value(kind: type[V], path: Path) -> V:

@@ -68,7 +68,12 @@ def _warnings(job: Job, size: Cost) -> tuple[str, ...]:
     if job.images is not None and job.images.unreadable:
         names = ", ".join(sorted(job.images.unreadable)[:3])
         said.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
-    if job.recipe.spectrum.samples == "auto" and jacobian_images(job.recipe, job.source, job.device) == 0:
+    classified = job.source.ref.num_classes > 0
+    if (
+        classified
+        and job.recipe.spectrum.samples == "auto"
+        and jacobian_images(job.recipe, job.source, job.device) == 0
+    ):
         said.append("The Jacobian spectrum was not taken: exact Jacobians of this model cost minutes an image here.")
     if size.macs >= job.source.cost.macs and job.progress.target is not None:
         said.append("The model does not have fewer multiply-adds than before.")

@@ -19,6 +19,11 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
+def classes(number: int) -> str:
+    """``1000 classes``, or that there are none."""
+    return f"{number} classes" if number else "no classifier"
+
+
 def size(num_bytes: float) -> str:
     """Bytes in decimal units, as targets are given: ``3.41 MB``."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

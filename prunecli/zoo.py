@@ -53,9 +53,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 # huggingface_hub 1.x closes its client where a connection is refused, then tries again with the closed one
 _CLOSED_CLIENT = "client has been closed"
 _DEFAULT_SIZE = (3, 224, 224)  # as timm's, where nothing is known
-OWN_ARGS = frozenset(
-    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only"}
-)
+OWN_ARGS = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ def load_model(
         seed: for whatever starts at random (all weights, or a classifier with another number of classes).
 
     Raises:
-        UsageError: unknown name, file or argument; no weights to load; no classifier; a function that fails.
+        UsageError: unknown name, file or argument; no weights to load; a function that fails.
         PruneError: a file that cannot be read, would execute code or holds another model; no network.
     """
     file = _existing_file(weights) if weights is not None else None
@@ -130,12 +128,9 @@ def load_model(
     with _naming_bad_args(name, given):
         plain = _create(source.name, source.cfg, args | overlay, initialise=False)
     ref = _reference(plain, args)
-    if ref.num_classes == 0:
-        raise UsageError(
-            f"Model {name!r} has no classifier, so there is no accuracy to keep.",
-            hint="Give --model-arg num_classes=N to put a new one on it.",
-        )
     notes: list[str] = []
+    if ref.num_classes == 0:
+        notes.append("the model has no classifier: what it returns are features, and their widths stay")
     if file is not None:
         model, state = plain, _read_state(file, notes)
         _load_strictly_(model, state, file=file, ref=ref)
@@ -143,7 +138,7 @@ def load_model(
         _require_weights(name, plain.pretrained_cfg)  # type: ignore[arg-type]
         with _naming_download_failures(name), _tensors_only():
             model = _create(source.name, source.cfg, args | overlay, initialise=True, pretrained=True, seed=seed)
-        if ref.num_classes != ref.pretrained_cfg["num_classes"]:
+        if ref.num_classes not in {0, ref.pretrained_cfg["num_classes"]}:
             was = ref.pretrained_cfg["num_classes"]
             notes.append(f"the classifier is new and untrained: {ref.num_classes} classes, the checkpoint has {was}")
     else:
@@ -315,7 +310,7 @@ def _reference(model: nn.Module, args: Mapping[str, Any]) -> ModelRef:
     return ModelRef(
         name=f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
         args=dict(args),
-        num_classes=int(model.num_classes),  # type: ignore[arg-type]
+        num_classes=int(getattr(model, "num_classes", 0) or 0),  # a feature extractor has none
         pretrained_cfg=json.loads(json.dumps(cfg)),
         timm=timm.__version__,
     )

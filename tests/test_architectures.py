@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import prunecli
-from prunecli import pipeline
+from prunecli import pipeline, zoo
+from prunecli.errors import UsageError
+from prunecli.outputs import tensors_of
 from prunecli.recipe import Recipe
 from prunecli.store import reference_input
 
@@ -27,6 +29,39 @@ ARCHITECTURES = {
     "cifar_resnet56": {"round_to": 1},
     "cifar_vgg19": {},
 }
+
+
+FEATURES = {
+    "resnet18": {"features_only": True},
+    "convnext_atto": {"features_only": True, "out_indices": [1, 2]},
+    "vit_tiny_patch16_224": {"num_classes": 0},
+    "swin_tiny_patch4_window7_224": {"features_only": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature_extractors_keep_their_widths_and_reload(name, tmp_path):
+    recipe = Recipe.from_mapping(
+        {"model": name, "model_args": FEATURES[name], "pretrained": False, "target": "macs=60%", "device": "cpu"}
+    )
+    report = pipeline.compress(recipe, out=tmp_path / "run")
+    assert report.final["macs"] == pytest.approx(0.6 * report.base["macs"], rel=0.01)
+    assert report.verify is not None
+    assert report.verify.reload_max_abs_diff == 0
+    assert any("no classifier" in warning for warning in report.warnings)
+    images = reference_input((3, 224, 224))
+    plain = zoo.load_model(name, pretrained=False, model_args=FEATURES[name]).model
+    with torch.no_grad():
+        widths = [[t.shape for t in tensors_of(m(images))] for m in (plain, prunecli.load(tmp_path / "run"))]
+    assert widths[0] == widths[1]
+
+
+def test_data_cannot_judge_a_feature_extractor(tmp_path):
+    settings = {"model": "resnet18", "model_args": {"features_only": True}, "pretrained": False, "target": "macs=60%"}
+    with pytest.raises(UsageError, match="no classifier") as error:
+        pipeline.compress(Recipe.from_mapping(settings | {"data": {"name": "digits"}}), out=tmp_path / "run")
+    assert "num_classes=N" in str(error.value)
 
 
 @pytest.mark.slow

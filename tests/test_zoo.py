@@ -103,10 +103,14 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone() -> No
     assert "random weights" in a.notes[0]
 
 
-def test_model_without_classifier_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UsageError, match="no classifier") as error:
-        load_model("vit_small_patch14_dinov2", pretrained=False)
-    assert "num_classes=N" in str(error.value)
+@pytest.mark.parametrize("args", [{"num_classes": 0}, {"features_only": True}])
+def test_a_model_without_classifier_says_so(args: dict[str, Any]) -> None:
+    loaded = load_model("resnet18", pretrained=False, model_args=args)
+    assert loaded.ref.num_classes == 0
+    assert "the model has no classifier" in loaded.notes[0]
+    assert {name: p.shape for name, p in build(loaded.ref).named_parameters()} == {
+        name: p.shape for name, p in loaded.model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(
