@@ -123,7 +123,7 @@ def _replay(call: Call, position: int) -> _Step:
         return lambda index: index.reshape(call.out.shape)
 
     def step(index: Tensor) -> Tensor:
-        out = call.function(index.contiguous(), *call.args[1:], **call.kwargs)
+        out = call.function(index, *call.args[1:], **call.kwargs)
         return out if isinstance(out, Tensor) else out[position]
 
     return step
