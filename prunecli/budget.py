@@ -1,17 +1,12 @@
 """Budget: from scores and a target to the channels that stay. A pure solver; no model is touched.
 
-How many channels each group loses is one number, the *pressure* p in [0, 1]. Groups form *pools*, by the ranking: every
-group its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
+How many channels each unit loses is one number, the *pressure* p in [0, 1]. Units form *pools*, by the ranking: every
+unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
 ECCV 2024). A pool of W channels gives up its ceil(p W) cheapest, no group more than its share ``max_ratio``. Target
 ``ratio`` sets p itself; for the others p is bisected, since parameters, multiply-adds and bytes fall with p, and the
 last per cent is found by moving single steps of single groups.
 
-Rounding happens inside: kept widths are multiples of ``round_to``, halved until at least four steps fit into the group
-(a width of 16 with round_to 8 moves in steps of 4), because one step of half a group would make any ratio meaningless.
-Heads are always counted singly. The full width is always allowed.
-
-Costs are made comparable between groups by dividing by the group's mean, except where a criterion's own unit already
-means the same everywhere: ``taylor`` (loss), ``lamp`` and ``bn_scale`` (made for global thresholds), ``random``.
+What is cut as one and in which steps, rounding included, is said by `prunecli.units`.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Final
 
 from torch import Tensor
@@ -30,7 +24,6 @@ from prunecli.groups import (
     AttributeConflictError,
     Const,
     Graph,
-    Group,
     Product,
     Size,
     Sum,
@@ -38,9 +31,9 @@ from prunecli.groups import (
 )
 from prunecli.plan import Cost
 from prunecli.recipe import PruneSettings, Target
+from prunecli.units import Unit, find_units
 
 TOLERANCE: Final = 0.01  # of the metric
-_COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random"})
 _PAIRED: Final = 200
 _ROUNDS: Final = 200  # moves of the final search; each brings the metric closer, so few are ever needed
 
@@ -80,9 +73,9 @@ def choose(
 ) -> Choice:
     """Decide which channels of which groups stay.
 
-    Groups are left whole that the name patterns leave out, that have no score, that are the other factor of a product,
-    or whose attributes cannot express the new widths (those are found by asking ``graph.solve``, then all is chosen
-    again without them).
+    Groups are left whole that the name patterns leave out, that have no score, or that are the other factor of a
+    product. Ties keep to what the attributes can express; should ``graph.solve`` refuse a choice all the same, the
+    groups it blames stay whole too, and all is chosen again.
 
     Args:
         graph: groups, sizes and the attribute solver.
@@ -102,7 +95,7 @@ def choose(
     prices = _Prices(graph=graph, parameters=parameters, stored=stored, base=base, bytes_per_element=bytes_per_element)
     locked: dict[str, str] = {}
     while True:
-        units, notes = _units(graph, scores, settings, locked)
+        units, notes = find_units(graph, scores, settings, locked)
         choice = _solve(units, target, settings, prices, notes)
         try:
             graph.solve({name: len(keep) for name, keep in choice.keep.items()})
@@ -113,151 +106,6 @@ def choose(
             locked.update((name, f"{name} keeps all channels: {conflict}") for name in blamed)
         else:
             return choice
-
-
-# ---------------------------------------------------------------------------------------------- units
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Unit:
-    """Groups that lose equally many channels: one group, or several tied ones.
-
-    ``order`` holds each group's channels, least important first; ``costs`` what the r-th loss costs (mean over the
-    groups, ascending); ``allowed`` the kept widths, largest first.
-    """
-
-    order: Mapping[str, tuple[int, ...]]
-    width: int
-    costs: tuple[float, ...]
-    allowed: tuple[int, ...]
-    shape: tuple[object, ...]
-
-    @property
-    def most(self) -> int:
-        """Most channels that may leave."""
-        return self.width - self.allowed[-1]
-
-    def nearest(self, kept: int) -> int:
-        """The allowed width nearest to ``kept``, the larger of two."""
-        return min(self.allowed, key=lambda width: (abs(width - kept), -width))
-
-    def step(self, kept: int, by: int) -> int | None:
-        """The next smaller (``by`` 1) or larger (-1) allowed width, if there is one."""
-        at = self.allowed.index(kept) + by
-        return self.allowed[at] if 0 <= at < len(self.allowed) else None
-
-
-def _units(
-    graph: Graph, scores: Mapping[str, Tensor], settings: PruneSettings, locked: Mapping[str, str]
-) -> tuple[list[_Unit], list[str]]:
-    """What may be cut, in network order, and notes on what may not."""
-    notes = list(locked.values())
-    free = [g for g in _selected(graph.groups, settings, notes) if g.name not in locked and g.width > 1]
-    unscored = [g.name for g in free if g.name not in scores]
-    if unscored:
-        notes.append(f"{len(unscored)} groups have no {settings.criterion} score and stay: {', '.join(unscored)}")
-    chosen = _one_factor_each([g for g in free if g.name in scores], graph.exclusive, settings)
-    units = []
-    for tied in _tied(graph):
-        together = [chosen[name] for name in tied if name in chosen]
-        if not together:
-            continue
-        if len(together) < len(tied) or len({g.width for g in together}) > 1:
-            notes.append(
-                f"{', '.join(tied)} must keep equally many channels and not all of them may be cut: they stay."
-            )
-            continue
-        unit = _unit(graph, together, scores, settings)
-        if unit.most > 0:
-            units.append(unit)
-    return units, notes
-
-
-def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]) -> list[Group]:
-    """Groups with a producing layer (or name) that ``select`` matches and none that ``exclude`` matches."""
-    used: set[str] = set()
-
-    def matches(group: Group, patterns: Sequence[str]) -> bool:
-        names = (group.name, *group.layers("out"))
-        hits = {pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)}
-        used.update(hits)
-        return bool(hits)
-
-    selected = [(g, matches(g, settings.select), matches(g, settings.exclude)) for g in groups]
-    unused = [pattern for pattern in (*settings.select, *settings.exclude) if pattern not in used]
-    notes.extend(f"The pattern {pattern!r} matches no group." for pattern in unused)
-    return [group for group, wanted, unwanted in selected if wanted and not unwanted]
-
-
-def _one_factor_each(
-    groups: Sequence[Group], exclusive: Sequence[tuple[str, ...]], settings: PruneSettings
-) -> dict[str, Group]:
-    """At most one factor of each product, else its ratio would apply twice.
-
-    The factor that ``settings.attention`` names comes first, then the widest, then the earliest; a factor that is no
-    candidate (a single head) leaves its place to the other.
-    """
-    taken: dict[str, Group] = {}
-    ranked = sorted(groups, key=lambda group: (group.kind != settings.attention, -group.width))
-    for group in ranked:
-        rivals = {name for product in exclusive if group.name in product for name in product}
-        if rivals.isdisjoint(taken):
-            taken[group.name] = group
-    return taken
-
-
-def _tied(graph: Graph) -> list[list[str]]:
-    """All group names in network order, those that share a tie (also through others) in one list."""
-    sets = {group.name: [group.name] for group in graph.groups}
-    for tie in graph.ties:
-        known = [name for name in tie if name in sets]
-        for name in known[1:]:
-            joined, other = sets[known[0]], sets[name]
-            if joined is not other:
-                joined.extend(other)
-                sets.update((member, joined) for member in other)
-    place = {group.name: at for at, group in enumerate(graph.groups)}
-    unique = {id(names): names for names in sets.values()}
-    return [sorted(names, key=place.__getitem__) for names in unique.values()]
-
-
-def _unit(graph: Graph, groups: Sequence[Group], scores: Mapping[str, Tensor], settings: PruneSettings) -> _Unit:
-    order, sorted_costs = {}, []
-    for group in groups:
-        values = [float(value) for value in scores[group.name]]
-        if len(values) != group.width:
-            raise ValueError(f"group {group.name} has {group.width} channels and {len(values)} scores")
-        ranked = sorted(range(group.width), key=lambda j: values[j])
-        order[group.name] = tuple(ranked)
-        mean = math.fsum(values) / group.width
-        scale = 1.0 if settings.criterion in _COMPARABLE or mean <= 0 else mean
-        sorted_costs.append([values[j] / scale for j in ranked])
-    width = groups[0].width
-    return _Unit(
-        order=order,
-        width=width,
-        costs=tuple(math.fsum(column) / len(groups) for column in zip(*sorted_costs, strict=True)),
-        allowed=_allowed_widths(width, 1 if groups[0].kind == "heads" else settings.round_to, settings),
-        shape=tuple(_shape(graph, group) for group in groups),
-    )
-
-
-def _allowed_widths(width: int, round_to: int, settings: PruneSettings) -> tuple[int, ...]:
-    """Widths a group of ``width`` channels may keep, largest first."""
-    step = round_to
-    while step > 1 and width < 4 * step:
-        step //= 2
-    most = int(settings.max_ratio * width + 1e-9)
-    least = max(width - most, settings.min_width, 1)
-    return (width, *(kept for kept in range(width - 1, least - 1, -1) if kept % step == 0))
-
-
-def _shape(graph: Graph, group: Group) -> tuple[object, ...]:
-    """What makes two groups isomorphic: kind, and how the axis runs through which kinds of tensors, sizes aside."""
-    members = sorted(
-        (m.role, m.dim, len(graph.tensors.get(m.tensor, ())), m.tensor.rpartition(".")[2]) for m in group.members
-    )
-    return (group.kind, *members)
 
 
 # ---------------------------------------------------------------------------------------------- prices
@@ -345,7 +193,7 @@ def _names(size: Size) -> set[str]:
 class _Search:
     """Kept widths of all units, and the metric they give."""
 
-    units: Sequence[_Unit]
+    units: Sequence[Unit]
     meter: _Meter
     kept: list[int] = field(init=False)
 
@@ -354,7 +202,7 @@ class _Search:
 
     def widths(self, kept: Mapping[int, int]) -> dict[str, int]:
         """Unit number → width as group name → width."""
-        return {name: width for at, width in kept.items() for name in self.units[at].order}
+        return {name: own for at, width in kept.items() for name, own in self.units[at].widths(width).items()}
 
     def move(self, kept: Mapping[int, int]) -> int:
         """Set these units' widths; the metric."""
@@ -363,13 +211,17 @@ class _Search:
             self.kept[at] = width
         return self.meter.total
 
+    def close_to(self, goal: float) -> bool:
+        """Whether the metric is within the tolerance."""
+        return abs(self.meter.total - goal) <= TOLERANCE * goal
+
     def price(self, kept: Mapping[int, int]) -> int:
         """The metric if these units had these widths."""
         return self.meter.trial(self.widths(kept))
 
 
 def _solve(
-    units: Sequence[_Unit], target: Target, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
+    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
 ) -> Choice:
     if not units:
         raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
@@ -393,9 +245,9 @@ def _solve(
         else:
             asked, reached, reachable = goal, float(value), (float(least), float(dense))
     keep = {
-        name: tuple(sorted(order[unit.width - width :]))
+        name: tuple(sorted(unit.order[name][-own:]))
         for unit, width in zip(units, kept, strict=True)
-        for name, order in unit.order.items()
+        for name, own in unit.widths(width).items()
         if width < unit.width
     }
     if not keep:
@@ -408,7 +260,7 @@ def _solve(
     return Choice(keep=keep, cost=cost, asked=asked, reached=reached, reachable=reachable, notes=tuple(notes))
 
 
-def _pools(units: Sequence[_Unit], ranking: str) -> list[list[tuple[int, int]]]:
+def _pools(units: Sequence[Unit], ranking: str) -> list[list[tuple[int, int]]]:
     """Pools of losses (unit number, rank within the unit), cheapest first."""
     members: dict[object, list[int]] = {}
     for at, unit in enumerate(units):
@@ -423,7 +275,7 @@ def _pools(units: Sequence[_Unit], ranking: str) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _under_pressure(units: Sequence[_Unit], pools: Sequence[Sequence[tuple[int, int]]], pressure: float) -> list[int]:
+def _under_pressure(units: Sequence[Unit], pools: Sequence[Sequence[tuple[int, int]]], pressure: float) -> list[int]:
     """Kept widths when every pool gives up its ceil(pressure * size) cheapest channels.
 
     A loss that its group may not take counts for nothing: the pool then gives up its next cheapest one.
@@ -455,15 +307,9 @@ def _reach(
     reach = f"between {least:,} and {dense:,} {metric} can be reached"
     if not least * (1 - TOLERANCE) <= goal <= dense * (1 + TOLERANCE):
         raise TargetError(f"Target {text} asks for {goal:,.0f} {metric}: {reach}.", hint=hint)
-    low, high = 0.0, 1.0  # pressure: too little, enough (or all there is)
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        enough = search.price(dict(enumerate(_under_pressure(search.units, pools, middle)))) <= goal
-        low, high = (low, middle) if enough else (middle, high)
-    search.move(dict(enumerate(_under_pressure(search.units, pools, low))))
-    _walk(search, _under_pressure(search.units, pools, high), goal)
+    _press(search, pools, goal)
     for _ in range(_ROUNDS):
-        if abs(search.meter.total - goal) <= TOLERANCE * goal:
+        if search.close_to(goal):
             return
         better = _better_move(search, goal)
         if better is None:
@@ -475,16 +321,48 @@ def _reach(
     )
 
 
-def _walk(search: _Search, end: Sequence[int], goal: float) -> None:
-    """From the present widths towards the smaller ones of ``end``, cheapest step first, until the goal is met."""
-    while search.meter.total > goal:
-        ahead = [at for at, width in enumerate(end) if search.kept[at] > width]
-        if not ahead:
+def _press(search: _Search, pools: Sequence[Sequence[tuple[int, int]]], goal: float) -> None:
+    """Find the pressure under which the metric passes the goal, and go there step by step.
+
+    Where one step of a coarse unit passes it by more than the tolerance, that unit stays on the nearer side, and the
+    others make up for it under another pressure.
+    """
+    held: dict[int, int] = {}
+
+    def under(pressure: float) -> dict[int, int]:
+        return dict(enumerate(_under_pressure(search.units, pools, pressure))) | held
+
+    while True:
+        low, high = 0.0, 1.0  # too little, enough (or all there is)
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            low, high = (low, middle) if search.price(under(middle)) <= goal else (middle, high)
+        search.move(under(low))
+        passed = _walk(search, under(high), goal)
+        if passed is None or search.close_to(goal):
             return
+        at, before = passed
+        if abs(search.price({at: before}) - goal) < abs(search.meter.total - goal):
+            search.move({at: before})
+        held[at] = search.kept[at]
+
+
+def _walk(search: _Search, end: Mapping[int, int], goal: float) -> tuple[int, int] | None:
+    """From the present widths towards the smaller ones of ``end``, cheapest step first, until the goal is met.
+
+    The unit that took the last step and its width before, or None where the end came first.
+    """
+    passed = None
+    while search.meter.total > goal:
+        ahead = [at for at, width in end.items() if search.kept[at] > width]
+        if not ahead:
+            return None
         at = min(ahead, key=lambda at: (_next_cost(search, at), at))
         smaller = search.units[at].step(search.kept[at], 1)
         assert smaller is not None, "end is an allowed width below the present one"
+        passed = at, search.kept[at]
         search.move({at: smaller})
+    return passed
 
 
 def _next_cost(search: _Search, at: int) -> float:

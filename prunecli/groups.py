@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Kind = Literal["channels", "heads", "head_dim"]
 Role = Literal["out", "in", "elementwise"]
@@ -83,6 +83,62 @@ class Frozen:
     width: int
     tensors: tuple[str, ...]
     reason: str
+
+
+# ---------------------------------------------------------------------------------------------- ties
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Groups that keep the same share of their channels, a whole multiple of ``1 / parts``."""
+
+    groups: tuple[str, ...]
+    parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie:
+    """Groups that can only be cut together, because sizes in the program depend on each other.
+
+    Of each of the ``choices`` exactly one bundle is cut, and all of these keep the same share of their channels; the
+    groups of the other bundles keep all. Equal chunks of 8 channels are one choice of one bundle of two groups, in 8
+    parts. A residual stream of 192 channels that an attention of 3 heads reads as ``heads * head_dim`` is two choices:
+    the stream, in 192 parts; and the heads in 3 parts or the head width in 64. With the heads the stream is cut in
+    thirds, with the head width in 64ths.
+    """
+
+    choices: tuple[tuple[Bundle, ...], ...]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All groups it speaks of, once each."""
+        return tuple(dict.fromkeys(name for choice in self.choices for bundle in choice for name in bundle.groups))
+
+    def selected(self, rank: Callable[[Bundle], Any], *, fewest: int = 2) -> tuple[Bundle, ...] | None:
+        """One bundle of each choice, those of the lowest rank; None where no selection has a common share.
+
+        Where these move in fewer than ``fewest`` parts and others in more, the others that move in most.
+        """
+        if not all(self.choices):
+            return None
+        ranked = [sorted(choice, key=rank) for choice in self.choices]
+        first = tuple(choice[0] for choice in ranked)
+        most = max(bundle.parts for bundle in ranked[0])
+        for parts in range(most, common_parts(first), -1) if common_parts(first) < fewest else ():
+            fitting = [[bundle for bundle in choice if bundle.parts % parts == 0] for choice in ranked]
+            if all(fitting):
+                return tuple(choice[0] for choice in fitting)
+        return first if common_parts(first) > 1 else None
+
+
+def alone(group: Group) -> Tie:
+    """A group that nothing is tied to, as a tie of its own."""
+    return Tie(choices=((Bundle(groups=(group.name,), parts=group.width),),))
+
+
+def common_parts(bundles: Iterable[Bundle]) -> int:
+    """The finest common share of bundles is one part of this many."""
+    return math.gcd(*(bundle.parts for bundle in bundles))
 
 
 # ---------------------------------------------------------------------------------------------- sizes
@@ -198,7 +254,8 @@ class Graph:
         engine: which engine made it (``axes`` or ``torch_pruning``).
         groups: the prunable axes, in network order, names unique.
         frozen: the axes that stay, each with its reason.
-        ties: names of groups that must keep equally many channels (equal chunks, one shared attribute).
+        ties: groups that can only be cut together (equal chunks, one shared attribute); no group is in two. Widths that
+            keep to the ties can always be expressed by the attributes.
         exclusive: names of groups that are factors of one product (heads, head_dim): cut at most one of each.
         tensors: for every parameter and buffer the extents of its dimensions.
         ops: multiply-adds of every matmul-like operator call, for one image.
@@ -210,7 +267,7 @@ class Graph:
     engine: str
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
-    ties: tuple[tuple[str, ...], ...]
+    ties: tuple[Tie, ...]
     exclusive: tuple[tuple[str, ...], ...]
     tensors: Mapping[str, tuple[Size, ...]]
     ops: tuple[OpCost, ...]
@@ -224,6 +281,13 @@ class Graph:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def all_ties(self) -> list[Tie]:
+        """The ties and every other group as a tie of its own, in network order."""
+        tied = {name for tie in self.ties for name in tie.groups}
+        place = {group.name: at for at, group in enumerate(self.groups)}
+        ties = [*self.ties, *(alone(group) for group in self.groups if group.name not in tied)]
+        return sorted(ties, key=lambda tie: min(place[name] for name in tie.groups))
 
     def macs(self, kept: Mapping[str, int]) -> int:
         """Multiply-adds of one image with these kept widths (attention matmuls included)."""

@@ -17,7 +17,7 @@ from prunecli.plan import Cost, Plan
 from prunecli.report import Accuracy, LRReport, Report, SpectrumSummary, Stage, TargetResult, VerifyReport
 
 if TYPE_CHECKING:
-    from prunecli.groups import Frozen, Graph
+    from prunecli.groups import Frozen, Graph, Tie
     from prunecli.stages import Inspection
 
 _NAMES_SHOWN = 3  # of layers in one cell: what 80 columns hold
@@ -199,7 +199,9 @@ def inspection(found: Inspection) -> RenderableType:
     parts: list[RenderableType] = [totals, _groups_table(graph)]
     if graph.frozen:
         parts.append(_frozen_table(graph.frozen))
-    parts += _notes([f"tied, cut alike: {', '.join(names)}" for names in graph.ties])
+    parts += _notes([f"tied, one share of each: {_tied(tie)}" for tie in graph.ties[:_NAMES_SHOWN]])
+    if len(graph.ties) > _NAMES_SHOWN:
+        parts += _notes([f"and {len(graph.ties) - _NAMES_SHOWN} more ties (--json lists all)"])
     if graph.exclusive:
         more = f" and {len(graph.exclusive) - 1} more" if len(graph.exclusive) > 1 else ""
         first = " x ".join(graph.exclusive[0])
@@ -208,6 +210,12 @@ def inspection(found: Inspection) -> RenderableType:
         met = ", ".join(f"{name} ({times}x)" for name, times in sorted(graph.unknown_ops.items()))
         parts += _notes([f"operators without a rule, their axes stay: {met}"])
     return Group(*parts)
+
+
+def _tied(tie: Tie) -> str:
+    """The groups of a tie, as far as there is room; of those with "or" between them one is cut."""
+    choices = [" or ".join(" with ".join(bundle.groups) for bundle in choice) for choice in tie.choices]
+    return wording.listed(choices, _NAMES_SHOWN)
 
 
 def _groups_table(graph: Graph) -> Table:

@@ -83,7 +83,7 @@ class Inspection:
                 for group in self.graph.groups
             ],
             "frozen": [asdict(axis) for axis in self.graph.frozen],
-            "ties": [list(names) for names in self.graph.ties],
+            "ties": [list(tie.groups) for tie in self.graph.ties],
             "exclusive": [list(names) for names in self.graph.exclusive],
             "unknown_ops": dict(self.graph.unknown_ops),
         }

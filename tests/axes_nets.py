@@ -826,6 +826,117 @@ class Guarded(nn.Module):
         return self.after(x + y if self.dim == self.dim_out else y)
 
 
+class StreamAttention(nn.Module):
+    """The output is shaped like the stream: its channels are heads * head width, so one of these follows a cut."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 3, 4
+        self.conv = nn.Conv2d(chs, 12, 1)
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.out_chs = 12
+
+    def width_of(self, channels: int) -> int:
+        return self.head_dim
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        b, c, h, w = x.shape
+        t = x.flatten(2).transpose(1, 2)
+        n = t.shape[1]
+        qkv = self.qkv(t).reshape(b, n, 3, self.num_heads, self.width_of(c)).permute(2, 0, 3, 1, 4)
+        out = self.attend(*qkv.unbind(0)).transpose(1, 2).reshape(b, n, c)
+        return x + self.proj(out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class SharedAttention(StreamAttention):
+    """The head width is computed: channels // heads."""
+
+    def width_of(self, channels: int) -> int:
+        return channels // self.num_heads
+
+
+class HeldWidthAttention(SharedAttention):
+    """Attention between the channels of a head (XCiT): the head width stays, heads follow the stream."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q.transpose(-2, -1) @ k).softmax(dim=-1) @ v.transpose(-2, -1)).transpose(-2, -1)
+
+
+class HeadWindows(SharedAttention):
+    """Heads in blocks with a convolution each (CoaT): block sizes are attributes, so the heads are several axes."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.splits = [4, 8]
+        self.convs = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1, groups=n) for n in self.splits)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, heads, n, d = v.shape
+        image = v.transpose(-2, -1).reshape(b, heads * d, 8, 8)
+        pieces = torch.split(image, self.splits, dim=1)
+        image = torch.cat([conv(piece) for conv, piece in zip(self.convs, pieces, strict=True)], 1)
+        return super().attend(q, k, v) + image.reshape(b, heads, d, n).transpose(-2, -1)
+
+
+class HalfAttribute(nn.Module):
+    """Two pieces of ``expanded // 2`` channels that take different ways (CSP blocks)."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.expanded = 2 * width
+        self.conv = nn.Conv2d(chs, 2 * width, 1)
+        self.right = nn.Conv2d(width, 3, 1)
+        self.out_chs = width + 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.relu(self.conv(x)).split(self.expanded // 2, dim=1)
+        return torch.cat([a, self.right(b)], 1)
+
+
+class TwiceAttribute(nn.Module):
+    """An attribute that is half a width: only even numbers of channels can stay."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.base = width
+        self.conv = nn.Conv2d(chs, 2 * width, 1)
+        self.out_chs = 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + torch.zeros(x.shape[0], self.base * 2, *x.shape[2:], dtype=x.dtype)
+
+
+class Narrower(nn.Module):
+    """The path depends on which of two widths is larger."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(chs, 4, 1), nn.Conv2d(chs, 6, 1)
+        self.one, self.two = nn.Conv2d(4, width, 1), nn.Conv2d(6, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.narrow(x), self.wide(x)
+        return self.one(a) if a.shape[1] >= b.shape[1] else self.one(a) + self.two(b)
+
+
+class TwoCounts(HeldWidthAttention):
+    """Trap: the stream is read as three and as four heads of widths that stay."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__(chs, width)
+        self.second = HeldWidthAttention(12, width)
+        self.second.num_heads = 4
+        self.second.conv = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(super().forward(x))
+
+
 Block = Callable[[int, int], nn.Module]
 BLOCKS: tuple[Block, ...] = (
     Conv,
@@ -886,6 +997,14 @@ BLOCKS: tuple[Block, ...] = (
     Windowed,
     Overlapping,
     Guarded,
+    StreamAttention,
+    SharedAttention,
+    HeldWidthAttention,
+    HeadWindows,
+    HalfAttribute,
+    TwiceAttribute,
+    Narrower,
+    TwoCounts,
 )
 
 INPUT = (3, 8, 8)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from fractions import Fraction
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from prunecli.graph import build_graph
 from prunecli.groups import (
     AttributeConflictError,
     AttributeEdit,
+    Bundle,
     Const,
     Graph,
     Group,
@@ -25,6 +27,7 @@ from prunecli.groups import (
     Product,
     Size,
     Sum,
+    Tie,
     Width,
 )
 from prunecli.plan import Cost
@@ -236,9 +239,19 @@ def test_a_factor_shared_by_two_products_is_resolved_once():
     assert set(run(graph, "ratio=0.5", attention="head_dim").keep) == {"qk", "v"}
 
 
+def tie(*choices: dict[str, int]) -> Tie:
+    """Per choice: names of groups, joined by blanks, → parts."""
+    return Tie(
+        choices=tuple(
+            tuple(Bundle(groups=tuple(names.split()), parts=parts) for names, parts in choice.items())
+            for choice in choices
+        )
+    )
+
+
 @pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
-def test_tied_groups_keep_equally_many_channels_but_not_the_same(ranking):
-    graph = chain([8, 8, 8], ties=(("conv0", "conv1"), ("conv1", "conv2")))
+def test_tied_groups_of_one_width_keep_equally_many_channels_but_not_the_same(ranking):
+    graph = chain([8, 8, 8], ties=(tie({"conv0 conv1 conv2": 8}),))
     scores = {
         "conv0": torch.arange(8.0) + 1,
         "conv1": torch.arange(8.0).flip(0) + 100,
@@ -250,11 +263,110 @@ def test_tied_groups_keep_equally_many_channels_but_not_the_same(ranking):
     assert choice.keep["conv1"] == (0, 1, 2, 3)
 
 
-def test_a_tie_to_a_group_that_must_stay_keeps_all():
-    graph = chain([8, 8, 8], ties=(("conv0", "conv1"),))
-    choice = run(graph, "ratio=0.5", exclude=("conv1",))
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [("0.1", [12, 18, 20]), ("0.3", [8, 12, 14]), ("0.5", [6, 9, 10]), ("0.9", [2, 3, 2])]
+)
+def test_tied_groups_keep_the_same_share(ratio, kept):
+    graph = chain([12, 18, 20], ties=(tie({"conv0 conv1": 6}),))
+    assert widths(graph, run(graph, f"ratio={ratio}")) == kept if ratio != "0.1" else [12, 18, 18]
+
+
+def test_the_r_th_loss_of_a_tie_costs_the_mean_of_the_scores_at_that_share():
+    graph = chain([4, 2, 4], ties=(tie({"conv0 conv1": 2}),))
+    scores = {
+        "conv0": torch.tensor([1.0, 2.0, 30.0, 30.0]),
+        "conv1": torch.tensor([1.0, 9.0]),
+        "conv2": torch.tensor([1.2, 1.4, 9.0, 9.0]),
+    }
+    # the tie's four losses cost (1+1)/2, (2+1)/2, (30+9)/2, (30+9)/2; those of conv2 lie between the first two
+    choice = run(graph, "ratio=0.5", scores, ranking="global", criterion="taylor")
+    assert widths(graph, choice) == [2, 1, 2]
+    choice = run(graph, "ratio=0.25", scores, ranking="global", criterion="taylor")
+    assert widths(graph, choice) == [4, 2, 3]  # two losses due: one of the tie, which rounds back, one of conv2
+
+
+def stream(heads: int, head_dim: int, blocks: int = 2, **more) -> Graph:
+    """A stream that every block reads as heads * head_dim, as one chain of groups."""
+    names = ["stream", *(f"{i}.{kind}" for i in range(blocks) for kind in ("heads", "head_dim"))]
+    choices = [{f"{i}.heads": heads, f"{i}.head_dim": head_dim} for i in range(blocks)]
+    graph = chain(
+        [heads * head_dim, *[heads, head_dim] * blocks],
+        names=names,
+        ties=(tie({"stream": heads * head_dim}, *choices),),
+        exclusive=tuple(tuple(choice) for choice in choices),
+        **more,
+    )
+    kinds = ["channels", *["heads", "head_dim"] * blocks]
+    groups = tuple(Group(**{**vars(g), "kind": kind}) for g, kind in zip(graph.groups, kinds, strict=True))
+    return Graph(**{**vars(graph), "groups": groups})
+
+
+def test_the_factor_of_a_tied_product_is_the_one_asked_for_if_it_moves_in_four_steps():
+    assert widths(stream(12, 16), run(stream(12, 16), "ratio=0.25")) == [144, 9, 16, 9, 16]
+    assert widths(stream(12, 16), run(stream(12, 16), "ratio=0.25", attention="head_dim")) == [144, 12, 12, 12, 12]
+    assert widths(stream(3, 64), run(stream(3, 64), "ratio=0.25")) == [144, 3, 48, 3, 48]
+    assert widths(stream(3, 2), run(stream(3, 2), "ratio=0.5")) == [4, 2, 2, 2, 2]
+
+
+def test_one_block_that_lacks_a_factor_does_not_decide_for_the_others():
+    graph = stream(3, 64)
+    fixed = Tie(choices=(*graph.ties[0].choices[:2], graph.ties[0].choices[2][:1]))  # the second block: heads only
+    graph = Graph(**{**vars(graph), "ties": (fixed,)})
+    assert widths(graph, run(graph, "ratio=0.4")) == [128, 2, 64, 2, 64]
+
+
+def test_left_out_factors_leave_their_place_and_a_left_out_stream_keeps_all():
+    graph = stream(12, 16)
+    assert widths(graph, run(graph, "ratio=0.25", exclude=("0.heads",))) == [144, 12, 12, 9, 16]
+    choice = run(chain([8, 8, 8], ties=(tie({"conv0 conv1": 8}),)), "ratio=0.5", exclude=("conv1",))
     assert set(choice.keep) == {"conv2"}
-    assert any("conv0, conv1 must keep equally many" in note for note in choice.notes)
+    assert any("conv0, conv1 can only be cut together" in note for note in choice.notes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "kept"),
+    [
+        ([96, 32], 32, [48, 16]),  # 8, 16 or 24 of 32 channels, and three times as many of 96
+        ([64, 32], 32, [32, 16]),
+        ([120, 40], 40, [48, 16]),  # 45 % of 40 are 18
+        ([96, 3], 3, [32, 1]),  # heads and stream: thirds are all there is
+    ],
+)
+def test_a_tie_rounds_so_that_every_group_keeps_to_its_own_rounding(sizes, parts, kept):
+    graph = chain(sizes, ties=(tie({"conv0 conv1": parts}),))
+    choice = run(graph, "ratio=0.55", round_to=8)
+    assert widths(graph, choice) == kept
+    assert not any("tied to it" in note for note in choice.notes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "kept", "rounding"),
+    [
+        ([40, 64], 8, [20, 32], 2),  # eighths of 40 are multiples of 5: by 4 only the half, by 2 three shares do
+        ([24, 4], 4, [12, 2], 2),  # quarters of 24 are multiples of 6
+        ([64, 48], 16, [32, 24], 4),  # 16ths of 48 are multiples of 3: by 8 only the half
+        ([40, 65], 5, [16, 26], 1),  # fifths of 65 are multiples of 13
+    ],
+)
+def test_a_tie_with_too_few_rounded_shares_relaxes_the_widest_rounding_and_says_so(sizes, parts, kept, rounding):
+    graph = chain(sizes, ties=(tie({"conv0 conv1": parts}),))
+    choice = run(graph, "ratio=0.55", round_to=8)
+    assert widths(graph, choice) == kept
+    assert any("conv0 and 1 groups tied to it" in n and n.endswith(f"rounded to {rounding}.") for n in choice.notes)
+
+
+def test_limits_hold_for_every_group_of_a_tie():
+    graph = chain([16, 4], ties=(tie({"conv0 conv1": 4}),))
+    assert widths(graph, run(graph, "ratio=0.9")) == [4, 1]
+    assert widths(graph, run(graph, "ratio=0.9", min_width=2)) == [8, 2]
+    assert widths(graph, run(graph, "ratio=0.9", max_ratio=0.4)) == [12, 3]
+
+
+def test_a_coarse_step_that_jumps_over_the_goal_is_made_up_for_by_the_others():
+    graph = chain([400, 300, 500, 2, 400], ties=(tie({"conv1 conv3": 2}),))
+    for share in (45, 55, 65, 75):
+        choice = run(graph, f"macs={share}%")
+        assert choice.reached == pytest.approx(choice.asked, rel=1.02 * TOLERANCE)
 
 
 def test_groups_whose_attributes_cannot_follow_are_left_whole_and_named():
@@ -374,8 +486,10 @@ def graphs(draw) -> Graph:
     names = [f"conv{i}" for i in range(len(sizes))]
     ties = []
     if draw(st.booleans()):
-        sizes[1] = sizes[0]
-        ties.append((names[0], names[1]))
+        sizes[1] = sizes[0] * draw(st.integers(1, 3))
+        parts = draw(st.sampled_from([d for d in range(1, sizes[0] + 1) if sizes[0] % d == 0]))
+        choices = [{names[0]: parts}, {names[1]: sizes[0]}]
+        ties.append(tie(*choices) if draw(st.booleans()) else tie({**choices[0], **choices[1]}))
     exclusive = [(names[-2], names[-1])] if len(sizes) > 3 and draw(st.booleans()) else []
     graph = chain(sizes, names=names, ties=tuple(ties), exclusive=tuple(exclusive))
     first, last = Width(names[0], sizes[0]), Width(names[-1], sizes[-1])
@@ -385,6 +499,17 @@ def graphs(draw) -> Graph:
         extents=(Sum((first, Const(3), last)), Product((first, Const(2)))),
     )
     return Graph(**{**vars(graph), "ops": (*graph.ops, extra)})
+
+
+def respected(tied: Tie, shares: Mapping[str, Fraction]) -> bool:
+    """Whether some selection of bundles shrinks by one share of the right denominator, and nothing else does."""
+    for bundles in itertools.product(*tied.choices):
+        moving = {name for bundle in bundles for name in bundle.groups}
+        found = {shares[name] for name in moving}
+        whole = all((share * bundle.parts).denominator == 1 for share in found for bundle in bundles)
+        if len(found) == 1 and whole and all(shares[name] == 1 for name in tied.groups if name not in moving):
+            return True
+    return False
 
 
 @settings(max_examples=80, deadline=None)
@@ -412,8 +537,8 @@ def test_whatever_the_graph_the_choice_keeps_its_promises(graph, ranking, round_
         assert 0 <= keep[0] <= keep[-1] < width
         gone = set(range(width)) - set(keep)
         assert max(scores[name][sorted(gone)]) <= min(scores[name][list(keep)])
-    for tie in graph.ties:
-        assert len({len(choice.keep.get(name, range(graph.group(name).width))) for name in tie}) == 1
+    shares = {g.name: Fraction(kept, g.width) for g, kept in zip(graph.groups, widths(graph, choice), strict=True)}
+    assert all(respected(tied, shares) for tied in graph.ties)
     for product in graph.exclusive:
         assert sum(name in choice.keep for name in product) <= 1
     assert choice.cost == costs(graph, {name: len(keep) for name, keep in choice.keep.items()})

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from prunecli import render, wording
-from prunecli.groups import Const, Frozen, Graph, Group, Member
+from prunecli.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
 from prunecli.report import Accuracy, TargetResult, VerifyReport
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,7 +46,14 @@ def graph() -> Graph:
         engine="axes",
         groups=groups,
         frozen=frozen,
-        ties=(("stem", "blocks.0.attn.heads"),),
+        ties=(
+            Tie(
+                choices=(
+                    (Bundle(groups=("stem",), parts=64),),
+                    (Bundle(groups=("blocks.0.attn.heads",), parts=4), Bundle(groups=("q", "k"), parts=16)),
+                )
+            ),
+        ),
         exclusive=(("blocks.0.attn:heads", "blocks.0.attn:head_dim"),),
         tensors={"stem.weight": (Const(64),)},
         ops=(),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from prunecli.axes.elimination import System, eliminate
+from prunecli.axes.ints import Attribute, attributes_in, axes_in
 from prunecli.axes.named import named_sizes
-from prunecli.axes.policy import freeze_rebuilt, freeze_statistics, settle
+from prunecli.axes.policy import freeze_numbers, freeze_rebuilt, freeze_statistics
 from prunecli.axes.record import KERNEL, Record
-from prunecli.axes.relations import Sizes, exclusive_pairs, ties
+from prunecli.axes.relations import Sizes, exclusive_pairs
 from prunecli.axes.scales import foldable_scales, head_scales, scale_folds
-from prunecli.axes.solve import Solver
+from prunecli.axes.shares import Choices, Shrinking, shares
+from prunecli.axes.solve import Check, Formula, Solver
 from prunecli.axes.terms import Atom, freeze, leaves, occurrences
-from prunecli.groups import Frozen, Graph, Group, IndexMap, Kind, Member, OpCost, Role, module_of
+from prunecli.groups import Bundle, Frozen, Graph, Group, IndexMap, Kind, Member, OpCost, Role, Tie, module_of
 
 TABLE = "it only runs through tables of tokens or positions, never through a layer's weight"
 
@@ -39,22 +42,25 @@ def infer(record: Record) -> Inference:
     """Turn what a trace learnt into groups, costs, folds and the attribute solver."""
     freeze_statistics(record)
     freeze_rebuilt(record)
-    settle(record)
+    freeze_numbers(record)
     scales = foldable_scales(record)
-    settle(record)
     places = _places(record)
     _freeze_tables(places)
-    settle(record)
-    cuttable = {id(place.leaf) for place in places if place.leaf.reason is None}
-    groups, names = _groups(record, places, cuttable)
+    system = eliminate(record, _cuttable(record, places))
+    found = shares({number: axis.size for number, axis in system.axes.items()}, system.constraints)
+    for number, reason in found.held.items():
+        freeze(system.axes[number], reason)
+    groups, names = _groups(record, places)
     sizes = Sizes(names)
+    number_of = {id(axis): number for number, axis in system.axes.items()}
+    numbered = {number_of[key]: name for key, name in names.items() if key in number_of}
     graph_sizes = {name: tuple(sizes.of(dim) for dim in record.dims(t)) for name, t in record.homes.items()}
     axes = {names[id(place.leaf)]: place.leaf for place in places if id(place.leaf) in names}
     graph = Graph(
         engine="axes",
         groups=groups,
         frozen=_frozen(record, places),
-        ties=ties(record, names),
+        ties=tuple(_tie(choices, numbered) for choices in found.ties),
         exclusive=exclusive_pairs(record, names),
         tensors=graph_sizes,
         ops=tuple(
@@ -62,7 +68,7 @@ def infer(record: Record) -> Inference:
             for cost in record.costs
         ),
         folds=scale_folds(scales, names),
-        solve=_solver(record, sizes, names),
+        solve=_solver(record, system, sizes),
         unknown_ops=dict(record.unknown),
     )
     return Inference(graph=graph, axes=axes, sizes=sizes)
@@ -117,16 +123,20 @@ def _roles(record: Record) -> dict[tuple[str, int, int], Role]:
     return roles
 
 
-def _groups(record: Record, places: Sequence[_Place], cuttable: set[int]) -> tuple[tuple[Group, ...], dict[int, str]]:
-    """The groups in network order, and the name of each by the identity of its axis."""
+def _cuttable(record: Record, places: Sequence[_Place]) -> dict[int, Atom]:
+    """The axes of parameters that nothing has frozen, by identity."""
     parameters = {name for name, _ in record.model.named_parameters(remove_duplicate=False)}
+    free = (place for place in places if place.leaf.reason is None)
+    return {id(place.leaf): place.leaf for place in free if place.member.tensor in parameters}
+
+
+def _groups(record: Record, places: Sequence[_Place]) -> tuple[tuple[Group, ...], dict[int, str]]:
+    """The groups in network order, and the name of each by the identity of its axis."""
+    axes = _cuttable(record, places)
     members: dict[int, list[Member]] = defaultdict(list)
-    axes: dict[int, Atom] = {}
     for place in places:
-        if id(place.leaf) in cuttable:
+        if id(place.leaf) in axes:
             members[id(place.leaf)].append(place.member)
-            axes[id(place.leaf)] = place.leaf
-    axes = {key: leaf for key, leaf in axes.items() if any(m.tensor in parameters for m in members[key])}
     kinds = _kinds(record)
     norms: dict[int, dict[str, None]] = defaultdict(dict)
     for path, dim in record.norms:
@@ -196,19 +206,47 @@ def _frozen(record: Record, places: Sequence[_Place]) -> tuple[Frozen, ...]:
 # ----------------------------------------------------------------------------------------------- attributes
 
 
-def _solver(record: Record, sizes: Sizes, names: dict[int, str]) -> Solver:
+def _tie(choices: Choices, names: Mapping[int, str]) -> Tie:
+    """A tie in the names of groups; ``names`` by the number of an axis, in network order."""
+    place = {name: at for at, name in enumerate(names.values())}
+
+    def bundle(one: Shrinking) -> Bundle:
+        return Bundle(groups=tuple(sorted((names[axis] for axis in one.axes), key=place.__getitem__)), parts=one.parts)
+
+    def first(bundles: tuple[Bundle, ...]) -> int:
+        return min(place[bundle.groups[0]] for bundle in bundles)
+
+    return Tie(choices=tuple(sorted((tuple(map(bundle, choice)) for choice in choices), key=first)))
+
+
+def _solver(record: Record, system: System, sizes: Sizes) -> Solver:
     listed: dict[tuple[str, str], list[int]] = defaultdict(list)
     for attribute, value in record.attributes.items():
         if attribute.index is not None:
             listed[attribute.module, attribute.name].append(value)
+    formulas = {
+        attribute: Formula(value=value, groups=sizes.groups(system.axes[number] for number in value.variables()))
+        for attribute, value in system.definitions.items()
+    }
     return Solver(
         attributes=record.attributes,
         listed={key: tuple(values) for key, values in listed.items()},
-        equations=tuple(record.equations),
-        facts=tuple(record.ledger.facts),
-        pins=record.ledger.pins,
+        formulas=formulas,
+        widths={number: sizes.of(axis) for number, axis in system.axes.items()},
+        checks=tuple(_checks(record, sizes, formulas)),
         size_of=sizes.of,
-        group_of=names,
         named=named_sizes(record, sizes.of),
         scales=head_scales(record, sizes.of),
     )
+
+
+def _checks(record: Record, sizes: Sizes, formulas: Mapping[Attribute, Formula]) -> Iterator[Check]:
+    """Everything learnt about sizes that some group has a part in."""
+    facts = {equation.fact: equation.place for equation in record.equations}
+    facts |= dict.fromkeys([*record.ledger.facts, *record.ledger.pinned()], "the model")
+    for fact, place in facts.items():
+        attributes = attributes_in(fact.left) | attributes_in(fact.right)
+        groups = sizes.groups([*axes_in(fact.left), *axes_in(fact.right)])
+        groups = groups.union(*(formulas[a].groups for a in attributes if a in formulas))
+        if groups:
+            yield Check(fact=fact, place=place, groups=groups)

@@ -145,6 +145,10 @@ class Ledger:
             comparison, left, right = _MIRRORED[comparison], right, left
         self.facts[Fact(comparison, left, right, outcome)] = None
 
+    def pinned(self) -> list[Fact]:
+        """The pinned values as comparisons."""
+        return [Fact("eq", expression, Number(value), outcome=True) for expression, value in self.pins.items()]
+
 
 class TracedInt(int):
     """An int with its expression; arithmetic keeps it, comparisons are recorded, any other use pins the value.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunecli.axes.ints import Attribute, Expression, Extent, Ledger, TracedInt
+from prunecli.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
 from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
 from prunecli.groups import Role
 
@@ -108,8 +108,12 @@ class Equation:
     place: str
 
     @property
-    def axes(self) -> list[Atom]:
-        return [leaf for part in self.parts for leaf in leaves(part)]
+    def fact(self) -> Fact:
+        """The same as a comparison that comes out true."""
+        total: Expression = Extent(self.parts[0])
+        for part in self.parts[1:]:
+            total = Operation("add", total, Extent(part))
+        return Fact("eq", self.expression, total, outcome=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from prunecli.axes.record import Call, Record, tensors_in
 from prunecli.axes.rules.registry import words
 from prunecli.axes.terms import Atom, freeze, leaves
 from prunecli.axes.trace import WHOLE_CALLS
-from prunecli.groups import AttributeConflictError, AttributeEdit, Graph
+from prunecli.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
 
 _ROUNDS = 3  # groups that exclude each other cannot all be cut at once
 #: Whether these are called depends on strides and on who runs the forward, not on the path it takes.
@@ -34,6 +34,9 @@ _MOVES = words("clone contiguous detach alias lift_fresh expand as_strided_")
 _VIEWS = words("view _unsafe_view reshape _reshape_alias")
 #: Operators whose int arguments are values; those of others are sizes, dimensions and places.
 _FILLS = words("full fill_ full_like arange linspace")
+
+#: Kept widths of groups that are cut together.
+_Move: TypeAlias = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,37 +89,50 @@ class _Rehearsal:
 
     def culprit(self) -> tuple[str, str] | None:
         """The name of a group that cannot be cut as the trace thinks, with the reason; None where all is well."""
-        for names in self._rounds():
-            difference = self._difference(names)
+        for moves in self._rounds():
+            difference = self._difference(moves)
             if difference is not None and self._difference([]) is None:
-                name = self._responsible(names, difference)
+                name = self._responsible(moves, difference)
                 place = self.steps[min(difference.at, len(self.steps) - 1)].place
                 reason = f"{place} computes with its size where that cannot be followed: with half of it {{}}"
                 return name, reason.format(self._last.what)
         return None
 
-    def _rounds(self) -> Iterator[list[str]]:
+    def _rounds(self) -> Iterator[list[_Move]]:
         """Sets of groups to cut together, until each has been cut once or will not be."""
-        left = [group.name for group in self.graph.groups if group.width > 1]
+        left = {group.name for group in self.graph.groups}
         for _ in range(_ROUNDS):
-            chosen: list[str] = []
-            for name in left:
-                rivals = {other for pair in self.graph.exclusive if name in pair for other in pair} - {name}
-                if rivals.isdisjoint(chosen):
-                    chosen.append(name)
-            kept, _ = self._expressible(chosen)
-            if not kept:
+            moves: list[_Move] = []
+            cut: set[str] = set()
+            for tie in self.graph.all_ties():
+                bundles = tie.selected(lambda bundle: left.isdisjoint(bundle.groups))
+                assert bundles is not None, "every tie of a graph has a common share"
+                names = {name for bundle in bundles for name in bundle.groups}
+                rivals = {other for pair in self.graph.exclusive if names & set(pair) for other in pair}
+                if names & left and (rivals - set(tie.groups)).isdisjoint(cut):
+                    moves.append(self._half(bundles))
+                    cut |= names
+            if not moves:
                 return
-            yield list(kept)
-            left = [name for name in left if name not in kept]
+            yield moves
+            left.difference_update(cut)
 
-    def _responsible(self, names: Sequence[str], difference: _Difference) -> str:
+    def _half(self, bundles: Sequence[Bundle]) -> _Move:
+        """About half of the groups of these bundles, two channels if possible."""
+        widths = {name: self.graph.group(name).width for bundle in bundles for name in bundle.groups}
+        parts = common_parts(bundles)
+        shares = [k for k in range(max(parts // 2, 1), parts) if all(w * k >= 2 * parts for w in widths.values())]
+        share = shares[0] if shares else max(parts // 2, 1)
+        return {name: width * share // parts for name, width in widths.items()}
+
+    def _responsible(self, moves: Sequence[_Move], difference: _Difference) -> str:
         """One group without which there is no such difference: groups at its place first, halved until one is left."""
         self._last = difference
-        suspects = [name for name in names if name in self._groups_at(difference.at)]
+        here = self._groups_at(difference.at)
+        suspects = [move for move in moves if not here.isdisjoint(move)]
         if suspects and self._difference(suspects) is None:
             suspects = []
-        pool = suspects or list(names)
+        pool = suspects or list(moves)
         good, bad = 0, len(pool)
         while bad - good > 1:
             middle = (good + bad) // 2
@@ -125,7 +141,7 @@ class _Rehearsal:
                 good = middle
             else:
                 bad, self._last = middle, seen
-        return pool[bad - 1]
+        return next((name for name in pool[bad - 1] if name in here), next(iter(pool[bad - 1])))
 
     def _groups_at(self, at: int) -> set[str]:
         """The groups that run through the tensors of a step."""
@@ -134,20 +150,14 @@ class _Rehearsal:
         touched = {id(leaf) for value in values for dim in value.dims for leaf in leaves(dim)}
         return {name for name, axis in self.inference.axes.items() if id(axis) in touched}
 
-    def _expressible(self, names: Iterable[str]) -> tuple[dict[str, int], tuple[AttributeEdit, ...]]:
-        """Half of each of these groups, without those whose attributes cannot follow."""
-        widths = {group.name: group.width for group in self.graph.groups}
-        kept = {name: max(widths[name] // 2, min(2, widths[name] - 1)) for name in names}
-        while True:
-            try:
-                return kept, self.graph.solve(kept)
-            except AttributeConflictError as conflict:
-                fewer = {name: width for name, width in kept.items() if name not in conflict.groups}
-                kept = fewer if len(fewer) < len(kept) else {}
-
-    def _difference(self, names: Iterable[str]) -> _Difference | None:
-        """Run the forward with half of these groups gone."""
-        return _Expected(self, *self._expressible(names)).run()
+    def _difference(self, moves: Iterable[_Move]) -> _Difference | None:
+        """Run the forward with these groups cut."""
+        kept = {name: width for move in moves for name, width in move.items()}
+        try:
+            edits = self.graph.solve(kept)
+        except AttributeConflictError as conflict:
+            return _Difference(at=0, what=str(conflict))
+        return _Expected(self, kept, edits).run()
 
 
 class _Expected:

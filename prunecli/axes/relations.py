@@ -1,13 +1,10 @@
-"""How groups relate: sizes as expressions over their widths, widths tied to each other, factors of one product."""
+"""How groups relate: sizes as expressions over their widths, and factors of one product."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from prunecli.axes.ints import Attribute, Extent
 from prunecli.axes.record import Record
 from prunecli.axes.terms import Atom, factors, find, leaves
 from prunecli.groups import Const, Product, Size, Sum, Width
@@ -29,6 +26,10 @@ class Sizes:
         parts = tuple(self.of(kid) for kid in atom.kids)
         return Product(parts) if atom.form == "product" else Sum(parts)
 
+    def groups(self, axes: Iterable[Atom]) -> frozenset[str]:
+        """The groups among these axes."""
+        return frozenset(self._names[id(axis)] for axis in map(find, axes) if id(axis) in self._names)
+
 
 def exclusive_pairs(record: Record, names: dict[int, str]) -> tuple[tuple[str, ...], ...]:
     """Pairs of groups that are factors of one product on some tensor."""
@@ -49,45 +50,3 @@ def _factor_pairs(atom: Atom) -> Iterator[tuple[Atom, Atom]]:
             yield from itertools.product(leaves(left), leaves(right))
     for kid in atom.kids:
         yield from _factor_pairs(kid)
-
-
-def ties(record: Record, names: dict[int, str]) -> tuple[tuple[str, ...], ...]:
-    """Groups whose widths one attribute, or one comparison of extents, holds equal."""
-    linked: dict[str, set[str]] = {}
-    for first, second in _equal_terms(record):
-        pair = _remaining_pair(first, second, names)
-        if pair is not None:
-            joined = linked.get(pair[0], {pair[0]}) | linked.get(pair[1], {pair[1]})
-            linked.update(dict.fromkeys(joined, joined))
-    order = list(names.values())
-    unique = {tuple(sorted(tied, key=order.index)): None for tied in linked.values()}
-    return tuple(unique)
-
-
-def _equal_terms(record: Record) -> Iterator[tuple[Atom, Atom]]:
-    """Pairs of terms that must keep equal sizes."""
-    sized: dict[Attribute, Atom] = {}
-    for equation in record.equations:
-        if len(equation.parts) != 1:
-            continue
-        part = equation.parts[0]
-        if isinstance(equation.expression, Extent):
-            yield equation.expression.atom, part
-        elif isinstance(equation.expression, Attribute):
-            yield sized.setdefault(equation.expression, part), part
-    for fact in record.ledger.facts:
-        stays_equal = fact.comparison in {"eq", "ne"} and fact.outcome is (fact.comparison == "eq")
-        if stays_equal and isinstance(fact.left, Extent) and isinstance(fact.right, Extent):
-            yield fact.left.atom, fact.right.atom
-
-
-def _remaining_pair(first: Atom, second: Atom, names: dict[int, str]) -> tuple[str, str] | None:
-    """What two equal products say about single groups once common factors are cancelled."""
-    left, right = Counter(map(id, factors(first))), Counter(map(id, factors(second)))
-    sizes = {id(factor): factor.size for factor in (*factors(first), *factors(second))}
-    only_left, only_right = left - right, right - left
-    named = [[key for key in side.elements() if key in names] for side in (only_left, only_right)]
-    fixed = [math.prod(sizes[key] for key in side.elements() if key not in names) for side in (only_left, only_right)]
-    if [len(side) for side in named] == [1, 1] and fixed[0] == fixed[1]:
-        return names[named[0][0]], names[named[1][0]]
-    return None

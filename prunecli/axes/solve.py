@@ -1,16 +1,17 @@
-"""From kept widths to module attributes: the equations found while tracing, solved for what has to change.
+"""From kept widths to module attributes: each attribute that sizes something is a formula over widths.
 
-Direct equations (``num_heads == heads``) come first, then those with one unknown left, by search over small integers.
-What was compared while tracing has to compare the same afterwards. No solution: the groups in the way are named.
+The formulas come from `prunecli.axes.elimination`. Afterwards everything that was learnt about a changed size is
+checked as the program would compute it: ties and frozen axes leave nothing that could fail here, and if something does
+the cut is refused, with the groups in the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prunecli.axes.ints import COMPARISONS, Attribute, Expression, Fact, attributes_in, axes_in, evaluate
-from prunecli.axes.record import Equation
+from prunecli.axes.ints import COMPARISONS, Attribute, Fact, evaluate
+from prunecli.axes.polynomials import Polynomial
 from prunecli.axes.terms import Atom, find
 from prunecli.groups import AttributeConflictError, AttributeEdit, Size
 
@@ -36,36 +37,51 @@ class HeadScale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Formula:
+    """What an attribute has to be: a polynomial over widths, and the groups these belong to."""
+
+    value: Polynomial
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What has to come out as it did while tracing, where the program says so, and the groups it depends on."""
+
+    fact: Fact
+    place: str
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Solver:
     """Kept widths → attribute edits. Implements `prunecli.groups.AttributeSolver`.
 
     Attributes:
         attributes: every int attribute with its value in the dense model.
         listed: tuple and list attributes, to be replaced whole: (module, name) → values.
-        equations: what sizes dimensions.
-        facts: comparisons whose outcome must stay.
-        pins: expressions whose value must stay.
+        formulas: the attributes that follow a cut.
+        widths: the variables of the formulas as functions of kept widths.
+        checks: what was learnt about sizes.
         size_of: the extent of a term as a function of kept widths.
-        group_of: the group of an axis, by identity of its representative atom.
         named: sizes that are only stated.
         scales: head scales to keep true.
     """
 
     attributes: Mapping[Attribute, int]
     listed: Mapping[tuple[str, str], tuple[int, ...]]
-    equations: Sequence[Equation]
-    facts: Sequence[Fact]
-    pins: Mapping[Expression, int]
+    formulas: Mapping[Attribute, Formula]
+    widths: Mapping[int, Size]
+    checks: Sequence[Check]
     size_of: Callable[[Atom], Size]
-    group_of: Mapping[int, str]
     named: Sequence[NamedSize]
     scales: Sequence[HeadScale]
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
         """The edits for these widths. Raises AttributeConflictError."""
-        values = _Search(self, kept).run()
-        changed = {a: value for a, value in values.items() if value != self.attributes[a]}
-        edits = self._int_edits(changed)
+        values = self._values(kept)
+        self._check(kept, values)
+        edits = self._int_edits({a: value for a, value in values.items() if value != self.attributes[a]})
         done = {(edit.module, edit.name) for edit in edits}
         for named in self.named:
             after = named.size.evaluate(kept)
@@ -78,6 +94,41 @@ class Solver:
                     AttributeEdit(module=scale.module, name=scale.name, before=scale.before, after=width**-0.5)
                 )
         return tuple(edits)
+
+    def _values(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
+        """The attributes that depend on one of the groups, as their formulas say."""
+        widths = {number: size.evaluate(kept) for number, size in self.widths.items()}
+        values = {}
+        for attribute, formula in self.formulas.items():
+            if not formula.groups.isdisjoint(kept):
+                value = formula.value.evaluate(widths)
+                if value.denominator != 1:
+                    raise _conflict(f"{attribute} would have to be {value}", formula.groups & kept.keys())
+                values[attribute] = int(value)
+        return values
+
+    def _check(self, kept: Mapping[str, int], values: Mapping[Attribute, int]) -> None:
+        all_values = {**self.attributes, **values}
+        extents: dict[int, int] = {}
+
+        def extent(atom: Atom) -> int:
+            atom = find(atom)
+            if id(atom) not in extents:
+                extents[id(atom)] = self.size_of(atom).evaluate(kept)
+            return extents[id(atom)]
+
+        for check in self.checks:
+            if not check.groups.isdisjoint(kept):
+                left, right = (evaluate(side, all_values, extent) for side in (check.fact.left, check.fact.right))
+                if (
+                    left is None
+                    or right is None
+                    or COMPARISONS[check.fact.comparison](left, right) is not check.fact.outcome
+                ):
+                    raise _conflict(
+                        f"{check.place} would compare {left} and {right}, with another outcome than before",
+                        check.groups & kept.keys(),
+                    )
 
     def _int_edits(self, changed: Mapping[Attribute, int]) -> list[AttributeEdit]:
         edits = []
@@ -92,98 +143,5 @@ class Solver:
         return edits
 
 
-class _Search:
-    """One run of the solver: attribute values are fixed one after the other until every equation holds."""
-
-    def __init__(self, solver: Solver, kept: Mapping[str, int]) -> None:
-        self.solver = solver
-        self.kept = kept
-        self.values = dict(solver.attributes)
-        self.fixed: set[Attribute] = set()
-        self.extents: dict[int, int] = {}
-
-    def run(self) -> dict[Attribute, int]:
-        for equation in self.solver.equations:
-            if isinstance(equation.expression, Attribute):
-                self._fix(equation.expression, self._target(equation), equation)
-        for unknowns in (1, None):
-            while self._solve_some(unknowns):
-                pass
-        self._check()
-        return self.values
-
-    def _extent(self, atom: Atom) -> int:
-        atom = find(atom)
-        if id(atom) not in self.extents:
-            self.extents[id(atom)] = self.solver.size_of(atom).evaluate(self.kept)
-        return self.extents[id(atom)]
-
-    def _target(self, equation: Equation) -> int:
-        return sum(self._extent(part) for part in equation.parts)
-
-    def _evaluate(self, expression: Expression) -> int | None:
-        return evaluate(expression, self.values, self._extent)
-
-    def _holds(self, equation: Equation) -> bool:
-        return self._evaluate(equation.expression) == self._target(equation)
-
-    def _fix(self, attribute: Attribute, value: int, equation: Equation) -> None:
-        if attribute in self.fixed and self.values[attribute] != value:
-            self._conflict(f"attribute {attribute} would have to be {self.values[attribute]} and {value}", equation)
-        self.values[attribute] = value
-        self.fixed.add(attribute)
-
-    def _solve_some(self, unknowns: int | None) -> bool:
-        """Solve one unsatisfied equation with that many unknowns (None: any); whether there was one."""
-        for equation in self.solver.equations:
-            if self._holds(equation):
-                continue
-            free = [a for a in sorted(attributes_in(equation.expression), key=str) if a not in self.fixed]
-            if free and (unknowns is None or len(free) == unknowns) and self._solve(equation, free):
-                return True
-        return False
-
-    def _solve(self, equation: Equation, free: list[Attribute]) -> bool:
-        target = self._target(equation)
-        for attribute in sorted(free, key=lambda a: -self.values[a]):
-            old = self.values[attribute]
-            for value in range(1, 2 * max(old, target) + 1):
-                self.values[attribute] = value
-                if self._evaluate(equation.expression) == target:
-                    self.fixed.add(attribute)
-                    return True
-            self.values[attribute] = old
-        return False
-
-    def _check(self) -> None:
-        for equation in self.solver.equations:
-            if not self._holds(equation):
-                self._conflict(f"no attribute value gives the size {self._target(equation)}", equation)
-        for expression, value in self.solver.pins.items():
-            if self._evaluate(expression) != value:
-                self._conflict(f"a size that must stay {value} would change", expression)
-        for fact in self.solver.facts:
-            left, right = self._evaluate(fact.left), self._evaluate(fact.right)
-            if left is None or right is None or COMPARISONS[fact.comparison](left, right) is not fact.outcome:
-                self._conflict("a comparison of sizes would come out differently", fact)
-
-    def _conflict(self, problem: str, cause: Equation | Fact | Expression) -> None:
-        match cause:
-            case Equation():
-                axes, attributes = [*cause.axes, *axes_in(cause.expression)], attributes_in(cause.expression)
-                problem = f"{problem} in {cause.place}"
-            case Fact():
-                axes = [*axes_in(cause.left), *axes_in(cause.right)]
-                attributes = attributes_in(cause.left) | attributes_in(cause.right)
-            case _:
-                axes, attributes = axes_in(cause), attributes_in(cause)
-        linked = [e for e in self.solver.equations if attributes_in(e.expression) & attributes]
-        far = [axis for equation in linked for axis in (*equation.axes, *axes_in(equation.expression))]
-        names = self._cut_groups(axes) or self._cut_groups(far)
-        raise AttributeConflictError(f"The attributes cannot express this cut: {problem}.", names)
-
-    def _cut_groups(self, axes: Iterable[Atom]) -> list[str]:
-        names = (self.solver.group_of.get(id(find(axis))) for axis in axes)
-        full = {id(find(axis)): find(axis).size for axis in axes}
-        widths = {self.solver.group_of[key]: size for key, size in full.items() if key in self.solver.group_of}
-        return [n for n in dict.fromkeys(names) if n is not None and self.kept.get(n, widths[n]) < widths[n]]
+def _conflict(problem: str, groups: frozenset[str]) -> AttributeConflictError:
+    return AttributeConflictError(f"The attributes cannot express this cut: {problem}.", sorted(groups))
