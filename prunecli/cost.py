@@ -8,8 +8,10 @@ forward pass runs on fake tensors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     shell = copy.deepcopy(model, {id(t): _without_gradient(t) for t in named_tensors(model).values()}).eval()
     clear_caches_(shell)
     like = next((p for p in shell.parameters() if p.is_floating_point()), torch.empty(0))
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _lstm_flops})
     with (
         torch.no_grad(),
         # Written out as matrix products, which every torch version counts; fused CPU attention is not known to all.
@@ -76,6 +78,17 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
             place = max(counter.mod_tracker.parents - {"Global"}, key=len, default=type(model).__name__)
             raise UnsupportedError(f"{place} cannot be followed: its path depends on the data ({error}).") from error
     return int(counter.get_total_flops()) // 2
+
+
+def _lstm_flops(steps: Sequence[int], inputs: Sequence[int], hidden: Sequence[int], *_: Any, **__: Any) -> int:
+    """An LSTM layer in one direction, of which torch's counter does not know; on other devices it is matrix products.
+
+    Args:
+        steps: shape of its input [steps, batch, features].
+        inputs: shape of the weight of the inputs.
+        hidden: shape of the weight of the hidden state.
+    """
+    return 2 * math.prod(steps[:-1]) * (math.prod(inputs) + math.prod(hidden))
 
 
 def _without_gradient(tensor: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def test_the_reason_names_the_module_and_what_was_seen() -> None:
     (reason,) = (axis.reason for axis in graph.frozen if axis.width == 8 and "conv.weight" in axis.tensors)
     assert reason == (
         "the model's own forward computes with its size where that cannot be followed: "
-        "with half of it 'mul' is given the number 0.25 instead of 0.125"
+        "with 4 instead of 8, 'mul' is given the number 0.25 instead of 0.125"
     )
 
 

@@ -311,8 +311,13 @@ class Record:
             freeze(dim, reason)
 
     def equate(self, size: int, parts: Sequence[Atom]) -> None:
-        """A Python int sizes consecutive ``parts``: an equation, or, for a literal, a reason to freeze them."""
+        """A Python int sizes consecutive ``parts``: an equation, or, for a literal, a reason to freeze them.
+
+        -1, wherever it comes from, leaves the size to torch.
+        """
         if isinstance(size, TracedInt):
+            if size.plain == -1:
+                return
             if any(leaves(part) for part in parts) or not isinstance(size.expression, Extent):
                 self.equations[Equation(size.expression, tuple(parts), self.place)] = None
         elif size != -1:

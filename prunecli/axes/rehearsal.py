@@ -3,9 +3,9 @@
 A number can lose its origin: ``range(n)``, ``0.5 * n``, ``math.log2(n)`` read an int without asking (see
 `prunecli.axes.ints`). Where such a number sizes a tensor the trace takes it for a literal and freezes; where it decides
 how often a loop runs, which layer comes next or what a tensor is multiplied by, nothing notices. So the forward is run
-again, without values, with half of every group gone, and every operator is held to the trace: which it is, the extents
-of what it gives, the stored tensors and the numbers it is given. At the first difference the group behind it is looked
-for by halving, frozen with what was seen and where, and all is inferred again.
+again, without values, at half the widths, and every operator is held to the trace: which it is, the extents of what it
+gives, the stored tensors and the numbers it is given. At the first difference the group behind it is looked for by
+halving, frozen with what was seen and where, and all is inferred again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunecli.axes.collect import Inference, infer
 from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
 from prunecli.axes.record import Call, Record, tensors_in
+from prunecli.axes.rules import WHOLE_CALLS, run_whole
 from prunecli.axes.rules.registry import words
 from prunecli.axes.terms import Atom, freeze, leaves
-from prunecli.axes.trace import WHOLE_CALLS
 from prunecli.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
 
 _ROUNDS = 3  # groups that exclude each other cannot all be cut at once
@@ -62,7 +62,7 @@ class _DifferentError(Exception):
 
 
 def rehearsed(record: Record, input_size: tuple[int, int, int]) -> Graph:
-    """The graph of a trace, with every group frozen whose cut would make the forward leave the traced path.
+    """The graph of a trace, with every group frozen whose size would make the forward leave the traced path.
 
     Args:
         record: of the trace; more of its axes may be frozen.
@@ -93,9 +93,12 @@ class _Rehearsal:
             difference = self._difference(moves)
             if difference is not None and self._difference([]) is None:
                 name = self._responsible(moves, difference)
-                place = self.steps[min(difference.at, len(self.steps) - 1)].place
-                reason = f"{place} computes with its size where that cannot be followed: with half of it {{}}"
-                return name, reason.format(self._last.what)
+                width, other = self.graph.group(name).width, next(move[name] for move in moves if name in move)
+                place = self.steps[min(self._last.at, len(self.steps) - 1)].place
+                return name, (
+                    f"{place} computes with its size where that cannot be followed: "
+                    f"with {other} instead of {width}, {self._last.what}"
+                )
         return None
 
     def _rounds(self) -> Iterator[list[_Move]]:
@@ -110,19 +113,21 @@ class _Rehearsal:
                 names = {name for bundle in bundles for name in bundle.groups}
                 rivals = {other for pair in self.graph.exclusive if names & set(pair) for other in pair}
                 if names & left and (rivals - set(tie.groups)).isdisjoint(cut):
-                    moves.append(self._half(bundles))
+                    moves.append(self._resized(bundles))
                     cut |= names
             if not moves:
                 return
             yield moves
             left.difference_update(cut)
 
-    def _half(self, bundles: Sequence[Bundle]) -> _Move:
-        """About half of the groups of these bundles, two channels if possible."""
+    def _resized(self, bundles: Sequence[Bundle]) -> _Move:
+        """About half of the groups of these bundles; but axes of one entry are no axes to torch (einsum drops them),
+        and no values are needed to rehearse with more.
+        """
         widths = {name: self.graph.group(name).width for bundle in bundles for name in bundle.groups}
         parts = common_parts(bundles)
-        shares = [k for k in range(max(parts // 2, 1), parts) if all(w * k >= 2 * parts for w in widths.values())]
-        share = shares[0] if shares else max(parts // 2, 1)
+        fewer = [k for k in range(max(parts // 2, 1), parts) if all(w * k >= 2 * parts for w in widths.values())]
+        share = fewer[0] if fewer else 2 * parts
         return {name: width * share // parts for name, width in widths.items()}
 
     def _responsible(self, moves: Sequence[_Move], difference: _Difference) -> str:
@@ -151,7 +156,7 @@ class _Rehearsal:
         return {name for name, axis in self.inference.axes.items() if id(axis) in touched}
 
     def _difference(self, moves: Iterable[_Move]) -> _Difference | None:
-        """Run the forward with these groups cut."""
+        """Run the forward with these groups at other widths."""
         kept = {name: width for move in moves for name, width in move.items()}
         try:
             edits = self.graph.solve(kept)
@@ -297,7 +302,7 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         self.operators.paused = True
         try:
-            out = func(*args, **kwargs)
+            out = run_whole(func, name, args, kwargs)
         finally:
             self.operators.paused = False
         self.operators.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))

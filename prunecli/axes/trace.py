@@ -23,7 +23,7 @@ from prunecli.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
 from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
 from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
-from prunecli.axes.rules import apply_rule, layer_norm, sdpa
+from prunecli.axes.rules import WHOLE_CALLS, apply_rule, run_whole
 from prunecli.errors import UnsupportedError
 from prunecli.outputs import tensors_of
 
@@ -31,8 +31,6 @@ INPUT = "it is an axis of the network's input"
 OUTPUT = "it is an axis of the network's output (classes)"
 
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-#: Calls recorded as one, whatever they are made of on this device and torch version.
-WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm}
 #: Module attributes that belong to nn.Module itself.
 _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"})
 
@@ -113,7 +111,7 @@ class _Functions(TorchFunctionMode):
     def _whole(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         self.operators.paused = True
         try:
-            out = func(*args, **kwargs)
+            out = run_whole(func, name, args, kwargs)
         finally:
             self.operators.paused = False
         call = Call(name=name, function=func, args=tuple(args), kwargs=kwargs, out=out)

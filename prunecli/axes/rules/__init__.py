@@ -7,14 +7,27 @@ only then may a later contraction or sum run over them, and the cut net equal th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from prunecli.axes.record import Call, Record
 from prunecli.axes.rules import blocks, contraction, layout, lookup, space, statistics
 from prunecli.axes.rules.contraction import sdpa
 from prunecli.axes.rules.elementwise import is_elementwise, pointwise
+from prunecli.axes.rules.recurrent import GATES, recurrent, recurrent_outputs
 from prunecli.axes.rules.registry import RULES, opaque
 from prunecli.axes.rules.statistics import layer_norm
 
-__all__ = ["apply_rule", "blocks", "contraction", "layer_norm", "layout", "lookup", "sdpa", "space", "statistics"]
+__all__ = ["WHOLE_CALLS", "apply_rule", "blocks", "contraction", "layout", "lookup", "run_whole", "space", "statistics"]
+
+#: Python-level calls recorded as one, whatever they are made of on this device and torch version.
+WHOLE_CALLS = {"scaled_dot_product_attention": sdpa, "rms_norm": layer_norm, **dict.fromkeys(GATES, recurrent)}
+
+
+def run_whole(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What one of `WHOLE_CALLS` gives, where no values matter."""
+    outputs = recurrent_outputs(args) if name in GATES else None
+    return function(*args, **kwargs) if outputs is None else outputs
 
 
 def apply_rule(record: Record, call: Call) -> None:

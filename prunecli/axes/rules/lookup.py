@@ -6,7 +6,7 @@ import torch
 
 from prunecli.axes.record import Call, Record
 from prunecli.axes.rules.registry import POSITIONS, opaque, rule, unrelated, wrap
-from prunecli.axes.terms import Atom, find, freeze
+from prunecli.axes.terms import Atom, find, freeze, unify
 
 
 @rule("index")
@@ -38,6 +38,22 @@ def _index_select(record: Record, call: Call) -> None:
     reason = f"{record.place} looks entries of it up by index"
     freeze(value.dims[at], reason)
     record.put(out, [*value.dims[:at], Atom(out.shape[at], reason), *value.dims[at + 1 :]], value.silent)
+
+
+@rule("gather")
+def _gather(record: Record, call: Call) -> None:
+    """``out[i][j] = input[index[i][j]][j]`` along dimension 0: the other dimensions are those of both."""
+    source, at, index = call.args[:3]
+    value, places = record.value(source), record.dims(index)
+    at %= max(source.dim(), 1)
+    for d, (own, place) in enumerate(zip(value.dims, places, strict=True)):
+        if d == at:
+            record.freeze([own, place], f"{record.place} looks entries of it up by index")
+        elif source.shape[d] == index.shape[d]:
+            unify(own, place)
+        else:
+            record.freeze([own, place], f"{record.place} looks up only its first entries")
+    record.put(call.out, places, [flag and d != at for d, flag in enumerate(value.silent)])
 
 
 @rule("embedding")

@@ -33,9 +33,12 @@ def _batch_norm(record: Record, call: Call) -> None:
         unify(record.dims(tensor)[0], x.dims[1])
     has_statistics = len(call.args) > 4 and isinstance(call.args[3], Tensor)
     trains = call.name in {"native_batch_norm", "_native_batch_norm_legit"} and call.args[-3] is True
+    silent = False
     if not has_statistics or trains:
         record.normalise([*x.dims[:1], *x.dims[2:]])
-    silent = _affine_silent(record, call.args[1], call.args[2])
+        # What is zero throughout is zero minus its mean; no scale changes that.
+        silent = x.silent[1] and (call.args[2] is None or all(record.value(call.args[2]).silent))
+    silent = silent or _affine_silent(record, call.args[1], call.args[2])
     first, *rest = call.outputs
     record.put(first, x.dims, [d == 1 and silent for d in range(first.dim())])
     for out in rest:
