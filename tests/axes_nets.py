@@ -1010,6 +1010,28 @@ BLOCKS: tuple[Block, ...] = (
 INPUT = (3, 8, 8)
 
 
+class Parallel(nn.Module):
+    """Two blocks side by side: concatenated, added or multiplied (where widths differ, after a convolution)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, join: str) -> None:
+        super().__init__()
+        self.first, self.second, self.join = first, second, join
+        a, b = first.out_chs, second.out_chs
+        self.fit = nn.Identity() if a == b or join == "cat" else nn.Conv2d(b, a, 1)
+        self.out_chs = a + b if join == "cat" else a
+
+    @classmethod
+    def of(cls, first: Block, second: Block, width: int, join: str) -> Block:
+        """A block of two blocks, the second one of its own width."""
+        return lambda chs, own: cls(first(chs, own), second(chs, width), join)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x), self.fit(self.second(x))
+        if self.join == "cat":
+            return torch.cat([a, b], 1)
+        return a + b if self.join == "add" else a * torch.sigmoid(b)
+
+
 class Stack(nn.Module):
     """A stem, blocks, a pooled hidden layer and a classifier; images [B, 3, 8, 8] → [B, 5]."""
 
