@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -260,41 +261,46 @@ def _solve(
     return Choice(keep=keep, cost=cost, asked=asked, reached=reached, reachable=reachable, notes=tuple(notes))
 
 
-def _pools(units: Sequence[Unit], ranking: str) -> list[list[tuple[int, int]]]:
-    """Pools of losses (unit number, rank within the unit), cheapest first."""
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """Units ranked together.
+
+    Attributes:
+        losses: for every channel that may leave, cheapest first, the number of its unit. Within a unit they are the
+            cheapest ones, so a number says enough.
+        size: channels in all, those that have to stay too.
+    """
+
+    losses: Sequence[int]
+    size: int
+
+
+def _pools(units: Sequence[Unit], ranking: str) -> list[_Pool]:
     members: dict[object, list[int]] = {}
     for at, unit in enumerate(units):
         key: object = {"local": at, "global": 0}.get(ranking, unit.shape)
         members.setdefault(key, []).append(at)
-    return [
-        sorted(
-            ((at, rank) for at in pool for rank in range(units[at].width)),
-            key=lambda loss: (units[loss[0]].costs[loss[1]], loss),
-        )
-        for pool in members.values()
-    ]
+    pools = []
+    for pool in members.values():
+        ranked = sorted((cost, at) for at in pool for cost in units[at].costs[: units[at].most])
+        pools.append(_Pool(losses=[at for _, at in ranked], size=sum(units[at].width for at in pool)))
+    return pools
 
 
-def _under_pressure(units: Sequence[Unit], pools: Sequence[Sequence[tuple[int, int]]], pressure: float) -> list[int]:
+def _under_pressure(units: Sequence[Unit], pools: Sequence[_Pool], pressure: float) -> list[int]:
     """Kept widths when every pool gives up its ceil(pressure * size) cheapest channels.
 
     A loss that its group may not take counts for nothing: the pool then gives up its next cheapest one.
     """
-    lost = [0] * len(units)
+    lost: Counter[int] = Counter()
     for pool in pools:
-        due = math.ceil(pressure * len(pool) - 1e-9)
-        for at, rank in pool:
-            if due <= 0:
-                break
-            if rank < units[at].most:
-                lost[at] += 1
-                due -= 1
-    return [unit.nearest(unit.width - gone) for unit, gone in zip(units, lost, strict=True)]
+        lost.update(pool.losses[: math.ceil(pressure * pool.size - 1e-9)])
+    return [unit.nearest(unit.width - lost[at]) for at, unit in enumerate(units)]
 
 
 def _reach(
     search: _Search,
-    pools: Sequence[Sequence[tuple[int, int]]],
+    pools: Sequence[_Pool],
     goal: float,
     *,
     least: int,
@@ -321,7 +327,7 @@ def _reach(
     )
 
 
-def _press(search: _Search, pools: Sequence[Sequence[tuple[int, int]]], goal: float) -> None:
+def _press(search: _Search, pools: Sequence[_Pool], goal: float) -> None:
     """Find the pressure under which the metric passes the goal, and go there step by step.
 
     Where one step of a coarse unit passes it by more than the tolerance, that unit stays on the nearer side, and the

@@ -17,6 +17,7 @@ means the same everywhere: ``taylor`` (loss), ``lamp`` and ``bn_scale`` (made fo
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,7 +61,9 @@ class Unit:
 
     def nearest(self, kept: int) -> int:
         """The allowed width nearest to ``kept``, the larger of two."""
-        return min(self.allowed, key=lambda width: (abs(width - kept), -width))
+        at = bisect_left(self.allowed, -kept, key=lambda width: -width)
+        around = self.allowed[max(at - 1, 0) : at + 1]
+        return min(around, key=lambda width: (abs(width - kept), -width))
 
     def step(self, kept: int, by: int) -> int | None:
         """The next smaller (``by`` 1) or larger (-1) allowed width, if there is one."""
@@ -163,10 +166,10 @@ def _unit(
     width, parts = max(group.width for group in groups), common_parts(bundles)
     order, costs = {}, []
     for group in groups:
-        values = [float(value) for value in scores[group.name]]
+        values = scores[group.name].tolist()
         if len(values) != group.width:
             raise ValueError(f"group {group.name} has {group.width} channels and {len(values)} scores")
-        ranked = sorted(range(group.width), key=lambda j: values[j])
+        ranked = sorted(range(group.width), key=values.__getitem__)
         order[group.name] = tuple(ranked)
         mean = math.fsum(values) / group.width
         scale = 1.0 if settings.criterion in _COMPARABLE or mean <= 0 else mean

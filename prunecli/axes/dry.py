@@ -98,24 +98,20 @@ def _prefer_fused_attention(model: nn.Module) -> None:
 @contextmanager
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put back every module's state: attributes, parameters, buffers, and caches filled on the way."""
-    state = [(module, {name: _copied(value) for name, value in module.__dict__.items()}) for module in model.modules()]
+    attributes = [module.__dict__ for module in model.modules()]
+    before = [dict(own) for own in attributes]
+    values = [value for own in before for value in own.values()]
+    dicts = [
+        *zip(attributes, before, strict=True),
+        *((value, dict(value)) for value in values if isinstance(value, dict)),
+    ]
+    lists = [(value, list(value)) for value in values if isinstance(value, list)]
     try:
         yield
     finally:
-        for module, before in state:
-            for name in set(module.__dict__) - set(before):
-                del module.__dict__[name]
-            for name, (value, content) in before.items():
-                if isinstance(value, dict):
-                    value.clear()
-                    value.update(content)
-                elif isinstance(value, list):
-                    value[:] = content
-                module.__dict__[name] = value
-
-
-def _copied(value: Any) -> tuple[Any, Any]:
-    """A value, and the present content of the containers that a forward might fill."""
-    if isinstance(value, dict):
-        return value, dict(value)
-    return value, list(value) if isinstance(value, list) else None
+        for own, content in dicts:
+            if own or content:
+                own.clear()
+                own.update(content)
+        for held, items in lists:
+            held[:] = items

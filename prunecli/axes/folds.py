@@ -259,6 +259,8 @@ def _entries(record: Record, parameter: Tensor, dim: int, index: Tensor, path: S
     seen = torch.zeros(len(index) + 1, dtype=torch.bool)
     for step in path:
         index = step(index)
+    for at, stride in enumerate(index.stride()):
+        index = index if stride else index.narrow(at, 0, 1)  # entries along it are one and the same
     seen[index.reshape(-1)] = True  # -1, from other parts, marks the extra last entry
     positions = frozenset(seen[:-1].nonzero().flatten().tolist())
     name, dims = value.origin

@@ -290,6 +290,9 @@ for _symbol in COMPARISONS:
     setattr(TracedInt, f"__{_symbol}__", _comparison(_symbol))
 
 
+_SEQUENCES = frozenset({list, tuple, torch.Size})
+
+
 def untraced(value: Any, *, pin: bool = False) -> Any:
     """``value`` with plain ints in place of traced ones, in tuples, lists, dicts and slices too.
 
@@ -297,16 +300,13 @@ def untraced(value: Any, *, pin: bool = False) -> Any:
         value: any argument of a torch call.
         pin: record each traced int found as one that must keep its value.
     """
-    match value:
-        case TracedInt():
-            return value.pinned() if pin else value.plain
-        case torch.Size():
-            return torch.Size([untraced(item, pin=pin) for item in value])
-        case tuple() | list() if type(value) in (tuple, list):
-            return type(value)(untraced(item, pin=pin) for item in value)
-        case slice():
-            parts = (untraced(part, pin=pin) for part in (value.start, value.stop, value.step))
-            return slice(*parts)
-        case dict() if type(value) is dict:
-            return {key: untraced(item, pin=pin) for key, item in value.items()}
+    kind = type(value)
+    if kind is TracedInt:
+        return value.pinned() if pin else value.plain
+    if kind in _SEQUENCES:
+        return kind([untraced(item, pin=pin) for item in value])
+    if kind is slice:
+        return slice(*[untraced(part, pin=pin) for part in (value.start, value.stop, value.step)])
+    if kind is dict:
+        return {key: untraced(item, pin=pin) for key, item in value.items()}
     return value

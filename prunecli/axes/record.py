@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from prunecli.groups import Role
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
 KERNEL = "it is a kernel axis"
+
+#: The usual arguments of an operator beside tensors and lists: asking whether they are a Mapping takes long.
+_NO_CONTAINERS = frozenset({int, float, bool, str, type(None), TracedInt, torch.dtype, torch.device})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +78,11 @@ class Call:
             return self.args[position]
         return self.kwargs.get(name, default)
 
-    @property
+    @cached_property
     def outputs(self) -> list[Tensor]:
         return tensors_in(self.out)
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         return tensors_in([*self.args, *self.kwargs.values()])
 
@@ -237,8 +241,9 @@ class Record:
             known = Value(dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim())
             self._values[id(tensor)] = known
             self._alive.append(tensor)
-        for name in self.names.get(id(tensor), ())[:1]:
-            self.used.setdefault(name)
+        names = self.names.get(id(tensor))
+        if names is not None:
+            self.used.setdefault(names[0])
         return known
 
     def dims(self, tensor: Tensor) -> tuple[Atom, ...]:
@@ -392,10 +397,17 @@ def _holds_zeros(tensor: Tensor) -> bool:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in nested sequences and mappings, in order."""
+    found: list[Tensor] = []
+    _add_tensors(value, found)
+    return found
+
+
+def _add_tensors(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors_in(item)]
-    return []
+        found.append(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add_tensors(item, found)
+    elif type(value) not in _NO_CONTAINERS and isinstance(value, Mapping):
+        for item in value.values():
+            _add_tensors(item, found)

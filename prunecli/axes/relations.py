@@ -15,9 +15,16 @@ class Sizes:
 
     def __init__(self, names: dict[int, str]) -> None:
         self._names = names
+        self._known: dict[int, tuple[Atom, Size]] = {}
 
     def of(self, atom: Atom) -> Size:
+        """The size of a term; terms are not refined any more."""
         atom = find(atom)
+        if id(atom) not in self._known:
+            self._known[id(atom)] = atom, self._made(atom)
+        return self._known[id(atom)][1]
+
+    def _made(self, atom: Atom) -> Size:
         if atom.form == "leaf":
             name = self._names.get(id(atom))
             return Const(atom.size) if name is None else Width(name, atom.size)

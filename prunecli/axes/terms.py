@@ -56,18 +56,34 @@ def find(atom: Atom) -> Atom:
 
 def factors(atom: Atom) -> list[Atom]:
     """The factors of an atom, products inside products opened; size-1 leaves carry no axis and are left out."""
+    found: list[Atom] = []
+    _add_factors(atom, found)
+    return found
+
+
+def _add_factors(atom: Atom, found: list[Atom]) -> None:
     atom = find(atom)
     if atom.form == "product":
-        return [factor for kid in atom.kids for factor in factors(kid)]
-    return [atom] if atom.size != 1 else []
+        for kid in atom.kids:
+            _add_factors(kid, found)
+    elif atom.size != 1:
+        found.append(atom)
 
 
 def leaves(atom: Atom) -> list[Atom]:
     """All axes an atom is made of, in order, with repeats; size-1 axes left out."""
+    found: list[Atom] = []
+    _add_leaves(atom, found)
+    return found
+
+
+def _add_leaves(atom: Atom, found: list[Atom]) -> None:
     atom = find(atom)
-    if atom.form == "leaf":
-        return [atom] if atom.size != 1 else []
-    return [leaf for kid in atom.kids for leaf in leaves(kid)]
+    if atom.form != "leaf":
+        for kid in atom.kids:
+            _add_leaves(kid, found)
+    elif atom.size != 1:
+        found.append(atom)
 
 
 def freeze(atom: Atom, reason: str) -> None:
@@ -79,7 +95,10 @@ def freeze(atom: Atom, reason: str) -> None:
 
 def is_frozen(atom: Atom) -> bool:
     """Whether no axis of ``atom`` may be cut."""
-    return all(leaf.reason is not None for leaf in leaves(atom))
+    atom = find(atom)
+    if atom.form == "leaf":
+        return atom.reason is not None or atom.size == 1
+    return all(map(is_frozen, atom.kids))
 
 
 def _refine(leaf: Atom, form: Form, kids: list[Atom]) -> list[Atom]:
