@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
+import torch
 from axes_nets import (
     INPUT,
     BranchOnWidth,
@@ -167,12 +168,27 @@ def short(graph: Graph) -> list[list[dict[str, int]]]:
     ]
 
 
+class SharedHalf(nn.Module):
+    """Two sums of widths are equal, with one width in both: only the others are tied."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.both, self.one, self.two = nn.Conv2d(chs, 6, 1), nn.Conv2d(chs, 4, 1), nn.Conv2d(chs, 4, 1)
+        self.first, self.second = nn.Conv2d(10, width, 1), nn.Conv2d(10, width, 1)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.cat([self.both(x), self.one(x)], 1), torch.cat([self.both(x), self.two(x)], 1)
+        return self.first(a.view_as(b)) + self.second(b)
+
+
 TIES: list[tuple[type[nn.Module], list[list[dict[str, int]]]]] = [
     (ChunkMix, [[{"conv conv#2": 4}]]),
     (HalfAttribute, [[{"conv conv#2": 4}]]),
     (TwiceAttribute, [[{"conv": 4}]]),
     (Narrower, [[{"narrow wide": 2}]]),
     (Split, []),
+    (SharedHalf, [[{"one two": 4}]]),
     (RotaryAttention, [[{"qkv:head_dim qkv:head_dim#2": 2}]]),
     (StreamAttention, [[{"conv": 12}, {"qkv:heads": 3, "qkv:head_dim qkv:head_dim#2": 4}]]),
     (SharedAttention, [[{"conv": 12}, {"qkv:heads": 3, "qkv:head_dim qkv:head_dim#2": 4}]]),
