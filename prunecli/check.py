@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +45,22 @@ class Equivalence:
         exact: no norm statistic runs over a cut axis, so silencing is zeroing and nothing else.
         norms: modules whose statistic was taken over kept channels on the dense side.
         reason: why ``relative_error`` is inf, else empty.
+        unseen: cut groups of which the check sees nothing, where that is the reason.
     """
 
     relative_error: float
     exact: bool
     norms: tuple[str, ...]
     reason: str = ""
+    unseen: tuple[str, ...] = ()
 
 
 class _FailedCheckError(Exception):
-    """The comparison could not be made; the message says why."""
+    """The comparison could not be made; the message says why. ``unseen`` as in `Equivalence`."""
+
+    def __init__(self, message: str, unseen: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.unseen = unseen
 
 
 def equivalence_error(
@@ -101,9 +107,10 @@ def equivalence_error(
         worst = _difference(expected, net, images)
         if _without_fused_attention_(net):
             worst = max(worst, _difference(expected, net, images))
-        _assert_trains(net, images, seed)
+        _assert_trains(net, cut, images, seed)
     except _FailedCheckError as failure:
-        return Equivalence(relative_error=math.inf, exact=not norms, norms=norms, reason=str(failure))
+        reason = str(failure)
+        return Equivalence(relative_error=math.inf, exact=not norms, norms=norms, reason=reason, unseen=failure.unseen)
     return Equivalence(relative_error=worst, exact=not norms, norms=norms)
 
 
@@ -244,24 +251,48 @@ class _StayDouble(TorchFunctionMode):
         return func(*(torch.float64 if arg is torch.float32 else arg for arg in args), **wider)
 
 
-def _assert_trains(pruned: nn.Module, images: Tensor, seed: int) -> None:
-    """Forward and backward in train mode, in float32 (only finiteness counts). Leaves the global generator alone.
+def _assert_trains(pruned: nn.Module, cut: Sequence[PlannedGroup], images: Tensor, seed: int) -> None:
+    """Forward and backward in train mode, in float32. Leaves the global generator alone.
 
-    Raises _FailedCheckError.
+    Raises _FailedCheckError where gradients are not finite, or where a cut group has none: had it been cut wrongly, no
+    output would have shown it.
     """
     map_tensors_(pruned, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     pruned.train().requires_grad_()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            loss = _outputs(pruned, images.float()).square().mean()
-            torch.autograd.backward(loss)
-        except _FORWARD_ERRORS as error:
-            raise _FailedCheckError(f"the pruned net does not train: {_first_line(error)}") from error
-    gradients = {name: p.grad for name, p in pruned.named_parameters() if p.grad is not None}
-    bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-    if bad or not gradients:
+        effects = _effects(pruned, images.float())
+    bad = [name for name, effect in effects.items() if not math.isfinite(effect)]
+    if bad or not effects:
         raise _FailedCheckError(f"the pruned net has no finite gradient at {bad[0] if bad else 'any parameter'}")
+    unseen = _unseen(cut, effects)
+    if unseen:  # a branch may be dropped at random in train mode
+        unseen = _unseen(cut, _effects(pruned.eval(), images.float()))
+    if unseen:
+        raise _FailedCheckError(f"no channel of {unseen[0]} changes an output, so the check sees nothing of it", unseen)
+
+
+def _effects(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """What each parameter contributes to the outputs to first order, ``max|gradient * value|``; unused ones left out.
+
+    Raises _FailedCheckError where forward or backward fails.
+    """
+    model.zero_grad()
+    try:
+        loss = _outputs(model, images).square().mean()
+        torch.autograd.backward(loss)
+    except _FORWARD_ERRORS as error:
+        raise _FailedCheckError(f"the pruned net does not train: {_first_line(error)}") from error
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: (p.grad * p.detach()).abs().max().item() for name, p in parameters if p.grad is not None}
+
+
+def _unseen(cut: Sequence[PlannedGroup], effects: Mapping[str, float]) -> tuple[str, ...]:
+    """The groups of whose parameters none contributes anything."""
+    least = _BLIND * max(effects.values(), default=0.0)
+    return tuple(
+        group.name for group in cut if all(effects.get(member.tensor, 0.0) <= least for member in group.members)
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -476,7 +476,7 @@ class Lines(Plain):
 
 
 class ClassToken(nn.Module):
-    """Class and register tokens, learnt positions, two layer-scaled branches in parallel; the class token gates."""
+    """Class and register tokens, learnt positions, two layer-scaled branches in parallel; the first tokens gate."""
 
     def __init__(self, chs: int, width: int) -> None:
         super().__init__()
@@ -491,7 +491,7 @@ class ClassToken(nn.Module):
         t = torch.cat([self.cls.expand(t.shape[0], -1, -1), self.reg.expand(t.shape[0], -1, -1), t], 1)
         y = self.norm(t)
         t = t + self.fc2(F.gelu(self.fc1(y))) * self.scale[0] + self.other(y) * self.scale[1]
-        return image(t[:, self.num_prefix_tokens :] * t[:, :1].tanh(), x)
+        return image(t[:, self.num_prefix_tokens :] * t[:, : self.num_prefix_tokens].mean(1, keepdim=True).tanh(), x)
 
 
 class MultiQuery(Plain):
