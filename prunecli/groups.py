@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Kind = Literal["channels", "heads", "head_dim"]
@@ -288,6 +288,35 @@ class Graph:
         place = {group.name: at for at, group in enumerate(self.groups)}
         ties = [*self.ties, *(alone(group) for group in self.groups if group.name not in tied)]
         return sorted(ties, key=lambda tie: min(place[name] for name in tie.groups))
+
+    def without(self, names: Collection[str], reason: str) -> Graph:
+        """The same with these groups frozen, and those that can only be cut together with them."""
+        frozen, ties = set(names), []
+        for tie in self.ties:
+            choices = tuple(tuple(b for b in choice if frozen.isdisjoint(b.groups)) for choice in tie.choices)
+            if Tie(choices=choices).selected(lambda _: 0) is None:
+                frozen.update(tie.groups)
+            else:
+                ties.append(Tie(choices=choices))
+        gone = (group for group in self.groups if group.name in frozen)
+        return replace(
+            self,
+            groups=tuple(group for group in self.groups if group.name not in frozen),
+            ties=tuple(ties),
+            exclusive=tuple(pair for pair in self.exclusive if frozen.isdisjoint(pair)),
+            frozen=(
+                *self.frozen,
+                *(
+                    Frozen(
+                        name=group.name,
+                        width=group.width,
+                        tensors=tuple(dict.fromkeys(member.tensor for member in group.members)),
+                        reason=reason,
+                    )
+                    for group in gone
+                ),
+            ),
+        )
 
     def macs(self, kept: Mapping[str, int]) -> int:
         """Multiply-adds of one image with these kept widths (attention matmuls included)."""

@@ -32,7 +32,7 @@ from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
 from prunecli.recovery import recover_stage
 from prunecli.report import Report, TargetResult
-from prunecli.stages import Planned, Source, cut, make_plan, prove
+from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.summary import rounded, summarise
 
 TARGET_TOLERANCE: Final = 0.01
@@ -73,13 +73,13 @@ def _planned(job: Job) -> Planned:
 
 
 def plan_and_prove(source: Source, recipe: Recipe, images: data.Images | None) -> tuple[Planned, str]:
-    """Trace, plan and prove; what ``--dry-run`` shows. Raises as ``make_plan`` and ``prove``."""
+    """Trace, plan and prove; what ``--dry-run`` shows. Raises as ``make_plan`` and ``proven_plan``."""
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
-    planned = make_plan(source, graph, recipe, images)
     if not recipe.equivalence_check:
-        return planned, "the equivalence check was switched off"
-    proof = prove(source, planned.plan, seed=recipe.seed)
-    return planned, f"pruned net equals silenced dense net to {proof.relative_error:.1e} (relative, float64)"
+        return make_plan(source, graph, recipe, images), "the equivalence check was switched off"
+    proven = proven_plan(source, graph, recipe, images)
+    error = proven.proof.relative_error
+    return proven.planned, f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
 
 
 def _pruned(job: Job, planned: Planned) -> nn.Module:

@@ -6,7 +6,8 @@ Nothing here writes a file or knows of a run folder.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from prunecli.recipe import Recipe, Target
 from prunecli.report import TargetResult
 
 EQUIVALENCE_TOLERANCE: Final = 1e-9
+_MOST_SPARED: Final = 4  # times that a group is left whole for the proof's sake; a model that needs more is unsupported
 # Exact Jacobians cost K backward passes an image; `samples: auto` takes as many images as this many multiply-adds
 # buy (about a minute on two CPU cores), at most 16.
 _JACOBIAN_MACS: Final = {"cpu": 1.5e12, "cuda": 1.5e14}
@@ -49,6 +51,15 @@ class Planned:
     plan: Plan
     target: TargetResult
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """A plan that was shown to be right, and the graph it was made with: groups that were not right are frozen."""
+
+    planned: Planned
+    proof: check.Equivalence
+    graph: Graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +215,15 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
     Raises UnsupportedError only where there is no graph at all.
     """
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
-    share = prunable_share(source.model, graph)
     supported, status = True, "half of every group was cut on trial: the net equals the silenced dense net"
     try:
         trial = recipe.model_copy(update={"target": Target(metric="ratio", value=0.5)})
-        proof = prove(source, make_plan(source, graph, trial, None).plan, seed=recipe.seed)
-        status += f" to {proof.relative_error:.1e}"
+        proven = proven_plan(source, graph, trial, None)
+        graph = proven.graph
+        status += f" to {proven.proof.relative_error:.1e}"
     except (UnsupportedError, NothingPrunedError) as error:
         supported, status = False, error.message
+    share = prunable_share(source.model, graph)
     return Inspection(source=source, graph=graph, prunable_share=share, supported=supported, status=status)
 
 
@@ -222,27 +234,71 @@ def prunable_share(model: nn.Module, graph: Graph) -> float:
     return sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)
 
 
-def prove(source: Source, plan: Plan, *, seed: int) -> check.Equivalence:
-    """Show that the cut net equals the dense net with those channels silenced, before any work is spent on it.
+def proven_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Proven:
+    """Plan a cut and show that it is right, before any work is spent on it.
 
-    Raises UnsupportedError where it does not.
+    A group that cannot be cut correctly, though the graph says so, is looked for by halving; it stays whole, and all is
+    planned again.
+
+    Raises:
+        UnsupportedError: the cut net does not equal the dense net with those channels silenced, whatever stays whole.
+        PruneError: as ``make_plan``.
     """
-    proof = check.equivalence_error(
+    notes: tuple[str, ...] = ()
+    while True:
+        planned = make_plan(source, graph, recipe, images)
+        proof = _proof(source, graph, planned.plan, _kept(planned.plan), seed=recipe.seed)
+        if proof.relative_error <= EQUIVALENCE_TOLERANCE:
+            return Proven(planned=replace(planned, notes=(*notes, *planned.notes)), proof=proof, graph=graph)
+        refusal = _refusal(planned.plan, proof)
+        if len(notes) == _MOST_SPARED:
+            raise refusal
+        names = proof.unseen or _culprits(source, graph, planned.plan, seed=recipe.seed)
+        problem = proof.reason or f"the outputs differ by {proof.relative_error:.2g}"
+        graph = graph.without(names, f"a cut of it was tried and is not right: {problem}")
+        notes = (*notes, f"{', '.join(names)}: all channels stay, a cut was tried and is not right ({problem})")
+        if not graph.groups:
+            raise refusal
+
+
+def _kept(plan: Plan) -> dict[str, int]:
+    return {group.name: len(group.keep) for group in plan.cut_groups}
+
+
+def _culprits(source: Source, graph: Graph, plan: Plan, *, seed: int) -> tuple[str, ...]:
+    """Groups that are cut together, with which a cut that is right becomes one that is not."""
+    kept = _kept(plan)
+    units = [tuple(name for name in tie.groups if name in kept) for tie in graph.all_ties()]
+    units = [unit for unit in units if unit]
+    good, bad = 0, len(units)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        some = {name: kept[name] for unit in units[:middle] for name in unit}
+        right = _proof(source, graph, plan, some, seed=seed).relative_error <= EQUIVALENCE_TOLERANCE
+        good, bad = (middle, bad) if right else (good, middle)
+    return units[bad - 1]
+
+
+def _proof(source: Source, graph: Graph, plan: Plan, kept: Mapping[str, int], *, seed: int) -> check.Equivalence:
+    """Try a plan where only the groups of ``kept`` are cut."""
+    whole = {group.name: tuple(range(group.width)) for group in plan.groups if group.name not in kept}
+    return check.equivalence_error(
         source.model,
-        groups=plan.groups,
-        attributes=plan.attributes,
+        groups=tuple(g.model_copy(update={"keep": whole.get(g.name, g.keep)}) for g in plan.groups),
+        attributes=graph.solve(kept),
         folds=plan.folds,
         input_size=source.spec.size,
         seed=seed,
     )
-    if not proof.relative_error <= EQUIVALENCE_TOLERANCE:
-        raise UnsupportedError(
-            f"{plan.model.name} cannot be pruned correctly: the pruned net differs from the dense net with those "
-            f"channels silenced by {proof.relative_error:.2g} (relative, float64; limit {EQUIVALENCE_TOLERANCE:g}). "
-            f"{proof.reason}".rstrip(),
-            hint="Exclude the layers with prune.exclude, and please report the model.",
-        )
-    return proof
+
+
+def _refusal(plan: Plan, proof: check.Equivalence) -> UnsupportedError:
+    return UnsupportedError(
+        f"{plan.model.name} cannot be pruned correctly: the pruned net differs from the dense net with those "
+        f"channels silenced by {proof.relative_error:.2g} (relative, float64; limit {EQUIVALENCE_TOLERANCE:g}). "
+        f"{proof.reason}".rstrip(),
+        hint="Exclude the layers with prune.exclude, and please report the model.",
+    )
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:

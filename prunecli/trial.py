@@ -106,16 +106,16 @@ def try_cut(source: stages.Source, graph: Graph, recipe: Recipe, target: str) ->
     """Plan one cut and prove it; no plan where it was refused."""
     aimed = Recipe.from_mapping({**recipe.model_dump(exclude_defaults=True), "target": target})
     try:
-        planned = stages.make_plan(source, graph, aimed, None)
-        proof = stages.prove(source, planned.plan, seed=recipe.seed)
+        proven = stages.proven_plan(source, graph, aimed, None)
     except PruneError as error:
         return Trial(target=target, problem=str(error)), None
+    planned = proven.planned
     size = planned.plan.predicted
     trial = Trial(
         target=target,
         params=size.params,
         macs=size.macs,
-        relative_error=proof.relative_error,
+        relative_error=proven.proof.relative_error,
         notes=planned.notes,
     )
     return trial, planned.plan

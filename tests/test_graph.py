@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from axes_cuts import allowed, error_of
-from axes_nets import INPUT, Residual, Stack
+from axes_nets import INPUT, ChunkMix, Residual, Stack
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,3 +150,14 @@ def test_engines_by_name() -> None:
     assert build_graph(Stack([Residual], [4]), INPUT).engine == "axes"
     with pytest.raises(UsageError, match="no graph engine 'axis'"):
         build_graph(Stack([Residual], [4]), INPUT, engine="axis")
+
+
+def test_without_a_group_its_tie_goes_where_nothing_can_take_its_place() -> None:
+    torch.manual_seed(0)
+    graph = build_graph(Stack([ChunkMix], [4]), INPUT)
+    (tie,) = graph.ties
+    less = graph.without(tie.groups[:1], "a reason")
+    assert not less.ties
+    assert {axis.name for axis in less.frozen if axis.reason == "a reason"} == set(tie.groups)
+    assert [group for group in graph.groups if group.name not in tie.groups] == list(less.groups)
+    assert all(set(tie.groups).isdisjoint(pair) for pair in less.exclusive)

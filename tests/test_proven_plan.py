@@ -1,0 +1,88 @@
+"""What only the proof finds is left whole, said, and does not keep the rest of a model from being pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunecli import stages
+from prunecli.check import equivalence_error
+from prunecli.errors import UnsupportedError
+from prunecli.graph import build_graph
+from prunecli.plan import ModelRef
+from prunecli.recipe import Recipe
+from prunecli.zoo import InputSpec
+
+SIZE = (3, 4, 4)
+
+
+class Sly(nn.Module):
+    """Some layers take another path for a width of 9: neither the dense width of 12 nor half of it shows that."""
+
+    def __init__(self, sly: tuple[int, ...], layers: int = 4) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(12 if i else 3, 12, 1) for i in range(layers))
+        self.sly, self.head = frozenset(map(str, sly)), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = x.sin() if f"{i}" in self.sly and f"{x.shape[1]}" == "9" else x.tanh()
+        return self.head(x.mean((2, 3)))
+
+
+def source_of(model: nn.Module) -> stages.Source:
+    return stages.Source(
+        model=model.eval(),
+        ref=ModelRef(name="sly", num_classes=5, timm="0"),
+        spec=InputSpec(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
+        digest="",
+        cost=stages.cost.measure(model, SIZE),
+        notes=(),
+    )
+
+
+def proven(model: nn.Module, **target: Any) -> stages.Proven:
+    torch.manual_seed(0)
+    source = source_of(model)
+    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}} | target)
+    return stages.proven_plan(source, build_graph(model, SIZE), recipe, None)
+
+
+def test_the_group_behind_a_wrong_cut_is_found_left_whole_and_said() -> None:
+    model = Sly((2,))
+    result = proven(model)
+    assert result.proof.relative_error < 1e-12
+    assert [group.name for group in result.graph.groups] == ["convs.0", "convs.1", "convs.3"]
+    assert [group.name for group in result.planned.plan.cut_groups] == ["convs.0", "convs.1", "convs.3"]
+    (reason,) = (axis.reason for axis in result.graph.frozen if axis.name == "convs.2")
+    assert reason.startswith("a cut of it was tried and is not right: the outputs differ by ")
+    assert result.planned.notes[0].startswith("convs.2: all channels stay")
+
+
+def test_several_are_found_one_after_the_other() -> None:
+    result = proven(Sly((0, 3)))
+    assert [group.name for group in result.graph.groups] == ["convs.1", "convs.2"]
+    assert len(result.planned.notes) == 2
+
+
+def test_a_model_of_many_mistakes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot be pruned correctly"):
+        proven(Sly((0, 1, 2, 3, 4, 5), layers=7))
+
+
+def test_a_model_with_nothing_left_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot be pruned correctly"):
+        proven(Sly((0, 1), layers=2))
+
+
+def test_what_was_planned_is_what_was_proved() -> None:
+    model = Sly((2,))
+    plan = proven(model).planned.plan
+    outcome = equivalence_error(
+        model, groups=plan.groups, attributes=plan.attributes, folds=plan.folds, input_size=SIZE, seed=7
+    )
+    assert outcome.relative_error < 1e-12
