@@ -376,6 +376,30 @@ def test_a_model_that_casts_to_single_precision_is_compared_in_double():
     assert check(Narrow(), [group(members, width=64, keep=KEEP)]).relative_error < 1e-13
 
 
+class Chaotic(nn.Module):
+    """Many batch norms in a row and no shortcut: rounding errors grow by a factor a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False) for i in range(30))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(30))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = torch.sin(2 * bn(conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_rounding_that_grows_with_depth_is_told_from_a_mistake(monkeypatch):
+    members = [at("convs.5.weight"), *bn("bns.5"), at("convs.6.weight", 1, "in")]
+    wrong = [at("convs.5.weight"), *bn("bns.5"), at("convs.6.weight", 1, "in", offset=1)]
+    assert check(Chaotic(), [group(members, width=8, keep=(1, 2, 4))]).relative_error < TOLERANCE
+    assert check(Chaotic(), [group(wrong, width=7, keep=(1, 2, 4))]).relative_error > 1e-3
+    monkeypatch.setattr("prunecli.check._ROUNDING", math.inf)
+    assert check(Chaotic(), [group(members, width=8, keep=(1, 2, 4))]).relative_error > TOLERANCE
+
+
 def test_the_same_seed_gives_the_same_figure_and_the_global_generator_is_untouched():
     members = [at("a.weight"), at("a.bias"), at("b.weight", 1, "in")]
     model = Blind("plain")
