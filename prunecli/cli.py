@@ -306,6 +306,24 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
         show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
 
 
+@app.command()
+def models(
+    pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="a name or part of one, * and ?")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """The support matrix for timm architectures."""
+    with reported():
+        from prunecli import render, support
+
+        matrix = support.stored_matrix()
+        if pattern is None:
+            show(matrix.model_dump(mode="json"), render.matrix_table(matrix), as_json=as_json)
+            return
+        found = matrix.matching(pattern)
+        document = {name: row.model_dump(mode="json") | {"status": row.status} for name, row in found.items()}
+        show(document, render.architectures_table(found), as_json=as_json)
+
+
 @recipes.command("ls")
 def recipes_ls(as_json: JsonOpt = False) -> None:
     """The packaged recipes."""

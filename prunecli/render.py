@@ -19,7 +19,9 @@ from prunecli.report import Accuracy, LRReport, Report, SpectrumSummary, Stage, 
 if TYPE_CHECKING:
     from prunecli.groups import Frozen, Graph, Tie
     from prunecli.stages import Inspection
+    from prunecli.support import Matrix, Row
 
+_EXPLAINED = 0.9  # prunable share of the parameters below which the reason is shown
 _NAMES_SHOWN = 3  # of layers in one cell: what 80 columns hold
 
 
@@ -291,4 +293,61 @@ def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
     table = _table(None, "recipe", "for")
     for name, purpose in rows:
         _row(table, name, purpose)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- support matrix
+
+
+def matrix_table(matrix: Matrix) -> RenderableType:
+    """The support matrix by module of timm: how many architectures and structures, how many of these are exact."""
+    rows = {row.name: row for row in matrix.rows}
+    modules: dict[str, list[Row]] = {}
+    for name in matrix.covered_by.values():
+        modules.setdefault(rows[name].module, []).append(rows[name])
+    numeric = ("architectures", "structures", "exact", "prunable")
+    table = _table("Support by module", "module", *numeric, numeric=numeric)
+    table.columns[0].no_wrap = True
+    remarks = []
+    for module, members in sorted(modules.items()):
+        structures = list({row.name: row for row in members}.values())
+        exact = sum(row.status == "exact" for row in structures)
+        shares = [f"{share:.1%}" for share in sorted(row.prunable_share for row in structures)]
+        span = shares[0] if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]}"
+        _row(table, module, str(len(members)), str(len(structures)), str(exact), span)
+        remarks += [r for r in structures if r.status != "exact" or r.prunable_share < _EXPLAINED]
+    explained = [Text("Not exact, or less than 90 % of the parameters prunable", style="bold")] if remarks else []
+    why = _fields(*((row.name, row.reason) for row in remarks))
+    return Group(table, *explained, why, Text(""), _fields(*_matrix_facts(matrix)))
+
+
+def _matrix_facts(matrix: Matrix) -> list[tuple[str, str]]:
+    exact = {row.name for row in matrix.rows if row.status == "exact"}
+    covered = sum(by in exact for by in matrix.covered_by.values())
+    untried = f"; {len(matrix.untried)} have structures that were not tried" if matrix.untried else ""
+    of_all = f"{covered} of {len(matrix.covered_by)} architectures{untried}"
+    return [
+        ("exact", f"{len(exact)} of {len(matrix.rows)} structures, {of_all}"),
+        ("means", "half of all widths and half the multiply-adds cut, each proved, trained a step, exported, reloaded"),
+        ("measured", f"{matrix.date}, " + ", ".join(f"{name} {number}" for name, number in matrix.versions.items())),
+        ("one model", "prunecli models PATTERN shows architectures; prunecli inspect MODEL its groups"),
+    ]
+
+
+def architectures_table(found: Mapping[str, Row]) -> Table:
+    """Architectures with the row that stands for each: what was tried, on which, with what result."""
+    numeric = ("prunable", "params", "MACs", "error")
+    table = _table("Left at macs=50%", "architecture", *numeric, "result", numeric=numeric)
+    for name, row in found.items():
+        last = row.trials[-1] if row.trials else None
+        tried = "" if row.name == name else f"as {row.name}: "
+        _row(
+            table,
+            name,
+            f"{row.prunable_share:.1%}",
+            wording.percent(100 * last.params / row.params if last and last.params else None),
+            wording.percent(100 * last.macs / row.macs if last and last.macs else None),
+            wording.DASH if row.worst_error is None else f"{row.worst_error:.0e}",
+            f"{tried}{row.status}{'. ' if row.reason else ''}{row.reason}",
+        )
     return table

@@ -96,8 +96,22 @@ class Row(Value):
         return max((t.relative_error for t in self.trials if t.relative_error is not None), default=None)
 
 
+class Traced(Value):
+    """One architecture of which the graph alone was built, whole and without weights."""
+
+    name: str
+    params: int = 0
+    groups: int = 0
+    prunable_share: float = 0.0
+    seconds: float = 0.0
+    problem: str | None = None
+
+
 class Matrix(Value):
-    """Every row, and for every architecture the row that stands for its structure."""
+    """Every row, for every architecture the row that stands for its structure, and every architecture's own graph.
+
+    ``untried`` are architectures of whose structure none was tried.
+    """
 
     schema_version: Literal[1] = 1
     date: str
@@ -105,17 +119,34 @@ class Matrix(Value):
     versions: Mapping[str, str]
     rows: tuple[Row, ...]
     covered_by: Mapping[str, str]
+    untried: tuple[str, ...] = ()
+    graphs: tuple[Traced, ...] = ()
 
     def row(self, name: str) -> Row:
         """The row that stands for an architecture. Raises KeyError."""
         wanted = self.covered_by[name]
         return next(row for row in self.rows if row.name == wanted)
 
+    def smallest_of_modules(self) -> tuple[Row, ...]:
+        """The row with the fewest parameters of every module of timm."""
+        smallest: dict[str, Row] = {}
+        for row in sorted(self.rows, key=lambda row: row.params):
+            smallest.setdefault(row.module, row)
+        return tuple(smallest.values())
+
     def matching(self, pattern: str) -> dict[str, Row]:
-        """Architectures by a shell pattern; without wildcards, those that contain it. Raises UsageError on none."""
+        """Tried architectures by a shell pattern; without wildcards, those that contain it.
+
+        Raises UsageError where no architecture matches, or only untried ones.
+        """
         glob = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
         rows = {row.name: row for row in self.rows}
         found = {name: rows[by] for name, by in self.covered_by.items() if fnmatchcase(name, glob)}
+        if not found and any(fnmatchcase(name, glob) for name in self.untried):
+            raise UsageError(
+                f"No structure of {pattern!r} was tried for the support matrix.",
+                hint="prunecli inspect MODEL tries it now.",
+            )
         if not found:
             raise UsageError(f"No architecture matches {pattern!r}.", hint=nearest(pattern, self.covered_by))
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from prunecli import stages, store
 from prunecli.errors import PruneError
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
+from prunecli.groups import Frozen, Graph
 from prunecli.plan import Plan
 from prunecli.recipe import Recipe
 from prunecli.support import FrozenShare, Row, Trial
@@ -65,17 +64,17 @@ def _convolution_kind(module: nn.Module) -> str:
     return "depthwise" if module.groups == module.in_channels else "grouped"
 
 
-def try_architecture(
-    name: str, *, model_args: Mapping[str, Any] | None = None, fresh_process: bool = True, seed: int = 0
-) -> Row:
-    """Load with random weights, trace, cut by every target of ``TARGETS`` with proof, export and reload the last cut.
+def try_architecture(name: str, *, model_args: Mapping[str, Any] | None = None, out: Path, seed: int = 0) -> Row:
+    """Load with random weights, trace, cut by every target of ``TARGETS`` with proof, export the last cut to ``out``.
+
+    Whether it reloads is for `reload_difference` to say, in this process or in a fresh one.
 
     What prunecli refuses (a `PruneError`) becomes the row's ``problem``; any other exception is a defect and goes up.
 
     Args:
         name: registered architecture.
         model_args: keyword arguments for ``timm.create_model``.
-        fresh_process: reload in a new interpreter, as ``prunecli verify`` does, else in this one.
+        out: an empty folder.
         seed: of weights and images.
     """
     args = dict(model_args or {})
@@ -90,6 +89,9 @@ def try_architecture(
     except PruneError as error:
         return row.model_copy(update={"problem": str(error)})
     trials, plans = zip(*(try_cut(source, graph, recipe, target) for target in TARGETS), strict=True)
+    if (plan := plans[-1]) is not None:
+        small = stages.cut(source.model, plan)
+        store.export(store.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
     return row.model_copy(
         update={
             "groups": len(graph.groups),
@@ -97,7 +99,6 @@ def try_architecture(
             "frozen": _frozen(source.model, graph),
             "unknown_ops": tuple(sorted(graph.unknown_ops)),
             "trials": trials,
-            "reload_max_abs_diff": _reload(source, plans[-1], fresh=fresh_process) if plans[-1] else None,
         }
     )
 
@@ -121,23 +122,27 @@ def try_cut(source: stages.Source, graph: Graph, recipe: Recipe, target: str) ->
     return trial, planned.plan
 
 
-def _reload(source: stages.Source, plan: Plan, *, fresh: bool) -> float:
-    """Export the cut model, load it again, and compare the logits of two fixed images."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = store.RunFolder(path=Path(place))
-        store.export(folder, stages.cut(source.model, plan), ref=source.ref, base=source.cost, final=plan.predicted)
-        return (store.verify if fresh else store.verify_here)(folder.path).reload_max_abs_diff
+def reload_difference(out: Path) -> float | None:
+    """Largest difference of the logits of two fixed images between the exported and the loaded model.
+
+    None where nothing was exported to ``out``.
+    """
+    return store.verify_here(out).reload_max_abs_diff if (out / store.CONFIG).is_file() else None
 
 
 def _frozen(model: nn.Module, graph: Graph) -> tuple[FrozenShare, ...]:
-    """Why parameters without a prunable axis have none, by reason, most parameters first."""
+    """Why parameters without a prunable axis have none, by the reason of their widest axis, most parameters first."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     prunable = {member.tensor for group in graph.groups for member in group.members}
+    widest: dict[str, Frozen] = {}
+    for axis in graph.frozen:
+        for name in axis.tensors:
+            if name not in widest or axis.width > widest[name].width:
+                widest[name] = axis
     reasons: Counter[str] = Counter()
-    for name, size in sizes.items():
-        if name not in prunable:
-            said = [axis.reason for axis in graph.frozen if name in axis.tensors]
-            reasons[_without_place(said[0]) if said else "no operator was seen to use it"] += size
+    for name in sizes.keys() - prunable:
+        said = widest[name].reason if name in widest else "no operator was seen to use it"
+        reasons[_without_place(said)] += sizes[name]
     limit = _WORTH_SAYING * sum(sizes.values())
     return tuple(FrozenShare(reason=reason, params=n) for reason, n in reasons.most_common() if n >= limit)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sample_matrix
 import sample_report as sample
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -92,15 +93,20 @@ def views() -> dict[str, RenderableType]:
             "cifar_resnet20", "digits", Accuracy(top1=91.504, top5=None, loss=0.3124, samples=360), ("EMA weights",)
         ),
         "recipes": render.recipe_list([("quickstart", "digits in two minutes"), ("papers/tpp_resnet56", "")]),
+        "models": render.matrix_table(sample_matrix.matrix()),
+        "architectures": render.architectures_table(sample_matrix.matrix().matching("*")),
     }
 
 
-@pytest.mark.parametrize("name", ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes"])
+VIEWS = ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes", "models", "architectures"]
+
+
+@pytest.mark.parametrize("name", VIEWS)
 def test_golden_text(name):
     assert text(views()[name]) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes"])
+@pytest.mark.parametrize("name", VIEWS)
 def test_eighty_columns_hold_every_number(name):
     """No line overflows, and nothing but long names and sentences is folded: all figures survive in one piece."""
     narrow, wide = text(views()[name], 80), text(views()[name], 160)
