@@ -8,6 +8,7 @@ import pytest
 import timm
 from sample_matrix import matrix, row, trials
 
+import prunecli.nets  # noqa: F401 (registers the papers' networks)
 from prunecli.errors import UsageError
 from prunecli.support import Matrix, stored_matrix
 
