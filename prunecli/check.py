@@ -402,7 +402,7 @@ def _kept_mask(model: nn.Module, norm: str, cut: tuple[PlannedGroup, ...]) -> Te
     for name, dims in removed.items():
         dim = max(dims)  # a vector's only dimension; of a standardised weight the input side
         mask = torch.ones(tensors[name].shape[dim], dtype=torch.float64)
-        mask[dims[dim]] = 0
+        mask[list(dims[dim])] = 0
         return mask
     group = next(group for group in cut if norm in group.norms)
     mask = torch.zeros(group.width, dtype=torch.float64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -105,16 +105,22 @@ class Plan(Value):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, list[int]]]:
+def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, tuple[int, ...]]]:
     """Tensor name → dimension → positions that leave, ascending. What surgery applies and what the check silences."""
-    gone: dict[str, dict[int, set[int]]] = {}
+    gone: dict[str, dict[int, list[tuple[int, ...]]]] = {}
     for group in groups:
         removed = sorted(set(range(group.width)) - set(group.keep))
         if not removed:
             continue
+        maps = {member.index for member in group.members}
+        positions = {index: tuple(sorted(index.positions(removed))) for index in maps}
         for member in group.members:
-            gone.setdefault(member.tensor, {}).setdefault(member.dim, set()).update(member.index.positions(removed))
-    return {tensor: {dim: sorted(at) for dim, at in dims.items()} for tensor, dims in gone.items()}
+            gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(positions[member.index])
+    return {tensor: {dim: _union(parts) for dim, parts in dims.items()} for tensor, dims in gone.items()}
+
+
+def _union(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return parts[0] if len(parts) == 1 else tuple(sorted(set().union(*parts)))
 
 
 class Structure(Value):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from prunecli.errors import PruneError, UsageError, nearest
-from prunecli.groups import Group, Member, Role, module_of
+from prunecli.groups import Group, IndexMap, Member, Role, module_of
+
+_BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,12 @@ class _Evidence:
     generator: torch.Generator | None
 
     def rows(self, member: Member, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """``[width, values per channel]`` of one member, float64 on the CPU."""
+        """``[width, values per channel]`` of one member; a view of the tensor where its layout allows."""
         tensor = (self.tensors if values is None else values)[member.tensor].detach()
-        positions = torch.tensor(member.index.positions(range(self.group.width)), device=tensor.device)
-        chosen = tensor.index_select(member.dim, positions).movedim(member.dim, 0)
-        return chosen.reshape(self.group.width, -1).to("cpu", torch.float64)
+        if member.index != IndexMap() or tensor.shape[member.dim] != self.group.width:
+            positions = torch.tensor(member.index.positions(range(self.group.width)), device=tensor.device)
+            tensor = tensor.index_select(member.dim, positions)
+        return tensor.movedim(member.dim, 0).reshape(self.group.width, -1)
 
     def producers(self) -> list[Tensor]:
         """Rows of the weights that produce the channels: filters and matrix rows, without biases."""
@@ -94,9 +97,20 @@ def score_groups(
 
 
 def _total(rows: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Sum over members of ``reduce(rows) -> [width]``; None without members."""
-    parts = [reduce(part) for part in rows]
+    """Sum over members of ``reduce(rows) -> [width]``; None without members.
+
+    ``reduce`` gets a few rows at a time, in float64 on the CPU: for it a weight is never copied as a whole.
+    """
+    parts = [torch.cat([reduce(_exact(block)) for block in _blocks(part)]) for part in rows]
     return torch.stack(parts).sum(0) if parts else None
+
+
+def _blocks(rows: Tensor) -> Iterable[Tensor]:
+    return rows.split(max(1, _BLOCK // max(1, rows.shape[1])))
+
+
+def _exact(rows: Tensor) -> Tensor:
+    return rows.to("cpu", torch.float64, memory_format=torch.contiguous_format)
 
 
 def _weights_or_all(evidence: _Evidence) -> list[Tensor]:
@@ -153,7 +167,8 @@ def lamp(evidence: _Evidence) -> Tensor | None:
 
 def fpgm(evidence: _Evidence) -> Tensor | None:
     """``sum_k |w_j - w_k|_2`` over the filters of each producer (He et al. 2019): low is replaceable by the others."""
-    return _total(_weights_or_all(evidence), lambda w: torch.cdist(w, w).sum(1))
+    parts = [torch.cdist(w, w).sum(1) for w in map(_exact, _weights_or_all(evidence))]
+    return torch.stack(parts).sum(0) if parts else None
 
 
 def taylor(evidence: _Evidence) -> Tensor | None:
@@ -163,7 +178,8 @@ def taylor(evidence: _Evidence) -> Tensor | None:
     ``w . g = 0`` (its scale does not matter); the norm's own scale and the consumers still speak for it.
     """
     known = [m for m in evidence.group.members if m.tensor in evidence.gradients]
-    parts = [(evidence.rows(m) * evidence.rows(m, evidence.gradients)).sum(1).abs() for m in known]
+    pairs = ((_exact(evidence.rows(m)), _exact(evidence.rows(m, evidence.gradients))) for m in known)
+    parts = [(weight * gradient).sum(1).abs() for weight, gradient in pairs]
     return torch.stack(parts).sum(0) if parts else None
 
 

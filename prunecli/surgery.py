@@ -166,10 +166,11 @@ def cut_(
     removed = _removed_by_tensor(tensors, groups)
     scales = _fold_factors(tensors, groups, folds)
     new: dict[int, Tensor] = {}
+    known: dict[_Cut, Tensor] = {}
     for name, tensor in tensors.items():
         dims, factors = removed.get(id(tensor), {}), scales.get(id(tensor), ())
         if id(tensor) not in new and (dims or factors):
-            new[id(tensor)] = _like(tensor, _cut_tensor(name, tensor, dims, factors))
+            new[id(tensor)] = _like(tensor, _cut_tensor(name, tensor, dims, factors, known))
     clear_caches_(model, keep=frozenset(m.tensor for group in groups for m in group.members))
     _replace_(model, new)
     for edit in edits:
@@ -193,9 +194,15 @@ def require_fit(
     _fold_factors(tensors, groups, folds)
 
 
-def _removed_by_tensor(tensors: Mapping[str, Tensor], groups: Sequence[PlannedGroup]) -> dict[int, dict[int, set[int]]]:
-    """By id of the tensor: dimension → positions that leave; aliases of one tensor are joined."""
-    removed: dict[int, dict[int, set[int]]] = {}
+#: Positions that leave a dimension, its size, and the device of its tensor.
+_Cut = tuple[tuple[int, ...], int, torch.device]
+
+
+def _removed_by_tensor(
+    tensors: Mapping[str, Tensor], groups: Sequence[PlannedGroup]
+) -> dict[int, dict[int, tuple[int, ...]]]:
+    """By id of the tensor: dimension → positions that leave, ascending; aliases of one tensor are joined."""
+    removed: dict[int, dict[int, tuple[int, ...]]] = {}
     for name, dims in removed_positions(tuple(groups)).items():
         tensor = _tensor_at(tensors, name)
         for dim, positions in dims.items():
@@ -205,7 +212,8 @@ def _removed_by_tensor(tensors: Mapping[str, Tensor], groups: Sequence[PlannedGr
                     f"{positions[-1]} of dimension {dim}, which it does not have.",
                     hint="The plan belongs to another model.",
                 )
-            removed.setdefault(id(tensor), {}).setdefault(dim, set()).update(positions)
+            own = removed.setdefault(id(tensor), {})
+            own[dim] = tuple(sorted({*own[dim], *positions})) if dim in own else positions
     return removed
 
 
@@ -231,19 +239,34 @@ def _fold_factors(
 
 
 def _cut_tensor(
-    name: str, tensor: Tensor, dims: Mapping[int, set[int]], factors: Sequence[tuple[int, Tensor]]
+    name: str,
+    tensor: Tensor,
+    dims: Mapping[int, tuple[int, ...]],
+    factors: Sequence[tuple[int, Tensor]],
+    known: dict[_Cut, Tensor],
 ) -> Tensor:
-    """Scaled, then without the removed positions; a tensor of its own memory."""
+    """Scaled, then without the removed positions; a tensor of its own memory.
+
+    ``known`` holds the kept positions of cuts met before: one group runs through many tensors.
+    """
     values = tensor.detach()
     for dim, factor in factors:
         shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
         values = (values.double() * factor.to(tensor.device).view(shape)).to(tensor.dtype)
-    for dim, gone in dims.items():
-        kept = [at for at in range(tensor.shape[dim]) if at not in gone]
-        if not kept:
+    for dim, gone in sorted(dims.items()):  # the first dimension first: that moves whole rows, the next one less
+        cut = (gone, tensor.shape[dim], tensor.device)
+        if cut not in known:
+            known[cut] = _kept(*cut)
+        if not len(known[cut]):
             raise UnsupportedError(f"{name} {tuple(tensor.shape)}: nothing of dimension {dim} would be left.")
-        values = values.index_select(dim, torch.tensor(kept, device=tensor.device))
+        values = values.index_select(dim, known[cut])
     return values
+
+
+def _kept(gone: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[list(gone)] = False
+    return stays.nonzero().flatten().to(device)
 
 
 def _tensor_at(tensors: Mapping[str, Tensor], name: str) -> Tensor:
