@@ -937,6 +937,20 @@ class TwoCounts(HeldWidthAttention):
         return self.second(super().forward(x))
 
 
+class MixedTokens(nn.Module):
+    """A convolution over stacked tokens: its channels are the tokens, its positions are the channels."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(chs, 5, 1), nn.Conv2d(chs, 5, 1)
+        self.mix, self.after = nn.Conv1d(2, 1, 1), nn.Linear(5, width)
+        self.out_chs = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.stack([F.relu(conv(x)).mean((2, 3)) for conv in (self.first, self.second)], dim=1)
+        return self.after(self.mix(tokens).squeeze(1))[:, :, None, None].expand(-1, -1, *x.shape[2:])
+
+
 Block = Callable[[int, int], nn.Module]
 BLOCKS: tuple[Block, ...] = (
     Conv,
@@ -996,6 +1010,7 @@ BLOCKS: tuple[Block, ...] = (
     WeightStandardised,
     Windowed,
     Overlapping,
+    MixedTokens,
     Guarded,
     StreamAttention,
     SharedAttention,

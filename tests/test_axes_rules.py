@@ -43,6 +43,7 @@ from axes_nets import (
     LinearAttention,
     LiteralPad,
     LiteralView,
+    MixedTokens,
     MultiQuery,
     NormedAndActivated,
     NormedAttention,
@@ -148,6 +149,7 @@ GROUPS: list[tuple[Block, dict[str, int]]] = [
     (Windowed, {"conv": 4}),
     (Overlapping, {"conv": 5, "after": 4}),
     (Guarded, {"after": 4}),
+    (MixedTokens, {"first": 5, "after": 4}),
 ]
 
 REFUSED: list[tuple[Block, int, str]] = [

@@ -86,11 +86,23 @@ def _convolution(record: Record, call: Call) -> None:
         unify(produced, record.dims(bias)[0])
         silent = silent and record.value(bias).silent[0]
     record.freeze(w.dims[2:], KERNEL)
-    record.freeze(x.dims[2:], SPATIAL)
-    spatial = [Atom(size, SPATIAL) for size in call.out.shape[2:]]
+    if _is_pointwise(call):
+        # Every position on its own: what these axes are is for others to say. CoaT mixes tokens so, channel by channel.
+        spatial = list(x.dims[2:])
+        kept = [flag and bias is None for flag in x.silent[2:]]
+    else:
+        record.freeze(x.dims[2:], SPATIAL)
+        spatial = [Atom(size, SPATIAL) for size in call.out.shape[2:]]
+        kept = [False] * len(spatial)
     # The batch counts: where windows or heads were folded into it, it is not one image.
     record.cost("conv", [x.dims[0], *(x.dims[2:] if transposed else spatial), *w.dims])
-    record.put(call.out, [x.dims[0], produced, *spatial], [False, silent, *[False] * len(spatial)])
+    record.put(call.out, [x.dims[0], produced, *spatial], [False, silent, *kept])
+
+
+def _is_pointwise(call: Call) -> bool:
+    weight, stride, padding = call.args[1], call.args[3], call.args[4]
+    alone = all(size == 1 for size in weight.shape[2:]) and not any(padding)
+    return alone and all(step == 1 for step in stride) and not call.args[6]
 
 
 def _grouped(record: Record, x: Value, w: Value, groups: int, *, transposed: bool) -> tuple[Atom, bool]:
