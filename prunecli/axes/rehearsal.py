@@ -92,12 +92,12 @@ class _Rehearsal:
         for moves in self._rounds():
             difference = self._difference(moves)
             if difference is not None and self._difference([]) is None:
-                name = self._responsible(moves, difference)
+                name, seen = self._responsible(moves, difference)
                 width, other = self.graph.group(name).width, next(move[name] for move in moves if name in move)
-                place = self.steps[min(self._last.at, len(self.steps) - 1)].place
+                place = self.steps[min(seen.at, len(self.steps) - 1)].place
                 return name, (
                     f"{place} computes with its size where that cannot be followed: "
-                    f"with {other} instead of {width}, {self._last.what}"
+                    f"with {other} instead of {width}, {seen.what}"
                 )
         return None
 
@@ -130,9 +130,10 @@ class _Rehearsal:
         share = fewer[0] if fewer else 2 * parts
         return {name: width * share // parts for name, width in widths.items()}
 
-    def _responsible(self, moves: Sequence[_Move], difference: _Difference) -> str:
-        """One group without which there is no such difference: groups at its place first, halved until one is left."""
-        self._last = difference
+    def _responsible(self, moves: Sequence[_Move], difference: _Difference) -> tuple[str, _Difference]:
+        """One group without which the forward keeps to the trace for longer, and what it changes: groups at the place
+        of the difference first, halved until one is left.
+        """
         here = self._groups_at(difference.at)
         suspects = [move for move in moves if not here.isdisjoint(move)]
         if suspects and self._difference(suspects) is None:
@@ -145,8 +146,9 @@ class _Rehearsal:
             if seen is None:
                 good = middle
             else:
-                bad, self._last = middle, seen
-        return next((name for name in pool[bad - 1] if name in here), next(iter(pool[bad - 1])))
+                bad, difference = middle, seen
+        name = next((name for name in pool[bad - 1] if name in here), next(iter(pool[bad - 1])))
+        return name, difference
 
     def _groups_at(self, at: int) -> set[str]:
         """The groups that run through the tensors of a step."""
