@@ -81,11 +81,13 @@ class Row(Value):
 
     @property
     def reason(self) -> str:
-        """Why it is refused, or what most of its unprunable parameters are; empty where nothing needs a word."""
+        """Why it is refused, what the plan left whole, or what most of its unprunable parameters are; else empty."""
         problems = [self.problem, *(trial.problem for trial in self.trials)]
         said = next((problem for problem in problems if problem), None)
         if said is None and self.reload_max_abs_diff:
             said = f"reloads with a difference of {self.reload_max_abs_diff:.1e}"
+        if said is None:
+            said = next((note for trial in self.trials for note in trial.notes), None)
         if said is None and self.frozen and self.prunable_share < 0.99:
             said = f"{self.frozen[0].params / self.params:.1%} stay: {self.frozen[0].reason}"
         return said or ""
