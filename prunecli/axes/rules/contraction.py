@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prunecli.axes.record import KERNEL, Call, DefaultScale, Record, Value
 from prunecli.axes.rules.registry import SPATIAL, rows, rule, silent_at
-from prunecli.axes.terms import Atom, freeze, product, unify
+from prunecli.axes.terms import Atom, freeze, is_frozen, product, unify
 
 
 @rule("mm")
@@ -91,8 +91,11 @@ def _convolution(record: Record, call: Call) -> None:
         spatial = list(x.dims[2:])
         kept = [flag and bias is None for flag in x.silent[2:]]
     else:
-        record.freeze(x.dims[2:], SPATIAL)
-        spatial = [Atom(size, SPATIAL) for size in call.out.shape[2:]]
+        along = f"a convolution in {record.place} slides along it"
+        reasons = [SPATIAL if is_frozen(dim) else along for dim in x.dims[2:]]
+        for dim, reason in zip(x.dims[2:], reasons, strict=True):
+            freeze(dim, reason)
+        spatial = [Atom(size, reason) for size, reason in zip(call.out.shape[2:], reasons, strict=True)]
         kept = [False] * len(spatial)
     # The batch counts: where windows or heads were folded into it, it is not one image.
     record.cost("conv", [x.dims[0], *(x.dims[2:] if transposed else spatial), *w.dims])
