@@ -125,9 +125,8 @@ def _roles(record: Record) -> dict[tuple[str, int, int], Role]:
 
 def _cuttable(record: Record, places: Sequence[_Place]) -> dict[int, Atom]:
     """The axes of parameters that nothing has frozen, by identity."""
-    parameters = {name for name, _ in record.model.named_parameters(remove_duplicate=False)}
     free = (place for place in places if place.leaf.reason is None)
-    return {id(place.leaf): place.leaf for place in free if place.member.tensor in parameters}
+    return {id(place.leaf): place.leaf for place in free if place.member.tensor in record.parameters}
 
 
 def _groups(record: Record, places: Sequence[_Place]) -> tuple[tuple[Group, ...], dict[int, str]]:

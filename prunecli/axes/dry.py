@@ -6,7 +6,7 @@ devices, or into an operator torch has no meta kernel for, runs on torch's fake 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,26 +57,25 @@ class Dry:
 
 
 @contextmanager
-def dry(model: nn.Module, input_size: tuple[int, int, int], stored: Container[int], *, fake: bool) -> Iterator[Dry]:
+def dry(model: nn.Module, input_size: tuple[int, int, int], shapes: Shapes | None) -> Iterator[Dry]:
     """A model in eval mode, on its fused attention path, ready to be run without values; put back at the end.
 
     Args:
         model: on any device, meta included, in any dtype.
         input_size: channels, height, width.
-        stored: ids of the model's parameters and buffers.
-        fake: on torch's fake tensors instead of meta tensors.
+        shapes: runs operators on meta tensors; without it the model runs on torch's fake tensors.
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    place = first.device if fake else torch.device("meta")
+    place = first.device if shapes is None else torch.device("meta")
     with ExitStack() as stack:
         stack.enter_context(_as_found(model))
         model.eval()
         _prefer_fused_attention(model)
         stack.enter_context(torch.no_grad())
-        if fake:
+        if shapes is None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         image = torch.empty(1, *input_size, dtype=first.dtype, device=place)
-        run = _as_is if fake else Shapes(stored).run
+        run = _as_is if shapes is None else shapes.run
         yield Dry(run=run, image=image, place=place, device=first.device)
 
 
@@ -99,7 +98,7 @@ def _prefer_fused_attention(model: nn.Module) -> None:
 def _as_found(model: nn.Module) -> Iterator[None]:
     """Put back every module's state: attributes, parameters, buffers, and caches filled on the way."""
     attributes = [module.__dict__ for module in model.modules()]
-    before = [dict(own) for own in attributes]
+    before = [own.copy() for own in attributes]
     values = [value for own in before for value in own.values()]
     dicts = [
         *zip(attributes, before, strict=True),

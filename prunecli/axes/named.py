@@ -66,7 +66,7 @@ def _classifier_inputs(record: Record) -> list[Value]:
     classifier = get() if callable(get) else None
     if isinstance(classifier, tuple | list):
         classifier = classifier[0]
-    paths = (path for path, module in record.model.named_modules() if module is classifier)
+    paths = (path for path, module in record.modules.items() if module is classifier)
     return record.module_calls.get(next(paths, ""), ModuleCall()).inputs if isinstance(classifier, nn.Module) else []
 
 

@@ -16,7 +16,7 @@ def freeze_statistics(record: Record) -> None:
     """A statistic over an axis is a norm where the module scales that axis by a parameter of its own; else freeze."""
     kept = []
     for path, dim in record.norms:
-        module = record.model.get_submodule(path)
+        module = record.modules[path]
         own = [p for p in module.parameters(recurse=False) if p is not None]
         scaled = {id(leaf) for p in own for term in record.dims(p) for leaf in leaves(term)}
         is_norm = hasattr(module, "normalized_shape") or hasattr(module, "num_groups")
@@ -35,9 +35,11 @@ def freeze_rebuilt(record: Record) -> None:
 
     Rotary embeddings do so, with tables that have to stay in single precision. Found by trying it on a copy.
     """
-    for path, module in record.model.named_modules():
+    for path, module in record.modules.items():
+        if type(module)._apply is nn.Module._apply:  # noqa: SLF001 - what a module overrides to do that
+            continue
         buffers = {name: b for name, b in module.named_buffers(recurse=False) if b.is_floating_point()}
-        if buffers and type(module)._apply is not nn.Module._apply:  # noqa: SLF001 - what a module overrides to do that
+        if buffers:
             converted = dict(copy.deepcopy(module).half().named_buffers(recurse=False))
             for name, buffer in buffers.items():
                 if name not in converted or converted[name].dtype is not torch.half:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
+from prunecli.axes.shapes import Shapes
 from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
 from prunecli.groups import Role
 
@@ -163,7 +164,8 @@ class Record:
 
     def __init__(self, model: nn.Module, *, fake: bool = False) -> None:
         self.model = model
-        self.fake = fake
+        self.modules = dict(model.named_modules())
+        self.parameters: set[str] = set()
         self.names: dict[int, list[str]] = {}
         self.homes: dict[str, Tensor] = {}
         self.used: dict[str, None] = {}
@@ -189,15 +191,18 @@ class Record:
         self._views: Counter[int] = Counter()
         self._call: Call | None = None
         self._register_homes()
+        self.shapes = None if fake else Shapes(self.names)
 
     def _register_homes(self) -> None:
-        parameters = {id(p) for p in self.model.parameters()}
-        for path, module in self.model.named_modules():
+        parameters = {id(p) for module in self.modules.values() for p in module._parameters.values()}  # noqa: SLF001
+        for path, module in self.modules.items():
             own = {**module._parameters, **module._buffers, **module.__dict__}  # noqa: SLF001
             for name, tensor in own.items():
                 if isinstance(tensor, Tensor):
                     full = f"{path}.{name}" if path else name
                     self.homes[full] = tensor
+                    if name in module._parameters:  # noqa: SLF001
+                        self.parameters.add(full)
                     self.names.setdefault(id(tensor), []).append(full)
                     if id(tensor) not in self._values:
                         dims = tuple(Atom(size) for size in tensor.shape)

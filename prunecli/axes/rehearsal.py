@@ -86,6 +86,9 @@ class _Rehearsal:
         self.graph = inference.graph
         self.input_size = input_size
         self.steps = [step for step in record.steps if step.call.name not in _MOVES]
+        self.names = {key: names[0] for key, names in record.names.items()}
+        self.seen = [_seen(step.call, self.names) for step in self.steps]
+        self.terms = [[record.peek(out).dims for out in _results(step.call)] for step in self.steps]
 
     def culprit(self) -> tuple[str, str] | None:
         """The name of a group that cannot be cut as the trace thinks, with the reason; None where all is well."""
@@ -176,14 +179,15 @@ class _Expected:
         self.kept = kept
         self.edits = edits
         self.rescaled = {(e.before, e.after) for e in edits if isinstance(e.before, float)}
-        self.names = {key: names[0] for key, names in rehearsal.record.names.items()}
+        self.names = dict(rehearsal.names)
+        self.extents: dict[int, int] = {}
         self.at = 0
 
     def run(self) -> _Difference | None:
         """The first difference, if there is any."""
         record = self.rehearsal.record
         try:
-            with dry(self.model, self.rehearsal.input_size, record.names, fake=record.fake) as dry_run:
+            with dry(self.model, self.rehearsal.input_size, record.shapes) as dry_run:
                 self._cut(dry_run.place)
                 with _Operators(self, dry_run.run) as operators, _Functions(operators, dry_run):
                     self.model(dry_run.image)
@@ -203,14 +207,15 @@ class _Expected:
             if shape != list(tensor.shape) and id(tensor) not in new:
                 smaller = torch.empty(shape, dtype=tensor.dtype, device=place)
                 new[id(tensor)] = smaller.requires_grad_(tensor.requires_grad)  # how a matmul is folded depends on it
-        self.names.update({id(new[key]): names[0] for key, names in record.names.items() if key in new})
+        self.names.update((id(smaller), self.names[key]) for key, smaller in new.items())
         self.cut = new
-        for module in self.model.modules():
+        for module in record.modules.values():
             for store in (module.__dict__, *module.__dict__.values()):
-                _substitute(store, new)
+                if isinstance(store, dict | list) and store:
+                    _substitute(store, new)
         for edit in self.edits:
             if "." not in edit.name:
-                own = self.model.get_submodule(edit.module).__dict__
+                own = record.modules[edit.module].__dict__
                 own[edit.name] = type(own[edit.name])(edit.after)
 
     def compare(self, call: Call) -> None:
@@ -219,9 +224,8 @@ class _Expected:
             return
         if self.at == len(self.rehearsal.steps):
             raise _DifferentError("it goes on for longer")
-        step = self.rehearsal.steps[self.at].call
-        found, before = self._seen(call), self._seen(step)
-        shapes = tuple(tuple(map(self._extent, self.rehearsal.record.peek(out).dims)) for out in _results(step))
+        found, before = _seen(call, self.names), self.rehearsal.seen[self.at]
+        shapes = tuple(tuple(map(self._extent, dims)) for dims in self.rehearsal.terms[self.at])
         if found.name != before.name:
             raise _DifferentError(f"the operator {found.name!r} comes instead of {before.name!r}")
         if found.shapes != shapes:
@@ -234,18 +238,23 @@ class _Expected:
         self.at += 1
 
     def _extent(self, term: Atom) -> int:
-        return self.rehearsal.inference.sizes.of(term).evaluate(self.kept)
+        known = self.extents.get(id(term))
+        if known is None:
+            known = self.extents[id(term)] = self.rehearsal.inference.sizes.of(term).evaluate(self.kept)
+        return known
 
-    def _seen(self, call: Call) -> _Seen:
-        takes_ints = call.name in _FILLS or torch.Tag.pointwise in getattr(call.function, "tags", ())
-        kinds = (int, float) if takes_ints else (float,)
-        values = (*call.args, *call.kwargs.values())
-        return _Seen(
-            name="view" if call.name in _VIEWS else call.name,
-            shapes=tuple(tuple(out.shape) for out in _results(call)),
-            stored=tuple(self.names[id(t)] for t in call.inputs if id(t) in self.names),
-            numbers=tuple(value for value in values if isinstance(value, kinds)),
-        )
+
+def _seen(call: Call, names: Mapping[int, str]) -> _Seen:
+    """What a call looks like; ``names`` of stored tensors by identity."""
+    takes_ints = call.name in _FILLS or torch.Tag.pointwise in getattr(call.function, "tags", ())
+    kinds = (int, float) if takes_ints else (float,)
+    values = (*call.args, *call.kwargs.values())
+    return _Seen(
+        name="view" if call.name in _VIEWS else call.name,
+        shapes=tuple(tuple(out.shape) for out in _results(call)),
+        stored=tuple(names[id(t)] for t in call.inputs if id(t) in names),
+        numbers=tuple(value for value in values if isinstance(value, kinds)),
+    )
 
 
 def _results(call: Call) -> list[Tensor]:
@@ -257,11 +266,11 @@ def _text(parts: Sequence[Any]) -> str:
     return ", ".join(map(str, parts)) or "nothing"
 
 
-def _substitute(store: Any, new: Mapping[int, Tensor]) -> None:
+def _substitute(store: dict[Any, Any] | list[Any], new: Mapping[int, Tensor]) -> None:
     """Replace the tensors of a container by their new ones, in place."""
     if isinstance(store, dict):
         store.update({key: new[id(value)] for key, value in store.items() if id(value) in new})
-    elif isinstance(store, list):
+    else:
         store[:] = [new.get(id(value), value) for value in store]
 
 

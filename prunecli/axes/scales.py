@@ -105,7 +105,7 @@ def head_scales(record: Record, size_of: Callable[[Atom], Size]) -> list[HeadSca
     found = {}
     for scale in record.default_scales:
         root = find(scale.width).size ** -0.5
-        for name, value in vars(record.model.get_submodule(scale.module)).items():
+        for name, value in vars(record.modules[scale.module]).items():
             if type(value) is float and value == root:
                 found[scale.module, name] = HeadScale(
                     module=scale.module, name=name, before=value, size=size_of(scale.width)

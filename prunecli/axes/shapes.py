@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunecli.axes.rules.elementwise import is_elementwise
-
 _META = torch.device("meta")
 #: Gives new tensors by its schema, but in the memory of its input, which the record of in-place operators asks for.
 _SHARES_MEMORY = "_unsafe_view"
+#: Elementwise in effect, but without the tag.
+_UNTAGGED = frozenset(
+    {"where", "floor_divide", "masked_fill", "clamp", "hardsigmoid", "hardswish", "lerp", "addcmul", "mish", "softplus"}
+    | {"logical_not", "bitwise_and", "prelu", "_prelu_kernel", "dropout", "isnan"}
+)
 #: What tells apart two calls of one operator whose outputs may differ; only ever compared.
 _Key = Any
 #: Shape, strides and dtype of a tensor, or those of each output in a list.
@@ -43,10 +46,10 @@ class _Traits:
 
 
 class Shapes:
-    """Runs operators on stand-ins. One object serves one trace.
+    """Runs operators on stand-ins. One object serves all runs of one model.
 
     Args:
-        stored: ids of the tensors that live as long as the trace (parameters, buffers): each gets one stand-in, so
+        stored: ids of the tensors that live as long as this object (parameters, buffers): each gets one stand-in, so
             that what is written to them is seen by all who read them.
     """
 
@@ -110,6 +113,11 @@ class Shapes:
         if id(tensor) not in self._stand_ins:
             self._stand_ins[id(tensor)] = _made(_layout(tensor))
         return self._stand_ins[id(tensor)]
+
+
+def is_elementwise(function: Any) -> bool:
+    """Whether each output entry of an aten operator comes from the entries of its inputs at the same place."""
+    return torch.Tag.pointwise in function.tags or function.overloadpacket.__name__.rstrip("_") in _UNTAGGED
 
 
 def _traits_of(function: Any) -> _Traits:

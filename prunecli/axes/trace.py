@@ -135,9 +135,9 @@ def _hides_sizes(func: Any, name: str) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ != "torch._tensor" and name not in TRANSPARENT
 
 
-def _trace_attributes(model: nn.Module, record: Record) -> None:
+def _trace_attributes(record: Record) -> None:
     """Replace every int (and tuple or list of ints) attribute by one that remembers its name."""
-    for path, module in model.named_modules():
+    for path, module in record.modules.items():
         for name, value in list(module.__dict__.items()):
             if name in _NOT_OWN:
                 continue
@@ -173,9 +173,9 @@ def _values_of(record: Record, tensors: Any) -> list[Value]:
 
 
 @contextmanager
-def _module_stack(model: nn.Module, record: Record) -> Iterator[None]:
+def _module_stack(record: Record) -> Iterator[None]:
     """Keep the path of the running module, and what each module got and gave at its first call."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in record.modules.items()}
 
     def enter(module: nn.Module, inputs: Any) -> None:
         record.stack.append(paths.get(id(module), record.module))
@@ -215,12 +215,12 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
 
 def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) -> Record:
     record = Record(model, fake=fake)
-    with dry(model, input_size, record.names, fake=fake) as dry_run:
-        _trace_attributes(model, record)
+    with dry(model, input_size, record.shapes) as dry_run:
+        _trace_attributes(record)
         _watch_features(model, record)
         record.put_input(dry_run.image, INPUT)
         operators = _Operators(record, dry_run.run)
-        with operators, _Functions(record, operators, dry_run), _module_stack(model, record):
+        with operators, _Functions(record, operators, dry_run), _module_stack(record):
             outputs = _forward(model, dry_run.image, record)
     for tensor in outputs:
         record.freeze(record.dims(tensor), OUTPUT)

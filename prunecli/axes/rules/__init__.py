@@ -13,10 +13,11 @@ from typing import Any
 from prunecli.axes.record import Call, Record
 from prunecli.axes.rules import blocks, contraction, layout, lookup, space, statistics
 from prunecli.axes.rules.contraction import sdpa
-from prunecli.axes.rules.elementwise import is_elementwise, pointwise
+from prunecli.axes.rules.elementwise import pointwise
 from prunecli.axes.rules.recurrent import GATES, recurrent, recurrent_outputs
 from prunecli.axes.rules.registry import RULES, opaque
 from prunecli.axes.rules.statistics import layer_norm
+from prunecli.axes.shapes import is_elementwise
 
 __all__ = ["WHOLE_CALLS", "apply_rule", "blocks", "contraction", "layout", "lookup", "run_whole", "space", "statistics"]
 

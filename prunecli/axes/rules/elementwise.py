@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunecli.axes.record import Call, Record
@@ -19,18 +17,6 @@ _ZERO_KEEPING = words(
 )
 _FIRST_DECIDES = words("div fmod remainder floor_divide")
 _ALL_ZERO = frozenset({"add", "sub", "maximum", "minimum", "fmax", "fmin", "hypot", "lerp", "atan2"})
-
-
-#: Elementwise in effect, but without the tag.
-_UNTAGGED = words(
-    "where floor_divide masked_fill clamp hardsigmoid hardswish lerp addcmul mish softplus logical_not bitwise_and",
-    "prelu _prelu_kernel dropout isnan",
-)
-
-
-def is_elementwise(function: Any) -> bool:
-    """Whether each output entry of an aten operator comes from the entries of its inputs at the same place."""
-    return torch.Tag.pointwise in function.tags or function.overloadpacket.__name__.rstrip("_") in _UNTAGGED
 
 
 def _keeps_silence(record: Record, call: Call, out: Tensor, dim: int) -> bool:
