@@ -34,6 +34,7 @@ class Progress(Value):
     """What finished stages measured: ``checkpoints/progress.json``."""
 
     command: Command
+    recipe_sha256: str
     source_digest: str
     plan_sha256: str | None = None
     stages: tuple[Stage, ...] = ()
@@ -232,7 +233,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
         images=images,
         device=device,
         notify=notify,
-        progress=earlier or Progress(command=command, source_digest=source.digest),
+        progress=earlier or Progress(command=command, recipe_sha256=recipe.sha256(), source_digest=source.digest),
         resume=resume,
         force=force,
     )
@@ -263,6 +264,10 @@ def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progr
         raise UsageError(
             f"{folder.path} was started with `prunecli {progress.command}`.",
             hint=f"`prunecli {progress.command} --resume --out {shlex.quote(str(folder.path))}` continues it.",
+        )
+    if progress.recipe_sha256 != recipe.sha256():  # cut off in the middle, YAML may still be a recipe
+        raise UsageError(
+            f"{folder.path / store.RECIPE} was changed after the run had started.", hint="--force starts again."
         )
     return progress
 
