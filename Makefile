@@ -15,7 +15,7 @@ run: setup
 	$(BIN)/prunecli compress --recipe quickstart
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

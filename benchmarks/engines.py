@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_process import in_own_process
 
 from prunecli import stages, support
 from prunecli.errors import PruneError
@@ -73,17 +72,8 @@ def compare(name: str) -> dict[str, Any]:
     return found
 
 
-def in_own_process(name: str) -> dict[str, Any]:
-    """One comparison, whatever happens to its process."""
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return {"name": name, "problem": f"not finished after {TIMEOUT_S} s"}
-    if done.returncode:
-        return {"name": name, "problem": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+def compared(name: str) -> dict[str, Any]:
+    return in_own_process(__file__, "--one", name, timeout_s=TIMEOUT_S)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -112,7 +102,8 @@ def main() -> None:
     print("| model | groups | prunable | proof | groups (TP) | prunable | proof | same | only axes | only TP |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(in_own_process, names):
+        for name, found in zip(names, pool.map(compared, names), strict=True):
+            row = {"name": name, **found}
             rows.append(row)
             print(line(row), flush=True)
     if options.json:
