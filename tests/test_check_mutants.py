@@ -70,7 +70,9 @@ def cuts(graph: Graph) -> Iterator[dict[str, int]]:
                 yield {wanted: widths[wanted] // 2} | {name: width // 2 for name, width in widths.items()}
 
 
-def judged(model: nn.Module, graph: Graph, kept: dict[str, int], changed: Group | None = None) -> Equivalence:
+def judged(
+    model: nn.Module, graph: Graph, kept: dict[str, int], changed: Group | None = None, *, seed: int = 0
+) -> Equivalence:
     groups = [changed if changed is not None and changed.name == group.name else group for group in graph.groups]
     planned = [
         PlannedGroup(
@@ -84,7 +86,7 @@ def judged(model: nn.Module, graph: Graph, kept: dict[str, int], changed: Group 
         for group in groups
     ]
     return equivalence_error(
-        model, groups=planned, attributes=graph.solve(kept), folds=graph.folds, input_size=INPUT, seed=0
+        model, groups=planned, attributes=graph.solve(kept), folds=graph.folds, input_size=INPUT, seed=seed
     )
 
 
@@ -191,3 +193,30 @@ def test_a_group_nobody_sees_is_named_though_others_are_seen() -> None:
     assert outcome.unseen == ("blocks.0.a",)
     assert "no channel of blocks.0.a changes an output" in outcome.reason
     assert judged(model, graph, {"stem": 3, "hidden": 3}).unseen == ()
+
+
+class Squeezes(nn.Module):
+    """Gates that squeeze through three ReLUs: under most parameters one of them has both that stay dead."""
+
+    def __init__(self, chs: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.ModuleList(nn.Conv2d(chs, 3, 1) for _ in range(3))
+        self.fc2 = nn.ModuleList(nn.Conv2d(3, chs, 1) for _ in range(3))
+        self.out_chs = chs
+
+    def forward(self, x: Tensor) -> Tensor:
+        for fc1, fc2 in zip(self.fc1, self.fc2, strict=True):
+            x = x * torch.sigmoid(fc2(torch.relu(fc1(x.mean((2, 3), keepdim=True)))))
+        return x
+
+
+def test_groups_that_are_dead_under_some_parameters_are_seen_under_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Stack([Squeezes], [4]).eval()
+    graph = build_graph(model, INPUT)
+    kept = {group.name: 2 for group in graph.groups}
+    for seed in range(6):
+        outcome = judged(model, graph, kept, seed=seed)
+        assert (outcome.unseen, outcome.relative_error < 1e-12) == ((), True)
+    monkeypatch.setattr("prunecli.check._DRAWS", 1)
+    assert any(judged(model, graph, kept, seed=seed).unseen for seed in range(6))
