@@ -15,7 +15,7 @@ run: setup
 	$(BIN)/prunecli compress --recipe quickstart
 
 test: setup
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n logical
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
