@@ -337,7 +337,7 @@ class Images:
                 f"Data {self._settings.name} has no training images.",
                 hint=f"Put them into {self._settings.name}/train, one folder a class.",
             )
-        order = torch.randperm(self.train_size, generator=_generator(ORDER, self._seed, epoch)).tolist()
+        order = epoch_order(self.train_size, seed=self._seed, epoch=epoch).tolist()
         samples = Samples(
             watched=self._train,
             transform=TimmAugment(self._spec, seed=self._seed, epoch=epoch)
@@ -417,6 +417,11 @@ class Images:
 
 
 # ---------------------------------------------------------------------------------------------- small values
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+    """The order ``[count]`` in which an epoch goes through the training images: a function of (seed, epoch)."""
+    return torch.randperm(count, generator=_generator(ORDER, seed, epoch))
 
 
 def _augmentation(settings: DataSettings, spec: InputSpec) -> str:

@@ -167,6 +167,9 @@ class FinetuneSettings(Value):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: float = Field(default=5e-4, ge=0)
+    decay_norms: bool = Field(
+        default=False, description="decay biases and norm scales too, as the papers' plain SGD does; timm exempts them"
+    )
     schedule: Literal["step", "cosine", "constant"] = "cosine"
     milestones: tuple[float, ...] = Field(
         default=(0.5, 0.75), description="step: where LR drops, as shares of the epochs"

@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, settings: FinetuneSettings, *, lr: float) 
     """SGD or AdamW over the trainable parameters, by timm's factory.
 
     Weight decay follows timm's default: none on tensors with one axis (biases, norm scales) nor on what the model
-    itself exempts (``no_weight_decay``).
+    itself exempts (``no_weight_decay``). With ``decay_norms`` it is on all parameters, as in the papers' SGD.
 
     Raises:
         UsageError: Nesterov without momentum.
@@ -48,7 +48,12 @@ def build_optimizer(model: nn.Module, settings: FinetuneSettings, *, lr: float) 
             raise UsageError("finetune.nesterov needs finetune.momentum above 0.")
         name = "sgd" if settings.nesterov else "momentum"  # timm's "sgd" is the Nesterov one
     optimizer: Optimizer = create_optimizer_v2(
-        model, name, lr=lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+        model,
+        name,
+        lr=lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        filter_bias_and_bn=not settings.decay_norms,
     )
     return optimizer
 

@@ -81,6 +81,9 @@ def test_momentum_and_decay_are_as_asked() -> None:
         assert [decays[id(p)] for p in model.parameters()] == [0.01, 0.0, 0.0, 0.0]
         assert {group["nesterov"] for group in optimizer.param_groups} == {nesterov}
         assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
+        papers = build_optimizer(model, settings.model_copy(update={"decay_norms": True}), lr=0.1)
+        assert {group["weight_decay"] for group in papers.param_groups} == {0.01}
+        assert sum(len(group["params"]) for group in papers.param_groups) == 4
     adamw = build_optimizer(model, FinetuneSettings(optimizer="adamw", momentum=0.8), lr=0.1)
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.999)

@@ -1,0 +1,41 @@
+"""Measured records in one JSON file: each key once, several occasions and processes add to the same file."""
+
+from __future__ import annotations
+
+import datetime as dt
+import fcntl
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from prunecli import __version__
+from prunecli.files import read_json, write_json
+
+
+class Ledger:
+    """Records by key. Adding reads the file anew under a lock, so that parallel processes lose nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def records(self) -> dict[str, Any]:
+        return dict(read_json(self.path)) if self.path.is_file() else {}
+
+    def add(self, found: Mapping[str, Mapping[str, Any]], *, device: torch.device) -> None:
+        """Enter records with date, versions and device beside what was measured; equal keys are replaced."""
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+        stamp = {
+            "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+            "versions": f"torch {torch.__version__}, timm {timm.__version__}, prunecli {__version__}",
+            "device": where,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            merged = self.records | {key: {**record, **stamp} for key, record in found.items()}
+            write_json(self.path, dict(sorted(merged.items())))
