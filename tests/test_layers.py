@@ -16,7 +16,7 @@ LEVELS = [
     "errors groups plan report recipe",
     "outputs axes score units budget recover spectrum lr files",
     "nets zoo graph graph_tp surgery check cost sources data"
-    " factory schedule objective checkpoint stopping trainer evaluation probe train",
+    " factory schedule objective checkpoint stopping trainer loop evaluation probe train",
     "store stages job recovery summary catalog support trial",
     "wording",
     "plots",
