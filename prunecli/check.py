@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from prunecli.channels import silencing_slices
 from prunecli.groups import AttributeEdit, ScaleFold, module_of
 from prunecli.outputs import as_rows
 from prunecli.plan import PlannedGroup, removed_positions
@@ -132,7 +133,8 @@ def _compared(
     _redraw_(net, generator)
     images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
     whole = _dense_outputs_(net, images, calibrated=calibrated)
-    _silence_(net, cut)
+    for part in silencing_slices(net, cut):
+        part.zero_()
     try:
         expected = _silenced_outputs(net, cut, norms, images)
         if cut:
@@ -200,17 +202,6 @@ def _dense_outputs_(dense: nn.Module, images: Tensor, *, calibrated: bool) -> Te
     """
     with _Calibrated() if calibrated else nullcontext():
         return _outputs(dense, images)
-
-
-@torch.no_grad()
-def _silence_(dense: nn.Module, cut: tuple[PlannedGroup, ...]) -> None:
-    """Zero the removed positions of every member that is a parameter (and of running means)."""
-    tensors: dict[str, Tensor] = dict(dense.named_parameters(remove_duplicate=False))
-    tensors.update((name, buffer) for name, buffer in dense.named_buffers() if name.endswith("running_mean"))
-    for name, dims in removed_positions(cut).items():
-        for dim, positions in dims.items():
-            if name in tensors:
-                tensors[name].index_fill_(dim, torch.tensor(positions), 0)
 
 
 def _without_fused_attention_(model: nn.Module) -> bool:

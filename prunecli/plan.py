@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -105,18 +105,28 @@ class Plan(Value):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+#: Tensor name → dimension → positions, ascending.
+Positions = Mapping[str, Mapping[int, tuple[int, ...]]]
+
+
 def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Tensor name → dimension → positions that leave, ascending. What surgery applies and what the check silences."""
-    gone: dict[str, dict[int, list[tuple[int, ...]]]] = {}
-    for group in groups:
-        removed = sorted(set(range(group.width)) - set(group.keep))
-        if not removed:
+    """The positions that leave. What surgery applies and what the check silences."""
+    return channel_positions((group, sorted(set(range(group.width)) - set(group.keep))) for group in groups)
+
+
+def channel_positions(
+    channels: Iterable[tuple[PlannedGroup, Sequence[int]]],
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """The positions of these channels in all members of their groups."""
+    found: dict[str, dict[int, list[tuple[int, ...]]]] = {}
+    for group, chosen in channels:
+        if not chosen:
             continue
         maps = {member.index for member in group.members}
-        positions = {index: tuple(sorted(index.positions(removed))) for index in maps}
+        positions = {index: tuple(sorted(index.positions(chosen))) for index in maps}
         for member in group.members:
-            gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(positions[member.index])
-    return {tensor: {dim: _union(parts) for dim, parts in dims.items()} for tensor, dims in gone.items()}
+            found.setdefault(member.tensor, {}).setdefault(member.dim, []).append(positions[member.index])
+    return {tensor: {dim: _union(parts) for dim, parts in dims.items()} for tensor, dims in found.items()}
 
 
 def _union(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

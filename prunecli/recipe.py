@@ -188,6 +188,10 @@ class FinetuneSettings(Value):
     cutmix: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     distill: DistillSettings = DistillSettings()
+    regulariser: Literal["none", "kernorth", "orthconv"] = Field(
+        default="none", description="orthogonality of the weights, added to the loss in all of fine-tuning"
+    )
+    regulariser_weight: float = Field(default=0.1, gt=0)
     export: Literal["last", "best"] = Field(default="last", description="which epoch is exported; both are reported")
     checkpoint_every: int | None = Field(
         default=None, gt=0, description="also save every N steps; an epoch's end always saves"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunecli.channels import row_index, rows
 from prunecli.errors import PruneError, UsageError, nearest
-from prunecli.groups import Group, IndexMap, Member, Role, module_of
+from prunecli.groups import Group, Member, Role, module_of
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
 
@@ -30,10 +31,8 @@ class _Evidence:
     def rows(self, member: Member, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """``[width, values per channel]`` of one member; a view of the tensor where its layout allows."""
         tensor = (self.tensors if values is None else values)[member.tensor].detach()
-        if member.index != IndexMap() or tensor.shape[member.dim] != self.group.width:
-            positions = torch.tensor(member.index.positions(range(self.group.width)), device=tensor.device)
-            tensor = tensor.index_select(member.dim, positions)
-        return tensor.movedim(member.dim, 0).reshape(self.group.width, -1)
+        width = self.group.width
+        return rows(tensor, member.dim, row_index(member, tensor, width), width)
 
     def producers(self) -> list[Tensor]:
         """Rows of the weights that produce the channels: filters and matrix rows, without biases."""

@@ -17,6 +17,7 @@ from prunecli.errors import PruneError, UsageError
 from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.objective import build_objective
+from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe import FinetuneSettings
 from prunecli.report import Accuracy, FinetuneReport
@@ -83,6 +84,7 @@ def finetune(
             make_objective=lambda where: build_objective(
                 settings, num_classes=images.num_classes, teacher=_frozen(teacher, where)
             ),
+            make_penalty=lambda trained: _penalty(trained, settings),
         )
         run = Run(
             job=job,
@@ -186,6 +188,12 @@ def _job(
         "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.alpha > 0 else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _penalty(model: nn.Module, settings: FinetuneSettings) -> Penalty:
+    if settings.regulariser == "none":
+        return Penalty()
+    return Orthogonality(model, settings.regulariser, settings.regulariser_weight)
 
 
 def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from prunecli.errors import PruneError
 from prunecli.objective import Objective
 from prunecli.outputs import logits_of
+from prunecli.penalty import Penalty
 from prunecli.recipe import FinetuneSettings
 from prunecli.schedule import Schedule, build_optimizer, build_schedule
 
@@ -61,6 +62,7 @@ class Trainer:
     optimizer: Optimizer
     schedule: Schedule
     objective: Objective
+    penalty: Penalty
     ema: ModelEmaV3 | None
     accelerator: Accelerator
     device: torch.device
@@ -87,7 +89,9 @@ class Trainer:
         return part
 
     def step_(self, images: Tensor, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, float]:
-        """One optimiser step on one batch; the loss (on the device, before the step) and the learning rate used.
+        """One optimiser step on one batch; the objective's loss and the learning rate used.
+
+        The loss is that before the step, on the device; the penalty is not in it.
 
         Args:
             images: ``[B, C, H, W]`` on any device.
@@ -106,10 +110,13 @@ class Trainer:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self.objective(self.shell(images), targets, images)
-        self.accelerator.backward(loss)
+        extra = self.penalty.loss(total)
+        self.accelerator.backward(loss if extra is None else loss + extra)
+        self.penalty.add_gradients_(total)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
+        self.penalty.project_(total)
         if self.ema is not None:
             self.ema.update(self.model, step=total + 1)
         return loss.detach(), lr
@@ -125,8 +132,9 @@ def build_trainer(
     device: torch.device,
     seed: int,
     make_objective: Callable[[torch.device], Objective],
+    make_penalty: Callable[[nn.Module], Penalty] = lambda _: Penalty(),
 ) -> Trainer:
-    """Move the model to its device and put optimiser, schedule and average around it.
+    """Move the model to its device and put optimiser, schedule, penalty and average around it.
 
     The average (``settings.ema``) warms up its decay, 1 - (1 + step)^(-2/3) up to the decay asked for: a plain one
     would keep the just-pruned weights in it for 1 / (1 - decay) steps. Mixed precision is plain autocast, since
@@ -155,6 +163,7 @@ def build_trainer(
         optimizer=optimizer,
         schedule=build_schedule(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, epochs=epochs),
         objective=make_objective(device),
+        penalty=make_penalty(model),
         ema=ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None,
         accelerator=accelerator,
         device=device,

@@ -24,6 +24,7 @@ from toy_training import ADAMW, CPU, RUN, SGD, ToyImages, toy_net
 from prunecli import checkpoint, nets, train
 from prunecli.data import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.penalty import Orthogonality
 from prunecli.recipe import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.zoo import input_spec, load_model
 
@@ -508,3 +509,18 @@ def test_running_statistics_do_not_decide_a_probe() -> None:
 def test_a_diverging_probe_is_infinitely_bad() -> None:
     result = probe(toy_net(), ToyImages(), steps=5, lr=1e30)
     assert result.val_loss == float("inf")
+
+
+@pytest.mark.parametrize("regulariser", ["kernorth", "orthconv"])
+def test_a_regulariser_is_minimised_beside_the_loss_and_stays_out_of_the_figures(regulariser: Any) -> None:
+    settings = PLAIN.model_copy(update={"regulariser": regulariser, "regulariser_weight": 1.0})
+    plain, model = toy_net(), toy_net()
+    alone = train.finetune(plain, ToyImages(), PLAIN, **RUN)
+    report = train.finetune(model, ToyImages(), settings, **RUN)
+    assert orthogonality(model, regulariser) < 0.7 * orthogonality(plain, regulariser)
+    assert report.history[0]["train_loss"] == pytest.approx(alone.history[0]["train_loss"], rel=0.5)
+
+
+def orthogonality(model: nn.Module, regulariser: Any) -> float:
+    with torch.no_grad():
+        return float(Orthogonality(model, regulariser, 1.0).value())
