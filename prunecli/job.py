@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import cost, data, evaluation, lr, schedule, spectrum, store
+from prunecli import cost, data, evaluation, lr, retraining, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import write_json
 from prunecli.plan import Plan, Value
 from prunecli.recipe import FinetuneSettings, Recipe
 from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
-from prunecli.stages import Source, jacobian_images, load_source, open_images, spectrum_batch
+from prunecli.stages import Source, cut, jacobian_images, load_source, open_images, spectrum_batch
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
@@ -166,15 +167,36 @@ def learning_rate(job: Job) -> float:
 def finetune_settings(job: Job) -> FinetuneSettings:
     """The settings of the recipe, where it is silent with the last rate that the recommendation names."""
     asked = job.recipe.finetune
-    if asked.min_lr is not None or job.progress.lr is None:
+    found = job.progress.lr
+    if asked.min_lr is not None or found is None or "final_lr" not in found.evidence:
         return asked
-    return asked.model_copy(update={"min_lr": job.progress.lr.evidence["final_lr"]})
+    return asked.model_copy(update={"min_lr": found.evidence["final_lr"]})
 
 
 def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:
-    """The rules of ``lr`` on what this job measured (``plan`` is None where nothing is cut)."""
+    """What the schedule prescribes, else the rules of ``lr`` on what was measured (no ``plan``: nothing is cut)."""
+    if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, plan, epochs=job.epochs)):
+        return prescribed
     dense = job.progress.stage("dense")
     return lr_report(job.recipe, job.source, model, plan, dense=dense, now=now, epochs=job.epochs)
+
+
+def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
+    """Feed the norms of the weights before and after the cut to the schedules that have rates of their own."""
+    cut_too = plan is not None and recipe.finetune.schedule == "allr"
+    dense = _weight_norm(source.model) if cut_too else 0.0
+    return retraining.prescribed_lr(
+        recipe.finetune,
+        epochs=epochs,
+        sparsity=1 - plan.predicted.params / plan.base.params if plan else 0.0,
+        norm_dense=dense,
+        norm_pruned=_weight_norm(cut(source.model, plan)) if plan and cut_too else dense,
+    )
+
+
+def _weight_norm(model: nn.Module) -> float:
+    """Euclidean norm over all parameters."""
+    return math.sqrt(math.fsum(float(tensor.detach().double().square().sum()) for tensor in model.parameters()))
 
 
 def lr_report(
@@ -207,6 +229,8 @@ def lr_of_source(recipe: Recipe) -> LRReport:
     """What ``prunecli lr`` says: for a run folder with the damage that its own report measured."""
     source = load_source(recipe)
     epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
+    if epochs and (prescribed := _prescribed_lr(recipe, source, None, epochs=epochs)):
+        return prescribed
     folder = store.RunFolder(path=Path(str(recipe.model).removeprefix("local-dir:")))
     if not store.is_run(folder.path):
         return lr_report(recipe, source, source.model, None, dense=None, now=None, epochs=epochs)
@@ -225,7 +249,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     if earlier and earlier.source_digest != source.digest:
         raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
     images = open_images(recipe, source)
-    _require_possible(recipe, images)
+    _require_possible(command, recipe, images)
     return Job(
         recipe=recipe,
         folder=folder,
@@ -239,8 +263,10 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     )
 
 
-def _require_possible(recipe: Recipe, images: data.Images | None) -> None:
-    """Raises UsageError where a later stage would find that the data it needs is not there."""
+def _require_possible(command: Command, recipe: Recipe, images: data.Images | None) -> None:
+    """Raises UsageError where a later stage would find that what it needs is not there."""
+    if command == "finetune" and recipe.finetune.schedule == "allr":
+        raise UsageError(retraining.NEEDS_A_CUT)
     if "bn" in recipe.recover.steps and images is None:
         raise UsageError("Recovery step bn re-estimates statistics, so it needs --data.")
     if planned_epochs(recipe, has_data=images is not None) and images is not None and not images.train_size:

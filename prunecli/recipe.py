@@ -26,6 +26,7 @@ Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
 RecoverStep = Literal["auto", "orthp", "bn"]
+_RETRAINING = ("rewind", "slr", "clr", "allr")
 _LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
 _COUNTS = {"": 1.0, "%": 0.01, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _UNITS_OF: dict[str, dict[str, float]] = {
@@ -151,6 +152,17 @@ class DistillSettings(Value):
     temperature: float = Field(default=4.0, gt=0)
 
 
+class OriginalSchedule(Value):
+    """The schedule that the base was trained with: what rewind replays, and whose peak slr, clr and allr start from."""
+
+    lr: float = Field(gt=0, description="its peak")
+    epochs: int = Field(gt=0)
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = Field(default=(0.5, 0.75), description="step: shares of its epochs")
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+    min_lr: float = Field(default=0.0, ge=0)
+
+
 class FinetuneSettings(Value):
     """The fine-tuning loop."""
 
@@ -170,7 +182,14 @@ class FinetuneSettings(Value):
     decay_norms: bool = Field(
         default=False, description="decay biases and norm scales too, as the papers' plain SGD does; timm exempts them"
     )
-    schedule: Literal["step", "cosine", "constant"] = "cosine"
+    schedule: Literal["step", "cosine", "constant", "rewind", "slr", "clr", "allr"] = Field(
+        default="cosine",
+        description="rewind: the end of the base's own; slr, clr: a climb to the base's peak, then steps or a cosine; "
+        "allr: a climb to a peak by how much of the weights was cut, then linear to 0",
+    )
+    original: OriginalSchedule | None = Field(
+        default=None, description="rewind, slr, clr, allr: how the base was trained"
+    )
     milestones: tuple[float, ...] = Field(
         default=(0.5, 0.75), description="step: where LR drops, as shares of the epochs"
     )
@@ -203,6 +222,27 @@ class FinetuneSettings(Value):
         if isinstance(value, float) and value <= 0:
             raise ValueError("must be above zero")
         return value
+
+    @model_validator(mode="after")
+    def _schedule_knows_its_rates(self) -> Self:
+        if self.schedule not in _RETRAINING:
+            if self.original is not None:
+                raise ValueError(f"original is read by {', '.join(_RETRAINING)}, and schedule is {self.schedule}")
+            return self
+        if self.original is None and (self.lr == "auto" or self.schedule == "rewind"):
+            raise ValueError(f"schedule {self.schedule} needs original, the schedule that the base was trained with")
+        if self.lr != "auto" and self.schedule in {"rewind", "allr"}:
+            raise ValueError(f"schedule {self.schedule} says its own rates; leave lr at auto")
+        if self.warmup_epochs or self.min_lr is not None:
+            raise ValueError(f"schedule {self.schedule} has its own start and end; leave out warmup_epochs and min_lr")
+        if (
+            self.schedule == "rewind"
+            and self.original
+            and self.epochs is not None
+            and self.epochs > self.original.epochs
+        ):
+            raise ValueError(f"schedule rewind cannot replay {self.epochs} of {self.original.epochs} epochs")
+        return self
 
 
 class SpectrumSettings(Value):

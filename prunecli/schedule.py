@@ -6,12 +6,14 @@ from ``t`` alone, so that a resumed run needs only its position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from timm.layers import RmsNorm
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +21,9 @@ from torch.optim import Optimizer
 
 from prunecli.errors import UsageError
 from prunecli.recipe import FinetuneSettings
+
+_CLIMB: Final = 0.1  # share of the steps in which slr, clr and allr rise to their peak
+_CLIMB_FROM: Final = 0.01  # what slr and clr start from, as a share of the peak (1e-3 of the authors' 0.1)
 
 
 def optimizer_name(settings: FinetuneSettings, model: nn.Module) -> Literal["sgd", "adamw"]:
@@ -60,18 +65,28 @@ def build_optimizer(model: nn.Module, settings: FinetuneSettings, *, lr: float) 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Sets the learning rate of a step; ``floor`` holds from step ``floor_from`` on."""
+    """Sets the learning rate of a step; ``floor`` holds from step ``floor_from`` on.
+
+    Before step ``climb`` the rate rises along half a cosine from ``climb_from`` times the peak; timm's scheduler, which
+    knows no such warm-up, begins at step ``start`` (a negative one: it is already that many steps old at step 0).
+    """
 
     optimizer: Optimizer
     scheduler: Scheduler
-    floor: float
-    floor_from: int
+    floor: float = 0.0
+    floor_from: int = 0
+    climb: int = 0
+    climb_from: float = 0.0
+    start: int = 0
 
     def set_(self, step: int) -> float:
         """Give the optimiser the learning rate of optimiser step ``step`` (from 0); returns it."""
-        self.scheduler.step_update(step)
-        if step >= self.floor_from:
-            for group in self.optimizer.param_groups:
+        self.scheduler.step_update(max(step - self.start, 0))
+        for group in self.optimizer.param_groups:
+            if step < self.climb:
+                risen = (1 - math.cos(math.pi * step / self.climb)) / 2
+                group["lr"] *= self.climb_from + (1 - self.climb_from) * risen
+            elif step >= self.floor_from:
                 group["lr"] = max(group["lr"], self.floor)
         return float(self.optimizer.param_groups[0]["lr"])
 
@@ -79,32 +94,93 @@ class Schedule:
 def build_schedule(
     optimizer: Optimizer, settings: FinetuneSettings, *, lr: float, steps_per_epoch: int, epochs: int
 ) -> Schedule:
-    """Linear warm-up to ``lr`` over ``warmup_epochs``, then cosine, steps or a constant.
+    """The schedule that the settings name, with the peak ``lr`` and ``steps_per_epoch * epochs`` = T steps.
 
-    The last step of a cosine runs at ``min_lr`` exactly; a stepped rate never falls below it. A milestone is a share
-    of all steps, warm-up included: share 0.5 of 120 epochs drops at the start of epoch 61.
+    * ``cosine``, ``step``, ``constant``: linear warm-up to ``lr`` over ``warmup_epochs``, then as named. The last step
+      of a cosine runs at ``min_lr`` exactly; a stepped rate never falls below it. A milestone is a share of all steps,
+      warm-up included: share 0.5 of 120 epochs drops at the start of epoch 61.
+    * ``rewind``: the last T steps of the base's own schedule, ``settings.original`` (Renda et al. 2020, arXiv
+      2003.02389, learning-rate rewinding); ``lr`` is not read.
+    * ``slr``: over the first W = T / 10 steps half a cosine from ``lr`` / 100 up to ``lr``, then a tenth of it after
+      half, and a hundredth after three quarters, of the other steps (Le and Hua 2021, arXiv 2105.03193).
+    * ``clr``: the same rise, then half a cosine down to ``lr`` / 10,000 at the last step: one cycle (same source).
+    * ``allr``: half a cosine from 0 to ``lr``, then ``lr`` (T - t) / (T - W) at step t, linear towards 0 (Zimmer et
+      al. 2023, arXiv 2111.00843); ``retraining.adaptive_peak`` gives its ``lr``.
+
+    Raises:
+        UsageError: ``rewind`` over more epochs than the original schedule has.
     """
     total = steps_per_epoch * epochs
+    match settings.schedule:
+        case "rewind":
+            return _rewind(optimizer, settings, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        case "slr" | "clr" | "allr":
+            return _climb_and_fall(optimizer, settings.schedule, lr=lr, total=total)
+        case _:
+            return _plain(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, total=total)
+
+
+def _plain(
+    optimizer: Optimizer, settings: FinetuneSettings, *, lr: float, steps_per_epoch: int, total: int
+) -> Schedule:
     warmup = min(round(settings.warmup_epochs * steps_per_epoch), total - 1)
     shared = {"warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "t_in_epochs": False}
-    floor = 0.0
-    scheduler: Scheduler
+    lowest = min(settings.min_lr or 0.0, lr)
     if settings.schedule == "cosine":
-        scheduler = CosineLRScheduler(
+        cosine = CosineLRScheduler(
             optimizer,
             t_initial=max(total - warmup - 1, 1),  # so that the last step, not the one after it, is at the end
-            lr_min=min(settings.min_lr or 0.0, lr),
+            lr_min=lowest,
             warmup_prefix=True,
             **shared,
         )
-    else:
-        shares = sorted(settings.milestones) if settings.schedule == "step" else []
-        floor = min(settings.min_lr or 0.0, lr) if settings.schedule == "step" else 0.0
-        scheduler = MultiStepLRScheduler(
-            optimizer,
-            decay_t=[round(share * total) + 1 for share in shares],  # timm applies milestone m at step m - 1
-            decay_rate=settings.gamma,
-            warmup_prefix=False,
-            **shared,
+        return Schedule(optimizer=optimizer, scheduler=cosine)
+    steps = settings.schedule == "step"
+    stepped = _steps(optimizer, settings.milestones if steps else (), settings.gamma, total=total, **shared)
+    return Schedule(optimizer=optimizer, scheduler=stepped, floor=lowest if steps else 0.0, floor_from=warmup)
+
+
+def _steps(
+    optimizer: Optimizer, milestones: Iterable[float], gamma: float, *, total: int, **shared: Any
+) -> MultiStepLRScheduler:
+    """Timm's steps, its milestones as shares of ``total``: it applies milestone m at step m - 1."""
+    at = [round(share * total) + 1 for share in sorted(milestones)]
+    return MultiStepLRScheduler(optimizer, decay_t=at, decay_rate=gamma, **shared)
+
+
+def _rewind(optimizer: Optimizer, settings: FinetuneSettings, *, steps_per_epoch: int, epochs: int) -> Schedule:
+    original = settings.original
+    assert original is not None  # the settings see to it
+    if epochs > original.epochs:
+        raise UsageError(
+            f"finetune.schedule rewind cannot replay {epochs} epochs of a schedule that had {original.epochs}."
         )
-    return Schedule(optimizer=optimizer, scheduler=scheduler, floor=floor, floor_from=warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = original.lr
+    plain = settings.model_copy(
+        update={
+            "schedule": original.schedule,
+            "milestones": original.milestones,
+            "gamma": original.gamma,
+            "min_lr": original.min_lr,
+        }
+    )
+    total = original.epochs * steps_per_epoch
+    whole = _plain(optimizer, plain, lr=original.lr, steps_per_epoch=steps_per_epoch, total=total)
+    return replace(whole, start=(epochs - original.epochs) * steps_per_epoch)
+
+
+def _climb_and_fall(optimizer: Optimizer, name: Literal["slr", "clr", "allr"], *, lr: float, total: int) -> Schedule:
+    climb = round(_CLIMB * total)
+    rest = total - climb
+    scheduler: Scheduler
+    if name == "slr":
+        scheduler = _steps(optimizer, (0.5, 0.75), 0.1, total=rest, t_in_epochs=False)
+    elif name == "clr":
+        scheduler = CosineLRScheduler(
+            optimizer, t_initial=max(rest - 1, 1), lr_min=lr * _CLIMB_FROM**2, t_in_epochs=False
+        )
+    else:
+        scheduler = PolyLRScheduler(optimizer, t_initial=max(rest, 2), power=1.0, t_in_epochs=False)
+    start = 0.0 if name == "allr" else _CLIMB_FROM
+    return Schedule(optimizer=optimizer, scheduler=scheduler, climb=climb, climb_from=start, start=climb)

@@ -21,6 +21,7 @@ from prunecli import check, pipeline, store
 from prunecli.files import write_json
 from prunecli.recipe import Recipe
 from prunecli.store import RunFolder
+from prunecli.zoo import load_model
 
 ROOT = Path(__file__).parents[1]
 SAVING = "finetune.checkpoint_every=3"
@@ -306,3 +307,39 @@ def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkey
     )
     pipeline.finetune(recipe, out=tmp_path / "run")
     assert taught == [True]
+
+
+ALLR = ["finetune.schedule=allr", "finetune.original={lr: 0.1, epochs: 50}", "spectrum.samples=0"]
+
+
+@pytest.mark.slow
+def test_allr_reads_the_cut_and_the_report_shows_its_numbers(tmp_path: Path) -> None:
+    done = call("compress", *JOB, *ALLR, "recover.steps=[]", f"--out={tmp_path / 'run'}")
+    assert done.exit_code == 0, done.stderr
+    folder = RunFolder(path=tmp_path / "run")
+    report, plan = folder.report(), folder.plan()
+    dense = load_model("lenet5_relu", pretrained=False).model.state_dict()
+    norm = sum(float(tensor.double().square().sum()) for tensor in dense.values()) ** 0.5
+    share = 1 - plan.predicted.params / plan.base.params
+    assert report.lr is not None
+    assert report.finetune is not None
+    found = report.lr.evidence
+    assert found["norm_dense"] == pytest.approx(norm)
+    assert found["sparsity"] == pytest.approx(share)
+    removed = (norm**2 - found["norm_pruned"] ** 2) ** 0.5 / norm
+    assert 0.1 < removed < 0.9
+    assert report.finetune.lr == report.lr.recommended == pytest.approx(max(0.1 * removed / share**0.5, 0.1 * 2 / 50))
+    last = report.finetune.history[-1]["lr"]
+    assert last == pytest.approx(report.finetune.lr / 14)  # 16 steps, 2 of them up
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "allr schedule" in page
+    assert "norm removed" in page
+
+
+def test_allr_without_a_cut_is_one_sentence(tmp_path: Path) -> None:
+    plain = [part for part in JOB if not part.startswith("--target")]
+    refused = call("finetune", *plain, *ALLR, f"--out={tmp_path / 'run'}")
+    assert refused.exit_code == 2
+    assert "which only `compress` knows" in sentence(refused)
+    assert not (tmp_path / "run").exists()
+    assert "which only `compress` knows" in sentence(call("lr", "lenet5_relu", "--no-pretrained", *ALLR))

@@ -8,6 +8,8 @@ import yaml
 from prunecli.errors import UsageError
 from prunecli.recipe import Recipe, Target, layered, parse_assignments, parse_yaml
 
+ORIGINAL = {"lr": 0.1, "epochs": 200}
+
 
 @pytest.mark.parametrize(
     ("text", "metric", "value", "relative"),
@@ -112,3 +114,31 @@ def test_preprocessing_is_what_was_given():
     assert recipe.data.preprocessing == {"input_size": [3, 64, 64], "std": [0.5]}
     assert Recipe.from_mapping(yaml.safe_load(recipe.to_yaml())) == recipe
     assert Recipe().data.preprocessing == {}
+
+
+@pytest.mark.parametrize(
+    ("finetune", "said"),
+    [
+        ({"schedule": "rewind"}, "schedule rewind needs original"),
+        ({"schedule": "rewind", "lr": 0.1}, "schedule rewind needs original"),
+        ({"schedule": "clr"}, "schedule clr needs original"),
+        ({"schedule": "allr", "original": ORIGINAL, "lr": 0.1}, "allr says its own rates; leave lr at auto"),
+        ({"schedule": "slr", "original": ORIGINAL, "warmup_epochs": 1}, "slr has its own start and end"),
+        ({"schedule": "slr", "original": ORIGINAL, "min_lr": 1e-4}, "slr has its own start and end"),
+        ({"schedule": "rewind", "original": ORIGINAL, "epochs": 201}, "cannot replay 201 of 200 epochs"),
+        (
+            {"schedule": "step", "original": ORIGINAL},
+            "original is read by rewind, slr, clr, allr",
+        ),
+    ],
+)
+def test_schedules_say_what_they_lack(finetune, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        Recipe.from_mapping({"finetune": finetune})
+    assert str(caught.value).startswith("recipe: finetune: ")
+
+
+@pytest.mark.parametrize("finetune", [{"schedule": "slr", "lr": 0.1}, {"schedule": "rewind", "original": ORIGINAL}])
+def test_retraining_schedules_repeat_themselves(finetune):
+    recipe = Recipe.from_mapping({"finetune": finetune})
+    assert Recipe.from_mapping(recipe.to_mapping()) == recipe

@@ -55,6 +55,61 @@ def test_warmup_longer_than_the_run_leaves_one_step() -> None:
     assert len(rates(0.4, epochs=1, steps=2, schedule="cosine", warmup_epochs=9.0)) == 2
 
 
+ORIGINAL = {"lr": 0.1, "epochs": 8, "milestones": [0.5, 0.75]}
+
+
+def test_rewinding_replays_the_end_of_the_original_steps() -> None:
+    found = rates(0.7, epochs=5, steps=2, schedule="rewind", original=ORIGINAL)
+    assert found == pytest.approx([0.1] * 2 + [0.01] * 4 + [0.001] * 4)  # epochs 4 to 8 of 8; the 0.7 is not read
+    whole = rates(0.1, epochs=8, steps=2, schedule="step")
+    assert found == pytest.approx(whole[6:])
+
+
+def test_rewinding_replays_the_end_of_the_original_cosine() -> None:
+    original = {"lr": 0.4, "epochs": 3, "schedule": "cosine", "min_lr": 0.1}
+    found = rates(0.4, epochs=1, steps=3, schedule="rewind", original=original)
+    assert found == pytest.approx([0.1 + 0.15 * (1 + math.cos(math.pi * t / 8)) for t in (6, 7, 8)])
+
+
+def test_rewinding_further_than_there_is_says_so() -> None:
+    with pytest.raises(UsageError, match="cannot replay 9 epochs of a schedule that had 8"):
+        rates(0.1, epochs=9, steps=1, schedule="rewind", original=ORIGINAL)
+
+
+def test_slr_climbs_a_tenth_and_drops_twice_in_the_rest() -> None:
+    found = rates(0.1, epochs=4, steps=10, schedule="slr", original=ORIGINAL)
+    # 40 steps: 4 up from 1e-3 by half a cosine (at a quarter: sin^2 of an eighth of pi), then 18, 9 and 9
+    quarter = math.sin(math.pi / 8) ** 2
+    climb = [0.001, 0.001 + 0.099 * quarter, 0.0505, 0.1 - 0.099 * quarter]
+    assert found == pytest.approx(climb + [0.1] * 18 + [0.01] * 9 + [0.001] * 9)
+
+
+def test_clr_is_torchs_one_cycle() -> None:
+    found = rates(0.2, epochs=3, steps=10, schedule="clr", original=ORIGINAL)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.2, total_steps=30, pct_start=4 / 30, div_factor=100, final_div_factor=100, cycle_momentum=False
+    )  # torch's peak is at step pct_start * total - 1 = 3, ours behind the first tenth
+    expected = []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cycle.step() if len(expected) < 30 else None
+    assert found == pytest.approx(expected)
+    assert (found[0], found[3], found[-1]) == pytest.approx((2e-3, 0.2, 2e-5))
+
+
+def test_allr_climbs_from_nothing_and_falls_in_a_line() -> None:
+    found = rates(0.08, epochs=2, steps=10, schedule="allr", original=ORIGINAL)
+    assert found == pytest.approx([0.0, 0.04, *(0.08 * left / 18 for left in range(18, 0, -1))])
+
+
+@pytest.mark.parametrize("name", ["rewind", "slr", "clr", "allr"])
+def test_a_single_step_has_a_rate(name: str) -> None:
+    (found,) = rates(0.1, epochs=1, steps=1, schedule=name, original={"lr": 0.1, "epochs": 1})
+    assert 1e-3 < found <= 0.1
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
