@@ -64,7 +64,14 @@ def _convolution_kind(module: nn.Module) -> str:
     return "depthwise" if module.groups == module.in_channels else "grouped"
 
 
-def try_architecture(name: str, *, model_args: Mapping[str, Any] | None = None, out: Path, seed: int = 0) -> Row:
+def try_architecture(
+    name: str,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    out: Path,
+    seed: int = 0,
+) -> Row:
     """Load with random weights, trace, cut by every target of ``TARGETS`` with proof, export the last cut to ``out``.
 
     Whether it reloads is for `reload_difference` to say, in this process or in a fresh one.
@@ -74,13 +81,13 @@ def try_architecture(name: str, *, model_args: Mapping[str, Any] | None = None, 
     Args:
         name: registered architecture.
         model_args: keyword arguments for ``timm.create_model``.
+        input_size: channels, height, width; none: the architecture's own.
         out: an empty folder.
         seed: of weights and images.
     """
     args = dict(model_args or {})
-    recipe = Recipe.from_mapping(
-        {"model": name, "pretrained": False, "model_args": args, "seed": seed, "prune": {"round_to": 1}}
-    )
+    settings = {"model": name, "pretrained": False, "model_args": args, "seed": seed, "prune": {"round_to": 1}}
+    recipe = Recipe.from_mapping({**settings, "data": {"input_size": input_size}})
     source = stages.load_source(recipe)
     row = blank_row(name, source.model, model_args=args, input_size=source.spec.size)
     row = row.model_copy(update={"macs": source.cost.macs})
