@@ -80,7 +80,7 @@ def compress(
     target: Annotated[
         str | None, typer.Option("--target", metavar="METRIC=VALUE", help="macs=50%, speedup=2 …")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="oneshot")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="oneshot, tpp, greg, kernorth, orthconv")] = None,
     criterion: Annotated[str | None, typer.Option("--criterion", help="l1, l2, group_norm, bn_scale, lamp …")] = None,
     recover: Annotated[str | None, typer.Option("--recover", help="auto, none, or steps: orthp,bn")] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this; 1 is off")] = None,
@@ -477,18 +477,21 @@ def _run_job(
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
-    from prunecli import pipeline, render
+    from prunecli import phase, pipeline, render
     from prunecli.stages import load_source, open_images
 
     source = load_source(recipe)
-    planned, proof = pipeline.plan_and_prove(source, recipe, open_images(recipe, source))
+    images = open_images(recipe, source)
+    planned, proof = pipeline.plan_and_prove(source, recipe, images)
+    phases = phase.costs_of(recipe, images.steps_per_epoch) if images else ()
     document = {
         "plan": planned.plan.model_dump(mode="json"),
         "target": planned.target.model_dump(mode="json"),
         "proof": proof,
         "notes": list(planned.notes),
+        "phases": [cost.model_dump(mode="json") for cost in phases],
     }
-    show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes), as_json=as_json)
+    show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes, phases), as_json=as_json)
 
 
 def main() -> None:

@@ -15,12 +15,21 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import cost, data, evaluation, lr, retraining, schedule, spectrum, store
+from prunecli import cost, data, evaluation, lr, phase, retraining, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.files import write_json
+from prunecli.files import read_tensors, write_json
 from prunecli.plan import Plan, Value
 from prunecli.recipe import FinetuneSettings, Recipe
-from prunecli.report import Accuracy, FinetuneReport, LRReport, RecoveryStep, Stage, StageName, TargetResult
+from prunecli.report import (
+    Accuracy,
+    FinetuneReport,
+    LRReport,
+    PhaseReport,
+    RecoveryStep,
+    Stage,
+    StageName,
+    TargetResult,
+)
 from prunecli.stages import Source, cut, jacobian_images, load_source, open_images, spectrum_batch
 
 Command = Literal["compress", "finetune"]
@@ -39,6 +48,7 @@ class Progress(Value):
     source_digest: str
     plan_sha256: str | None = None
     stages: tuple[Stage, ...] = ()
+    phases: tuple[PhaseReport, ...] = ()
     recovery: tuple[RecoveryStep, ...] = ()
     lr: LRReport | None = None
     finetune: FinetuneReport | None = None
@@ -250,6 +260,8 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
         raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
     images = open_images(recipe, source)
     _require_possible(command, recipe, images)
+    if command == "compress":
+        phase.require_possible(recipe, images)
     return Job(
         recipe=recipe,
         folder=folder,
@@ -296,6 +308,14 @@ def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progr
             f"{folder.path / store.RECIPE} was changed after the run had started.", hint="--force starts again."
         )
     return progress
+
+
+def reload_(model: nn.Module, path: Path) -> None:
+    """What an earlier start saved after a stage. Raises PruneError where the file does not hold it."""
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError:
+        raise PruneError(f"{path} does not hold the weights of this run.", hint="--force starts again.") from None
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Loop(ABC):
     """One training run: its position, what it measured, and the loop itself."""
 
     name: str  # how an interruption calls the run
+    calmer: str  # what to change where it diverges
 
     def __init__(self, trainer: Trainer, images: TrainingImages, run: Run) -> None:
         self.trainer, self.images, self.steps = trainer, images, run.steps
@@ -83,6 +84,11 @@ class Loop(ABC):
     def epochs(self) -> int:
         """Epochs in all, the last one perhaps not complete."""
         return math.ceil(self.steps / self.images.steps_per_epoch)
+
+    @property
+    def done(self) -> int:
+        """Optimiser steps taken so far."""
+        return self.progress.epoch * self.images.steps_per_epoch + self.progress.step
 
     def run(self) -> None:
         """All epochs that are left. Raises InterruptedRunError with the state saved."""
@@ -191,18 +197,17 @@ class Loop(ABC):
 
     def _show_step(self, *, batch: int, seconds_per_step: float) -> None:
         """``step`` of ``steps`` counts the whole run; ``loss`` is the epoch's mean so far."""
-        done = self.progress.epoch * self.images.steps_per_epoch + self.progress.step
         self.emit(
             {
                 "event": "step",
-                "step": done,
+                "step": self.done,
                 "steps": self.steps,
                 "epoch": self.progress.epoch + 1,
                 "epochs": self.epochs,
                 "loss": self.progress.loss_sum / self.progress.step,
                 "lr": self.lr,
                 "images_per_second": batch / seconds_per_step,
-                "eta_seconds": (self.steps - done) * seconds_per_step,
+                "eta_seconds": (self.steps - self.done) * seconds_per_step,
             }
         )
 
@@ -214,7 +219,7 @@ class Loop(ABC):
     def diverged(self, what: str, lr: float) -> PruneError:
         """What to raise where a number is not finite."""
         kept = f" The last good state is kept in {self.folder}." if self.folder is not None else ""
-        return PruneError(f"{what} (learning rate {lr:g}).{kept}", hint="Use a smaller --lr or finetune.clip_grad=1.")
+        return PruneError(f"{what} (learning rate {lr:g}).{kept}", hint=self.calmer)
 
     def _interrupted(self, *, saved: bool) -> InterruptedRunError:
         where = f"{self.name} was interrupted in epoch {self.progress.epoch + 1} after step {self.progress.step}"

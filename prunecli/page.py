@@ -11,7 +11,7 @@ from html import escape
 
 from prunecli import plots, wording
 from prunecli.plan import Plan
-from prunecli.report import LayerReport, RecoveryStep, Report, SpectrumSummary
+from prunecli.report import LayerReport, PhaseReport, RecoveryStep, Report, SpectrumSummary
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2530;--soft:#5a6675;--line:#d8dee6;--back:#fff;--panel:#f5f7fa;--warn:#8a4b00;
@@ -69,6 +69,7 @@ def report_page(
         _warnings(report.warnings),
         _stages(report),
         _jacobian(report, jacobians or {}),
+        *(_phase(done) for done in report.phases),
         _recovery(report.recovery),
         _learning_rate(report),
         _finetuning(report),
@@ -194,6 +195,12 @@ def _summary_cells(jsv: SpectrumSummary) -> tuple[str, ...]:
     return (*(wording.figure(value) for value in figures), str(jsv.samples))
 
 
+def _phase(done: PhaseReport) -> str:
+    heading = f"Before the {'cut' if done.name == 'push' else 'plan'}"
+    text = f"{wording.phase_line(done)}; {wording.phase_outcome(done)}."
+    return _section(heading, _paragraph(text), _figure(plots.phase_plot(done)))
+
+
 def _recovery(steps: Sequence[RecoveryStep]) -> str:
     if not steps:
         return ""
@@ -237,6 +244,8 @@ def _finetuning(report: Report) -> str:
     if done.best_epoch is not None:
         last = wording.percent(done.last_top1)
         text += f" Best top-1 {wording.percent(done.best_top1)} after epoch {done.best_epoch}, last {last}."
+    if budget := wording.budget_line(report):
+        text += f" {budget}."
     plot = _figure(plots.finetuning_plot(done.history)) if done.history else ""
     return _section("Fine-tuning", _paragraph(text), plot)
 

@@ -1,4 +1,4 @@
-"""The job: load → graph → plan → cut → recover → fine-tune → export → verify → report.
+"""The job: load → graph → plan → (train) → cut → recover → fine-tune → export → verify → report.
 
 ``compress`` only composes ``stages``. What a finished stage leaves behind is a file in the run folder, so that a run
 which was killed goes on behind the last finished stage, and inside fine-tuning behind the last saved step.
@@ -7,16 +7,18 @@ which was killed goes on behind the last finished stage, and inside fine-tuning 
 from __future__ import annotations
 
 import copy
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from torch import nn
 
-from prunecli import cost, data, page, spectrum, store, train
+from prunecli import cost, data, page, phase, phase_stage, spectrum, store, train
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.factory import Function
-from prunecli.files import read_tensors, write_json, write_tensors, write_text
+from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph import build_graph
 from prunecli.job import (
     Job,
@@ -27,6 +29,7 @@ from prunecli.job import (
     measured_stage,
     open_job,
     recommended_lr,
+    reload_,
 )
 from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
@@ -65,6 +68,11 @@ def _planned(job: Job) -> Planned:
     job.notify({"event": "start", "name": "plan"})
     planned, proof = plan_and_prove(job.source, job.recipe, job.images)
     job.begin()
+    if phase_stage.plans_late(job):
+        _dense(job)
+        learnt = phase_stage.before_plan(job, planned.plan)
+        job.notify({"event": "start", "name": "plan"})
+        planned, proof = plan_and_prove(replace(job.source, model=learnt), job.recipe, job.images)
     write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
     job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
     made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
@@ -73,20 +81,44 @@ def _planned(job: Job) -> Planned:
 
 
 def plan_and_prove(source: Source, recipe: Recipe, images: data.Images | None) -> tuple[Planned, str]:
-    """Trace, plan and prove; what ``--dry-run`` shows. Raises as ``make_plan`` and ``proven_plan``."""
+    """Trace, plan and prove; what ``--dry-run`` shows.
+
+    Raises as ``make_plan`` and ``proven_plan``, and UsageError where a phase before the cut has nothing to train with
+    or is too short for this plan.
+    """
+    phase.require_possible(recipe, images)
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
     if not recipe.equivalence_check:
-        return make_plan(source, graph, recipe, images), "the equivalence check was switched off"
+        planned = make_plan(source, graph, recipe, images)
+        phase.require_time(recipe, planned.plan.groups)
+        return planned, "the equivalence check was switched off"
     proven = proven_plan(source, graph, recipe, images)
+    phase.require_time(recipe, proven.planned.plan.groups)
     error = proven.proof.relative_error
     return proven.planned, f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
 
 
+def _regularised(job: Job, plan: Plan) -> nn.Module:
+    """Train through the phases before the cut, if the method has any, and measure what they made of the dense net."""
+    trained = phase_stage.before_cut(job, plan)
+    if job.progress.stage("regularised") or not job.progress.phases:
+        return trained
+    began = time.perf_counter() - math.fsum(done.seconds for done in job.progress.phases)
+    norms = sorted({norm for group in plan.cut_groups for norm in group.norms})
+    note = f"the statistics of {len(norms)} norms, first {norms[0]}, change with the cut" if norms else None
+    stage, values = measured_stage(job, "regularised", trained, began, notes=(note,) if note else ())
+    job.save(job.progress.with_stage(stage, values))
+    return trained
+
+
 def _pruned(job: Job, planned: Planned) -> nn.Module:
-    """Measure dense, cut, measure again; the target is checked on the model itself, not on the prediction."""
+    """Measure dense, train before the cut, cut, measure again; the target is checked on the model itself, not on the
+    prediction.
+    """
     _dense(job)
+    trained = _regularised(job, planned.plan)
     began = time.perf_counter()
-    smaller = cut(job.source.model, planned.plan)
+    smaller = cut(trained, planned.plan)
     if job.progress.stage("pruned"):
         return smaller
     stage, values = measured_stage(job, "pruned", smaller, began)
@@ -119,7 +151,7 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     """Recover in place of ``smaller``'s weights; the recovered weights are kept on disk for a resume."""
     weights = job.folder.checkpoints / "recovered.safetensors"
     if job.progress.stage("recovered"):
-        _reload_(smaller, weights)
+        reload_(smaller, weights)
         return
     began = time.perf_counter()
     assert job.progress.lr is not None
@@ -149,7 +181,7 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     """Fine-tune, or say that nothing was fine-tuned."""
     weights = job.folder.checkpoints / "finetuned.safetensors"
     if job.progress.stage("finetuned"):
-        _reload_(model, weights)
+        reload_(model, weights)
         return model
     if job.epochs == 0:
         return model
@@ -174,14 +206,6 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     return model
 
 
-def _reload_(model: nn.Module, path: Path) -> None:
-    """What an earlier start saved after a stage. Raises PruneError where the file does not hold it."""
-    try:
-        model.load_state_dict(read_tensors(path))
-    except RuntimeError:
-        raise PruneError(f"{path} does not hold the weights of this run.", hint="--force starts again.") from None
-
-
 # ---------------------------------------------------------------------------------------------- the end of a job
 
 
@@ -199,7 +223,7 @@ def _finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
     write_text(job.folder.path / store.PAGE, html)
     write_json(job.folder.path / store.REPORT, report.model_dump(mode="json"))
-    for name in ("recovered", "finetuned"):
+    for name in ("grow", "regularise", "push", "recovered", "finetuned"):
         (job.folder.checkpoints / f"{name}.safetensors").unlink(missing_ok=True)
     job.say("done", seconds=round(time.perf_counter() - job.started, 3))
     return report

@@ -17,14 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from prunecli import wording
-from prunecli.report import LayerReport, Stage
+from prunecli.report import LayerReport, PhaseReport, Stage
 
 SPECTRA_SHOWN = 24
 WIDTHS_SHOWN = 60
 
 _INK = "#010203"  # stands for the page's text colour until the drawing is text
 _BEFORE, _AFTER = "#7d8fa8", "#e0712c"
-_STAGE_COLOURS = {"dense": _BEFORE, "pruned": "#cf4457", "recovered": "#d9a520", "finetuned": "#2a9d83"}
+_STAGE_COLOURS = {
+    "dense": _BEFORE,
+    "regularised": "#8f63b8",
+    "pruned": "#cf4457",
+    "recovered": "#d9a520",
+    "finetuned": "#2a9d83",
+}
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a layer's name may hold a dollar sign
@@ -126,31 +132,61 @@ def jacobian_plot(stages: Sequence[Stage], jacobians: Mapping[str, Sequence[floa
     return _drawn(draw, width=9.5, height=0.5 + 0.95 * len(measured), label="Jacobian singular values of every stage")
 
 
+_Curve = tuple[str, str, str]  # key of the history, name in the legend, colour
+_Panel = tuple[str, Sequence[_Curve], str]  # title, curves, scale
+
+
 def finetuning_plot(history: Sequence[Mapping[str, float]]) -> str:
     """Losses, validation top-1 and learning rate by epoch; a panel where the history has its figures."""
-    epochs = [entry["epoch"] for entry in history]
-    panels = [
+    panels: list[_Panel] = [
         ("loss", [("train_loss", "training", _BEFORE), ("loss", "validation", _AFTER)], "linear"),
         ("validation top-1 (%)", [("top1", "", _STAGE_COLOURS["finetuned"])], "linear"),
         ("learning rate", [("lr", "", _INK)], "log"),
     ]
-    known = [(title, [c for c in curves if c[0] in history[0]], scale) for title, curves, scale in panels]
+    return _by_epoch(history, panels, label="Fine-tuning by epoch")
+
+
+def phase_plot(done: PhaseReport) -> str:
+    """The penalty's factor, the cross-entropy and what is left of the penalised, by epoch of a phase before the cut."""
+    penalised = "Gram loss" if done.method == "tpp" else done.method
+    panels: list[_Panel] = [
+        ("factor λ", [("reg", "", _INK)], "linear"),
+        ("cross-entropy", [("train_loss", "", _BEFORE)], "linear"),
+        (penalised, [("penalty", "", _STAGE_COLOURS["regularised"])], "log"),
+        ("norm of the pushed channels", [("norm", "", _AFTER)], "log"),
+    ]
+    return _by_epoch(done.history, panels, label=f"The phase before the cut by epoch: {done.name}")
+
+
+def _by_epoch(history: Sequence[Mapping[str, float]], panels: Sequence[_Panel], *, label: str) -> str:
+    """One panel beside the other, with the curves that the end of the history has; a logarithm where all is positive.
+
+    On a logarithmic axis a zero is left out: nothing is left of it there.
+    """
+    epochs = [entry["epoch"] for entry in history]
+    known = [(title, [c for c in curves if c[0] in history[-1]], scale) for title, curves, scale in panels]
     known = [panel for panel in known if panel[1]]
+    first, last = epochs[0], epochs[-1]
+    margin = 0.05 * (last - first) or 0.05
 
     def draw(figure: Figure) -> None:
         for axes, (title, curves, scale) in zip(_row_of(figure, len(known)), known, strict=True):
+            positive = False
             for key, name, colour in curves:
                 ys = [entry.get(key, math.nan) for entry in history]
-                axes.plot(epochs, ys, color=colour, label=name, marker="o", markersize=3)
+                positive = positive or any(y > 0 for y in ys)
+                ys = [math.nan if scale == "log" and y <= 0 else y for y in ys]
+                axes.plot(epochs, ys, color=colour, label=name, marker="o", markersize=3 if len(epochs) < 60 else 0)
             axes.set_title(title, loc="left")
             axes.set_xlabel("epoch")
+            axes.set_xlim(first - margin, last + margin)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-            if scale == "log" and all(entry["lr"] > 0 for entry in history):
+            if scale == "log" and positive:
                 _logarithmic(axes, "y")
             if len(curves) > 1:
                 axes.legend()
 
-    return _drawn(draw, width=9.5, height=2.4, label="Fine-tuning by epoch")
+    return _drawn(draw, width=9.5, height=2.4, label=label)
 
 
 def widths_plot(layers: Sequence[LayerReport]) -> str:

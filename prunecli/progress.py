@@ -12,6 +12,10 @@ _DOING: Final = {
     "load": "Loading the model",
     "plan": "Tracing the network, planning the cut, proving it",
     "dense": "Measuring the dense model",
+    "grow": "Letting a small penalty grow on all channels",
+    "push": "Pushing the channels that leave towards zero",
+    "regularise": "Making the weights more orthogonal",
+    "regularised": "Measuring what the phase made of the model",
     "pruned": "Measuring the pruned model",
     "recover": "Trying recovery steps",
     "finetune": "Fine-tuning",
@@ -76,7 +80,7 @@ class Narrator:
             self._training = self._bars.add_task("steps", total=steps)
         loss = values.get("loss")
         text = f"step {step}/{steps}" + (f"  loss {loss:.3f}" if isinstance(loss, float) else "")
-        self._bars.update(self._training, completed=step, description=text)
+        self._bars.update(self._training, completed=step, total=steps, description=text)
 
     def _line(self, event: dict[str, Any]) -> None:
         console = self._bars.console if self._bars else self._console
@@ -95,7 +99,14 @@ def _sentence(event: dict[str, Any]) -> str:
         case {"event": "recovery", "name": name, "rule": rule}:
             return f"recovery {name}: {rule}"
         case {"event": "epoch", "epoch": epoch, "epochs": epochs, **rest}:
-            figures = (("loss", "train_loss", ".3f"), ("top-1", "top1", ".2f"), ("LR", "lr", ".3g"))
+            figures = (
+                ("loss", "train_loss", ".3f"),
+                ("top-1", "top1", ".2f"),
+                ("factor", "reg", ".3g"),
+                ("pushed norm", "norm", ".3g"),
+                ("penalty", "penalty", ".3g"),
+                ("LR", "lr", ".3g"),
+            )
             shown = [f"{name} {rest[key]:{form}}" for name, key, form in figures if isinstance(rest.get(key), float)]
             return f"epoch {epoch}/{epochs}: {', '.join(shown)}"
         case {"event": "warning", "text": text}:

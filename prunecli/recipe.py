@@ -22,6 +22,7 @@ from prunecli.errors import UsageError, nearest
 from prunecli.plan import Value
 
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
+Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv"]
 Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
@@ -143,6 +144,37 @@ class RecoverSettings(Value):
     gain: Literal["auto"] | float = "auto"
     bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
+
+
+class PhaseSettings(Value):
+    """The training phase before the cut: methods tpp, greg, kernorth and orthconv. Counts are optimiser steps.
+
+    The defaults are the papers' for CIFAR; for ImageNet reg_every is 5 and stabilise 40000.
+    """
+
+    lr: float = Field(default=1e-3, gt=0, description="constant; the optimiser is SGD, with finetune.weight_decay")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    penalty: Literal["growing", "fixed"] = Field(
+        default="growing", description="tpp, greg; fixed: reg_ceiling from the first step on, for `steps`"
+    )
+    reg_step: float = Field(default=1e-4, gt=0, description="what the penalty's factor grows by")
+    reg_every: int = Field(default=10, gt=0, description="steps from one growth to the next")
+    reg_ceiling: float = Field(default=1.0, gt=0, description="where the growth stops")
+    steps: int = Field(default=50_000, gt=0, description="length with a fixed penalty, and of kernorth and orthconv")
+    stabilise: int = Field(default=10_000, ge=0, description="steps at reg_ceiling after that (tpp, greg)")
+    zero_every: int = Field(
+        default=100, gt=0, description="tpp: while stabilising, one more group is set to zero every so many steps"
+    )
+    gram_weight: float = Field(default=1000.0, ge=0, description="tpp: of the decorrelation, times the factor")
+    bn_term: bool | None = Field(
+        default=None, description="push norm scales and shifts of the channels too; none: with tpp, not with greg"
+    )
+    variant: Literal[1, 2] = Field(
+        default=1, description="greg; 2: channels are picked after a small penalty has grown on all of them"
+    )
+    pick_step: float = Field(default=1e-5, gt=0, description="greg 2: what the factor grows by before they are picked")
+    pick_ceiling: float = Field(default=1e-2, gt=0, description="greg 2: the factor at which they are picked")
+    regulariser_weight: float = Field(default=0.1, gt=0, description="kernorth, orthconv")
 
 
 class DistillSettings(Value):
@@ -272,7 +304,11 @@ class Recipe(Value):
     )
     data: DataSettings = DataSettings()
     target: Target | None = None
-    method: Literal["oneshot"] = "oneshot"
+    method: Method = Field(
+        default="oneshot",
+        description="what happens before the cut; tpp, greg, kernorth, orthconv: a training phase (section phase)",
+    )
+    phase: PhaseSettings = PhaseSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     finetune: FinetuneSettings = FinetuneSettings()
@@ -299,6 +335,12 @@ class Recipe(Value):
             raise ValueError("weights and pretrained: false contradict each other; leave one out")
         if self.data.input_size and (twice := {"img_size", "in_chans"} & self.model_args.keys()):
             raise ValueError(f"data.input_size and the model argument {min(twice)} both set the input; leave one out")
+        if self.phase.variant == 2 and self.method != "greg":
+            raise ValueError(f"phase.variant 2 is of method greg, not of {self.method}")
+        if self.phase.variant == 2 and self.phase.penalty == "fixed":
+            raise ValueError("phase.variant 2 picks by a growing penalty; leave phase.penalty: fixed out")
+        if self.phase.variant == 2 and self.phase.pick_ceiling >= self.phase.reg_ceiling:
+            raise ValueError("phase.pick_ceiling must be below phase.reg_ceiling")
         return self
 
     # -------------------------------------------------------------------------------------------- reading

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from prunecli import wording
 from prunecli.plan import Cost, Plan
-from prunecli.report import Accuracy, LRReport, Report, SpectrumSummary, Stage, TargetResult, VerifyReport
+from prunecli.report import Accuracy, LRReport, PhaseCost, Report, SpectrumSummary, Stage, TargetResult, VerifyReport
 
 if TYPE_CHECKING:
     from prunecli.groups import Frozen, Graph, Tie
@@ -75,11 +75,16 @@ def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     if report.target:
         lines.append(("target", wording.target_line(report.target)))
+    lines += [
+        ("before the cut", f"{wording.phase_line(phase)}; {wording.phase_outcome(phase)}") for phase in report.phases
+    ]
     lines += [(f"recovery {step.name}", step.rule) for step in report.recovery]
     if report.lr:
         lines.append(("LR", f"{report.lr.recommended:g}. {report.lr.rule}"))
     if report.finetune:
         lines.append(("fine-tuning", _finetuning(report)))
+    if budget := wording.budget_line(report):
+        lines.append(("budget", budget))
     if report.verify:
         lines.append(("verified", _verdict(report.verify)))
     return [*lines, ("report", str(folder / "report.html")), ("model", str(folder / "model.safetensors"))]
@@ -165,8 +170,10 @@ def _verdict(found: VerifyReport) -> str:
 # ---------------------------------------------------------------------------------------------- plan and graph
 
 
-def plan_table(plan: Plan, target: TargetResult, proof: str, notes: Sequence[str]) -> RenderableType:
-    """A dry run: what would be cut, and what the model would then cost."""
+def plan_table(
+    plan: Plan, target: TargetResult, proof: str, notes: Sequence[str], phases: Sequence[PhaseCost] = ()
+) -> RenderableType:
+    """A dry run: what would be cut, what the model would then cost, and the training before the cut."""
     groups = _table(None, "group", "kind", "width", "kept", "change", numeric=("width", "kept", "change"))
     for group in plan.cut_groups:
         kept = len(group.keep)
@@ -181,7 +188,10 @@ def plan_table(plan: Plan, target: TargetResult, proof: str, notes: Sequence[str
             f"{len(plan.cut_groups)} coupled groups by {plan.criterion}, {plan.ranking} ranking; {uncut} stay whole",
         ),
         ("proof", proof),
+        *(("before the cut", wording.phase_line(phase)) for phase in phases),
     )
+    if any(phase.name != "push" for phase in phases):
+        notes = [*notes, "This is the plan for the weights as they are; the one that is cut is made after the phase."]
     return Group(Text(f"Plan for {plan.model.name}; nothing has been changed."), groups, costs, fields, *_notes(notes))
 
 

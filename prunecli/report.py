@@ -8,7 +8,8 @@ from pydantic import Field
 
 from prunecli.plan import Value
 
-StageName = Literal["dense", "pruned", "recovered", "finetuned"]
+StageName = Literal["dense", "regularised", "pruned", "recovered", "finetuned"]
+PhaseName = Literal["grow", "push", "regularise"]
 
 
 class SpectrumSummary(Value):
@@ -102,6 +103,30 @@ class LatencyReport(Value):
     noise: float
 
 
+class PhaseCost(Value):
+    """How long a training phase before the cut is; it counts as training when budgets are compared."""
+
+    name: PhaseName
+    method: str
+    steps: int
+    epochs: float
+    lr: float
+
+
+class PhaseReport(PhaseCost):
+    """A training phase before the cut as it went. The history begins with the state before it, as epoch 0."""
+
+    reg: float | None = Field(default=None, description="factor of the L2 penalty at the end")
+    penalty_before: float | None = Field(
+        default=None, description="sum of the Gram losses (tpp) or of the regulariser over all layers, unweighted"
+    )
+    penalty_after: float | None = None
+    norm_before: float | None = Field(default=None, description="Frobenius norm of the channels that are pushed")
+    norm_after: float | None = None
+    seconds: float
+    history: tuple[dict[str, float], ...] = ()
+
+
 class FinetuneReport(Value):
     """The fine-tuning as run: budget in epochs, and last as well as best epoch."""
 
@@ -134,6 +159,10 @@ class Report(Value):
     target: TargetResult | None
     layers: tuple[LayerReport, ...] = ()
     recovery: tuple[RecoveryStep, ...] = ()
+    phases: tuple[PhaseReport, ...] = ()
+    total_epochs: float | None = Field(
+        default=None, description="epochs of training in all, phases before the cut and fine-tuning; none: no training"
+    )
     lr: LRReport | None = None
     finetune: FinetuneReport | None = None
     latency: LatencyReport | None = None

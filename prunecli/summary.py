@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from prunecli import __version__, recover, spectrum, store
-from prunecli.job import Job
+from prunecli.job import Job, Progress
 from prunecli.plan import Cost
 from prunecli.report import LayerReport, Report, Stage, VerifyReport
 from prunecli.stages import jacobian_images
@@ -29,6 +30,8 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
         target=progress.target,
         layers=_layers(job.source.model, model, progress.dense_spectra),
         recovery=progress.recovery,
+        phases=progress.phases,
+        total_epochs=_total_epochs(progress),
         lr=progress.lr,
         finetune=progress.finetune,
         verify=verified,
@@ -37,6 +40,13 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
         seed=job.recipe.seed,
         warnings=_warnings(job, size),
     )
+
+
+def _total_epochs(progress: Progress) -> float | None:
+    epochs = [phase.epochs for phase in progress.phases]
+    if progress.finetune:
+        epochs.append(progress.finetune.epochs)
+    return math.fsum(epochs) if epochs else None
 
 
 def _figures(size: Cost, stage: Stage | None) -> dict[str, Any]:

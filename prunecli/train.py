@@ -106,6 +106,7 @@ class _Finetuning(Loop):
     """One fine-tuning run: validation after every epoch, the best one kept where it is exported."""
 
     name = "Fine-tuning"
+    calmer = "Use a smaller --lr or finetune.clip_grad=1."
 
     def __init__(self, trainer: Trainer, images: TrainingImages, run: Run, settings: FinetuneSettings) -> None:
         super().__init__(trainer, images, run)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from prunecli.report import LRReport, Report, Stage, TargetResult
+from prunecli.report import LRReport, PhaseCost, PhaseName, PhaseReport, Report, Stage, TargetResult
 
 DASH = "-"
-STAGE_NAMES = {"dense": "dense", "pruned": "pruned", "recovered": "recovered", "finetuned": "fine-tuned"}
+STAGE_NAMES = {
+    "dense": "dense",
+    "regularised": "regularised",
+    "pruned": "pruned",
+    "recovered": "recovered",
+    "finetuned": "fine-tuned",
+}
 
 
 def count(value: float) -> str:
@@ -39,6 +46,43 @@ def figure(value: float | None, digits: int = 3) -> str:
     if not 1 <= abs(value) < 1e6:
         return f"{value:.{digits}g}"
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
+
+
+def epochs(value: float) -> str:
+    """``281 epochs``, ``0.4 epochs``: whole numbers from ten on."""
+    return f"{value:.0f} epochs" if value >= 10 or value == round(value) else f"{value:.1f} epochs"
+
+
+PHASE_AIMS: Final[dict[PhaseName, str]] = {
+    "grow": "a small penalty grows on all channels, then they are picked",
+    "push": "channels that leave are pushed towards zero",
+    "regularise": "weights are made more orthogonal, then channels are picked",
+}
+
+
+def phase_line(phase: PhaseCost) -> str:
+    """What a training phase before the cut is: ``tpp, channels that leave are pushed towards zero: 600 steps = …``."""
+    length = f"{phase.steps:,} steps = {epochs(phase.epochs)} at LR {phase.lr:g}"
+    return f"{phase.method}, {PHASE_AIMS[phase.name]}: {length}"
+
+
+def phase_outcome(done: PhaseReport) -> str:
+    """What a phase did to the channels it pushed and to what it penalised."""
+    parts = []
+    if done.norm_before is not None and done.norm_after is not None:
+        whose = "pushed" if done.name == "push" else "all"
+        parts.append(f"norm of {whose} channels {figure(done.norm_before)} → {figure(done.norm_after)}")
+    if done.penalty_before is not None and done.penalty_after is not None:
+        what = "Gram loss" if done.method == "tpp" else done.method
+        parts.append(f"{what} {figure(done.penalty_before)} → {figure(done.penalty_after)}")
+    return "; ".join(parts)
+
+
+def budget_line(report: Report) -> str | None:
+    """All training together, where there was some before the cut."""
+    if not report.phases or report.total_epochs is None:
+        return None
+    return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
 
 
 def percent(value: float | None) -> str:

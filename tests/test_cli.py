@@ -512,3 +512,28 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     _, said = process.communicate(timeout=20)
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_method_that_trains_before_the_cut_needs_data(dry, tmp_path):
+    job = ["lenet5_relu", "--no-pretrained", "--target=ratio=0.5", "--method=tpp", f"--out={tmp_path / 'run'}", *dry]
+    done = call("compress", *job)
+    assert done.exit_code == 2
+    assert sentence(done).endswith("Error: Method tpp trains before the cut, so it needs data. Give --data.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_how_long_the_phases_are():
+    job = [part for part in JOB if part != "--epochs=2"]
+    done = call("compress", *job, "--method=greg", "phase.variant=2", "--dry-run", "--json")
+    assert done.exit_code == 0
+    phases = json.loads(done.stdout)["phases"]
+    assert [(phase["name"], phase["steps"], phase["epochs"]) for phase in phases] == [
+        ("grow", 10_000, 1250.0),
+        ("push", 109_000, 13625.0),
+    ]
+    shown = call("compress", *job, "--method=tpp", "--dry-run").stdout
+    assert "110,000 steps = 13750 epochs at LR 0.001" in " ".join(shown.split())
+    short = call("compress", *job, "--method=tpp", "phase.stabilise=399", "--dry-run")
+    assert short.exit_code == 2
+    assert "too few to set 4 groups to zero" in sentence(short)

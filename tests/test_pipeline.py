@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunecli import check, pipeline, store
 from prunecli.files import write_json
 from prunecli.recipe import Recipe
+from prunecli.stages import load_source
 from prunecli.store import RunFolder
 from prunecli.zoo import load_model
 
@@ -50,10 +51,12 @@ FEW = [PLACES[at] for at in (7, 13)]
 class Jobs:
     """The process of ``faulty.py``, and one job that nothing disturbed."""
 
+    job: Sequence[str] = (*JOB, SAVING)
+
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process = process
         self.whole = folder / "whole"
-        done = self.run("compress", *JOB, SAVING, folder=self.whole)
+        done = self.run("compress", *self.job, folder=self.whole)
         assert done["status"] == 0, done["stderr"]
         seen: dict[str, int] = {}
         self.steps: dict[str, int] = {}
@@ -71,7 +74,7 @@ class Jobs:
         return answer
 
     def breaks_off_at(self, place: str, folder: Path, number: int) -> dict[str, Any]:
-        return self.run("compress", *JOB, SAVING, folder=folder, stop_at=self.steps[place], signal=number)
+        return self.run("compress", *self.job, folder=folder, stop_at=self.steps[place], signal=number)
 
     def is_whole(self, folder: Path) -> bool:
         files = ("model.safetensors", "plan.json", "recipe.yaml", "reference.safetensors")
@@ -79,14 +82,19 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+def process() -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "faulty.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        yield Jobs(process, tmp_path_factory.mktemp("jobs"))
+        yield process
         process.terminate()
+
+
+@pytest.fixture(scope="module")
+def jobs(process: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(process, tmp_path_factory.mktemp("jobs"))
 
 
 def names(folder: Path) -> set[str]:
@@ -95,7 +103,7 @@ def names(folder: Path) -> set[str]:
 
 def killed_and_resumed(jobs: Jobs, folder: Path, place: str) -> None:
     assert jobs.breaks_off_at(place, folder, signal.SIGKILL)["status"] == -signal.SIGKILL
-    again = ["--resume"] if (folder / "recipe.yaml").exists() else [*JOB, SAVING]
+    again = ["--resume"] if (folder / "recipe.yaml").exists() else list(jobs.job)
     resumed = jobs.run("compress", *again, folder=folder)
     assert resumed["status"] == 0, resumed["stderr"]
     assert jobs.is_whole(folder)
@@ -139,6 +147,62 @@ def test_killed_while_an_old_run_is_replaced_leaves_no_broken_finished_run(jobs:
     assert not (folder / "model.safetensors").exists()
     assert jobs.run(*forced, folder=folder)["status"] == 0
     assert jobs.is_whole(folder)
+
+
+# ---------------------------------------------------------------------------------------------- phases before the cut
+
+# GReg-2, with a phase before the plan and one after it, each two epochs of eight steps.
+PHASES = [*JOB, SAVING, "--epochs=1", "--method=greg", "phase.variant=2", "phase.pick_step=0.002", "phase.reg_every=3"]
+PHASES += ["phase.reg_step=0.33", "phase.stabilise=7", "phase.lr=0.01"]
+
+
+class PhaseJobs(Jobs):
+    job = PHASES
+
+
+@pytest.fixture(scope="module")
+def phase_jobs(process: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return PhaseJobs(process, tmp_path_factory.mktemp("phase-jobs"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "os.rename checkpoints/push/.state-00001-00000003.safetensors.PID.tmp",
+        pytest.param("os.rename .plan.json.PID.tmp", marks=pytest.mark.slow),  # between the two phases
+    ],
+)
+def test_killed_around_a_phase_and_resumed_ends_the_same(phase_jobs: Jobs, tmp_path: Path, place: str) -> None:
+    killed_and_resumed(phase_jobs, tmp_path / "run", place)
+
+
+def test_greg2_plans_from_what_the_growing_penalty_left(phase_jobs: Jobs) -> None:
+    folder = RunFolder(path=phase_jobs.whole)
+    report, plan = folder.report(), folder.plan()
+    assert [stage.name for stage in report.stages] == ["dense", "regularised", "pruned", "recovered", "finetuned"]
+    grow, push = report.phases
+    assert (grow.name, grow.steps, grow.history[-1]["reg"]) == ("grow", 15, 0.008)
+    assert (push.name, push.steps, push.norm_after < push.norm_before) == ("push", 16, True)
+    assert report.total_epochs == 15 / 8 + 16 / 8 + 1
+    dense = load_source(folder.recipe()).model.get_parameter("conv1.weight").abs().sum((1, 2, 3))
+    (found,) = (group.score for group in plan.groups if group.name == "conv1")
+    assert found != pytest.approx(dense.tolist(), rel=1e-3)
+    assert not list(folder.checkpoints.glob("*.safetensors"))
+
+
+TPP = ["--method=tpp", "phase.reg_step=0.25", "phase.reg_every=2", "phase.stabilise=8", "phase.zero_every=2"]
+
+
+def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
+    done = jobs.run("compress", *JOB, "--epochs=1", *TPP, folder=tmp_path / "run")
+    assert done["status"] == 0, done["stderr"]
+    report = RunFolder(path=tmp_path / "run").report()
+    (phase,) = report.phases
+    assert (phase.method, phase.steps, phase.norm_after, phase.penalty_after) == ("tpp", 16, 0, 0)
+    stages = {stage.name: stage for stage in report.stages}
+    assert stages["regularised"].loss == pytest.approx(stages["pruned"].loss, rel=1e-5)
+    assert stages["regularised"].params == stages["dense"].params > stages["pruned"].params
+    assert report.total_epochs == 16 / 8 + 1
 
 
 # ---------------------------------------------------------------------------------------------- the same twice

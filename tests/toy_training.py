@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunecli import files, train
+from prunecli.groups import IndexMap, Member
+from prunecli.phase import Phase
+from prunecli.phase_loop import train_phase_
+from prunecli.plan import PlannedGroup
 from prunecli.recipe import FinetuneSettings
+from prunecli.report import PhaseReport
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -83,6 +88,40 @@ def toy_net(*, dropout: float = 0.2) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(6 * 64, 6),
     )
+
+
+PHASE = Phase(
+    name="push",
+    steps=30,
+    lr=0.02,
+    momentum=0.9,
+    reg_step=0.25,
+    reg_every=2,
+    reg_ceiling=1.0,
+    gram_weight=10.0,
+    zero_from=26,
+    zero_every=2,
+)
+
+
+def toy_groups() -> tuple[PlannedGroup, ...]:
+    """Two of the six channels of `toy_net` leave."""
+    members = [("0.weight", 0, "out"), ("0.bias", 0, "elementwise")]
+    members += [(f"1.{name}", 0, "elementwise") for name in ("weight", "bias", "running_mean", "running_var")]
+    made = [Member(tensor=name, dim=dim, role=role) for name, dim, role in members]  # type: ignore[arg-type]
+    made.append(Member(tensor="5.weight", dim=1, role="in", index=IndexMap(stride=64, loops=((64, 1),))))
+    return (PlannedGroup(name="conv", kind="channels", width=6, keep=(0, 2, 3, 5), members=tuple(made)),)
+
+
+def train_toy_phase(
+    model: nn.Module,
+    images: ToyImages,
+    *,
+    groups: tuple[PlannedGroup, ...] = toy_groups(),
+    settings: FinetuneSettings = ADAMW,
+    **where: Any,
+) -> PhaseReport:
+    return train_phase_(model, PHASE, groups, images, settings, method="tpp", device=CPU, seed=7, **where)
 
 
 def _kill_in_write(count: int) -> None:

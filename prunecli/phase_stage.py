@@ -1,0 +1,61 @@
+"""The training phases of a job as resumable stages: those that the plan waits for, and those that follow it."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from prunecli.files import write_tensors
+from prunecli.job import Job, reload_
+from prunecli.phase import Phase, phases_of
+from prunecli.phase_loop import train_phase_
+from prunecli.plan import Plan
+
+
+def plans_late(job: Job) -> bool:
+    """Whether the plan is made from weights that a phase leaves."""
+    return any(phase.before_plan for phase in phases_of(job.recipe))
+
+
+def before_plan(job: Job, first: Plan) -> nn.Module:
+    """The weights that the plan is to be made from, on the CPU; ``first`` is the plan for the weights as they came."""
+    return _through(job, first, before=True).cpu()
+
+
+def before_cut(job: Job, plan: Plan) -> nn.Module:
+    """The weights that are cut: those of the source, where the method has no phase the very module."""
+    return _through(job, plan, before=False) if phases_of(job.recipe) else job.source.model
+
+
+def _through(job: Job, plan: Plan, *, before: bool) -> nn.Module:
+    """A copy of the source's model after the phases before the plan, or after all."""
+    model = copy.deepcopy(job.source.model)
+    for phase in phases_of(job.recipe):
+        if phase.before_plan or not before:
+            _train_(job, model, phase, plan)
+    return model
+
+
+def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
+    """One phase, or what an earlier start kept of it."""
+    weights = job.folder.checkpoints / f"{phase.name}.safetensors"
+    if any(done.name == phase.name for done in job.progress.phases):
+        reload_(model, weights)
+        return
+    assert job.images is not None
+    job.notify({"event": "start", "name": phase.name})
+    report = train_phase_(
+        model,
+        phase,
+        plan.groups,
+        job.images,
+        job.recipe.finetune,
+        method=job.recipe.method,
+        device=job.device,
+        seed=job.recipe.seed,
+        folder=job.folder.checkpoints / phase.name,
+        on_event=job.relay,
+    )
+    write_tensors(weights, model.state_dict())
+    job.save(job.progress.model_copy(update={"phases": (*job.progress.phases, report)}))

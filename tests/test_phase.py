@@ -1,0 +1,309 @@
+"""The training phases before the cut: their length, what they push and zero, and that what is zero is what is cut."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from axes_cuts import planned
+from test_train import Interrupting, same, weights
+from timm.layers import SwiGLUPacked
+from torch import nn
+from torch.nn import functional
+from toy_training import CPU, ToyImages, toy_groups, toy_net, train_toy_phase
+
+from prunecli import nets  # noqa: F401 - registers the papers' networks
+from prunecli.channels import silencing_slices
+from prunecli.errors import InterruptedRunError, UsageError
+from prunecli.graph import build_graph
+from prunecli.groups import IndexMap, Member
+from prunecli.penalty import gram_loss
+from prunecli.phase import Phase, phases_of, require_time
+from prunecli.phase_loop import train_phase_
+from prunecli.plan import PlannedGroup
+from prunecli.push import Push
+from prunecli.recipe import FinetuneSettings, Recipe
+from prunecli.surgery import cut_
+
+# ------------------------------------------------------------------------------------------------- length
+
+
+def phases(method: str, **settings: Any) -> tuple[Phase, ...]:
+    return phases_of(Recipe.from_mapping({"method": method, "phase": settings}))
+
+
+def test_the_defaults_are_the_papers_figures_for_cifar() -> None:
+    (push,) = phases("tpp")
+    assert (push.steps, push.zero_from, push.zero_every) == (110_000, 100_000, 100)
+    assert [push.reg(step) for step in (0, 9, 10, 99_999, 100_000, 109_999)] == pytest.approx(
+        [0, 0, 1e-4, 0.9999, 1, 1], abs=1e-12
+    )
+    assert (push.gram_weight, push.bn_term, push.lr, push.momentum) == (1000, True, 1e-3, 0.9)
+
+
+def test_greg_neither_decorrelates_nor_zeroes_nor_pushes_norms() -> None:
+    (push,) = phases("greg")
+    assert (push.steps, push.gram_weight, push.zero_from, push.bn_term) == (110_000, 0, None, False)
+
+
+def test_greg2_goes_on_from_the_factor_at_which_it_picked() -> None:
+    grow, push = phases("greg", variant=2)
+    assert (grow.before_plan, grow.steps, grow.reg(grow.steps)) == (True, 10_000, pytest.approx(1e-2))
+    assert (push.before_plan, push.steps, push.reg(0)) == (False, 99_000 + 10_000, pytest.approx(1e-2))
+
+
+def test_a_fixed_penalty_is_there_from_the_first_step() -> None:
+    (push,) = phases("tpp", penalty="fixed", steps=400, stabilise=100)
+    assert (push.steps, push.zero_from, push.reg(0), push.reg(499)) == (500, 400, 1, 1)
+
+
+def test_a_regulariser_alone_pushes_nothing_and_comes_before_the_plan() -> None:
+    (phase,) = phases("orthconv")
+    assert (phase.name, phase.steps, phase.regulariser_weight) == ("regularise", 50_000, 0.1)
+    assert phases("oneshot") == ()
+
+
+def test_every_group_needs_its_turn_to_be_zeroed() -> None:
+    recipe = Recipe.from_mapping({"method": "tpp", "phase": {"stabilise": 199}})
+    groups = [*toy_groups(), *toy_groups()]
+    with pytest.raises(UsageError, match=r"phase.stabilise is 199 steps.*2 groups.*phase.stabilise=200"):
+        require_time(recipe, groups)
+    require_time(recipe, groups[:1])
+
+
+def test_greg2_settings_of_another_method_are_refused() -> None:
+    with pytest.raises(UsageError, match="variant 2 is of method greg, not of tpp"):
+        Recipe.from_mapping({"method": "tpp", "phase": {"variant": 2}})
+
+
+# ------------------------------------------------------------------------------------------------- pushing
+
+PUSH = Phase(
+    name="push",
+    steps=30,
+    lr=1e-3,
+    momentum=0.9,
+    reg_step=0.25,
+    reg_every=2,
+    reg_ceiling=1.0,
+    gram_weight=10.0,
+    zero_from=8,
+    zero_every=2,
+)
+
+
+class Pair(nn.Module):
+    """Two convolutions that write into one stream, a norm on it, and a reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.a(x) + self.b(x)).mean((2, 3)))
+
+
+def pair_groups() -> tuple[PlannedGroup, ...]:
+    members = [("a.weight", 0, "out"), ("a.bias", 0, "elementwise"), ("b.weight", 0, "out")]
+    members += [(f"norm.{name}", 0, "elementwise") for name in ("weight", "bias", "running_mean", "running_var")]
+    members += [("head.weight", 1, "in")]
+    made = tuple(Member(tensor=name, dim=dim, role=role) for name, dim, role in members)
+    return (PlannedGroup(name="stream", kind="channels", width=4, keep=(0, 3), members=made),)
+
+
+def after_backward(phase: Phase, step: int) -> tuple[Pair, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The net, its gradients as a step has them, and those of cross-entropy alone."""
+    torch.manual_seed(2)
+    images, labels = torch.randn(5, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    model = Pair()
+    penalty = Push(model, pair_groups(), phase)
+    loss = functional.cross_entropy(model(images), labels)
+    plain = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    loss = functional.cross_entropy(model(images), labels)
+    extra = penalty.loss(step)
+    (loss if extra is None else loss + extra).backward()
+    penalty.add_gradients_(step)
+    return model, {name: p.grad for name, p in model.named_parameters()}, plain
+
+
+@pytest.mark.parametrize("bn_term", [True, False])
+def test_gradients_are_cross_entropy_growing_l2_and_decorrelation(bn_term: bool) -> None:
+    phase = Phase(**{**vars(PUSH), "bn_term": bn_term})
+    model, found, plain = after_backward(phase, step=5)
+    kept, factor = torch.tensor([True, False, False, True]), 0.5
+    gram = 10.0 * factor * (gram_loss(model.a.weight.flatten(1), kept) + gram_loss(model.b.weight.flatten(1), kept))
+    decorrelation = dict(zip("ab", torch.autograd.grad(gram, [model.a.weight, model.b.weight]), strict=True))
+    pushed = {"a.weight", "a.bias", "b.weight"} | ({"norm.weight", "norm.bias"} if bn_term else set())
+    for name, parameter in model.named_parameters():
+        expected = plain[name].clone()
+        if name in pushed:
+            expected[[1, 2]] += factor * parameter.detach()[[1, 2]]
+        if name in ("a.weight", "b.weight"):
+            expected += decorrelation[name[0]]
+        torch.testing.assert_close(found[name], expected, msg=name)
+
+
+def test_nothing_is_added_before_the_factor_has_grown() -> None:
+    _, found, plain = after_backward(PUSH, step=1)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_phase_before_the_plan_pushes_all_channels() -> None:
+    phase = Phase(**{**vars(PUSH), "name": "grow", "gram_weight": 0.0})
+    model, found, plain = after_backward(phase, step=5)
+    torch.testing.assert_close(found["b.weight"], plain["b.weight"] + 0.5 * model.b.weight.detach())
+    torch.testing.assert_close(found["head.weight"], plain["head.weight"])
+
+
+def test_groups_become_zero_one_after_the_other_and_stay_so() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    groups = [
+        PlannedGroup(
+            name=str(at),
+            kind="channels",
+            width=4,
+            keep=(1, 2, 3),
+            members=(Member(tensor=f"{at}.weight", dim=0, role="out"), Member(tensor=f"{at}.bias", dim=0, role="out")),
+        )
+        for at in range(3)
+    ]
+    penalty, silent = Push(model, groups, PUSH), []
+    for step in range(16):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        penalty.project_(step)
+        silent.append([not layer.weight[0].any() and not layer.bias[0].any() for layer in model])
+    assert silent[8] == [False, False, False]
+    assert silent[9] == silent[10] == [True, False, False]
+    assert silent[11] == [True, True, False]
+    assert silent[13] == silent[15] == [True, True, True]
+    assert all(layer.weight[1:].all() for layer in model)
+
+
+def test_each_stacked_part_of_a_weight_has_its_own_gram_matrix() -> None:
+    """A gated MLP: gate and value of channel j are rows j and 3 + j."""
+    model = nn.Linear(5, 6)
+    parts = tuple(Member(tensor="weight", dim=0, role="out", index=IndexMap(offset=at)) for at in (0, 3))
+    group = PlannedGroup(name="gated", kind="channels", width=3, keep=(0, 2), members=parts)
+    kept = torch.tensor([True, False, True])
+    expected = gram_loss(model.weight[:3], kept) + gram_loss(model.weight[3:], kept)
+    torch.testing.assert_close(Push(model, [group], PUSH).gram(), expected)
+
+
+# ------------------------------------------------------------------------------------------------- zeroed = cut
+
+
+class Sigmoids(nn.Module):
+    """An activation that turns zero into something else: silent producers alone would leave a half in every reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.bn(self.conv1(x)).sigmoid()).sigmoid()
+        return self.fc(x.mean((2, 3)))
+
+
+SMALL = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+NETS: dict[str, Any] = {
+    "cnn": (Sigmoids, "channels"),
+    "residual": (lambda: timm.create_model("cifar_resnet20"), "channels"),
+    "vit-heads": (lambda: timm.create_model("vit_tiny_patch16_224", **SMALL), "heads"),
+    "vit-head_dim": (lambda: timm.create_model("vit_tiny_patch16_224", **SMALL), "head_dim"),
+    "gated": (lambda: timm.create_model("vit_tiny_patch16_224", mlp_layer=SwiGLUPacked, **SMALL), "heads"),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_zeroed_net_is_the_cut_net(name: str) -> None:
+    build, kind = NETS[name]
+    torch.manual_seed(0)
+    model = build().double().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.2)
+                module.bias.normal_(0, 0.2)
+    graph = build_graph(copy.deepcopy(model).float(), (3, 32, 32), engine="axes")
+    chosen = [group for group in graph.groups if group.kind in ("channels", kind) and not group.norms]
+    assert {group.kind for group in chosen} == {"channels", kind}
+    kept = {group.name: max(1, group.width // 2) for group in chosen}
+    groups = planned(graph, kept, random.Random(0))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
+    Push(zeroed, groups, Phase(**{**vars(PUSH), "gram_weight": 0.0})).project_(10_000)
+    cut_(cut, groups=groups, attributes=graph.solve(kept), folds=graph.folds)
+    assert sum(p.numel() for p in cut.parameters()) < 0.85 * sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(cut(images), zeroed(images), rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(model(images), zeroed(images), rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def test_pruned_channels_are_zero_after_the_phase_and_the_report_says_what_happened() -> None:
+    model = toy_net()
+    start = copy.deepcopy(model)
+    report = train_toy_phase(model, ToyImages())
+    for part in silencing_slices(model, toy_groups()):
+        assert not part.values().any()
+    assert model[0].weight[[0, 2, 3, 5]].all()
+    assert (report.steps, report.epochs, report.norm_after, report.penalty_after) == (30, 2.5, 0, 0)
+    assert report.norm_before == pytest.approx(
+        float(
+            torch.cat([t.detach()[[1, 4]].flatten() for t in (*start[0].parameters(), *start[1].parameters())]).norm()
+        )
+    )
+    assert [entry["step"] for entry in report.history] == [0, 12, 24, 30]
+    assert report.history[1]["norm"] < report.norm_before
+    assert report.history[1]["reg"] == 1  # step 11: four growths of a quarter are behind
+
+
+@pytest.mark.parametrize("stop_at", [1, 14, 29])
+def test_interrupted_anywhere_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    whole, model = toy_net(), toy_net()
+    train_toy_phase(whole, ToyImages())
+    images = ToyImages()
+    images.train = Interrupting(images.train, stop_at * images.batch_size)
+    with pytest.raises(InterruptedRunError, match=r"The phase before the cut was interrupted.*saved"):
+        train_toy_phase(toy_net(), images, folder=tmp_path)
+    train_toy_phase(model, ToyImages(), folder=tmp_path)
+    assert same(weights(model), weights(whole))
+
+
+def test_another_plan_is_another_job(tmp_path: Path) -> None:
+    train_toy_phase(toy_net(), ToyImages(), folder=tmp_path)
+    other = tuple(group.model_copy(update={"keep": (0, 1)}) for group in toy_groups())
+    model, expected = toy_net(), toy_net()
+    for net, folder in ((model, tmp_path), (expected, None)):
+        train_toy_phase(net, ToyImages(), groups=other, folder=folder)
+    assert same(weights(model), weights(expected))
+
+
+def test_a_regulariser_phase_makes_weights_more_orthogonal() -> None:
+    (phase,) = phases("kernorth", steps=30, regulariser_weight=1.0, lr=0.05)
+    report = train_phase_(toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", device=CPU, seed=7)
+    assert report.penalty_after < 0.8 * report.penalty_before
+    assert report.norm_after is None
+
+
+def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
+    """Only weight decay, precision and memory format are shared: the papers' phase is plain SGD on cross-entropy."""
+    plain, decorated, decayed = toy_net(), toy_net(), toy_net()
+    train_toy_phase(plain, ToyImages())
+    fancy = FinetuneSettings(optimizer="adamw", ema=0.9, mixup=0.4, label_smoothing=0.1, clip_grad=0.1, nesterov=True)
+    train_toy_phase(decorated, ToyImages(), settings=fancy)
+    train_toy_phase(decayed, ToyImages(), settings=FinetuneSettings(weight_decay=0.1))
+    assert same(weights(plain), weights(decorated))
+    assert not same(weights(plain), weights(decayed))
