@@ -20,23 +20,22 @@ import argparse
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ledger import Ledger
-from side_by_side import Arm, SideBySide, Split, State
+from papers import Split, fresh, pruned, row, spread, stacked
+from side_by_side import Arm, SideBySide, State
 from torch import nn
 
 from prunecli.data import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
-from prunecli.graph import build_graph
-from prunecli.recipe import DataSettings, FinetuneSettings, Recipe
+from prunecli.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
 from prunecli.spectrum import jacobian_spectrum
-from prunecli.stages import cut, load_source, make_plan
 from prunecli.zoo import input_spec, load_model
 
 RESULTS = Path(__file__).parent / "results" / "papers_mnist.json"
@@ -106,17 +105,7 @@ class Bench:
 
     def pruned(self, ratio: float) -> nn.Module:
         """A smaller copy of the base: filters with the smallest L1 norm leave each layer, by prunecli's own plan."""
-        recipe = Recipe.from_mapping(
-            {
-                "model": self.net,
-                "weights": str(self.base_file),
-                "target": f"ratio={ratio:g}",
-                "prune": {"criterion": "l1", "ranking": "local", "round_to": 1, "select": NETS[self.net].select},
-            }
-        )
-        source = load_source(recipe)
-        plan = make_plan(source, build_graph(source.model, source.spec.size), recipe, None).plan
-        return cut(source.model, plan)
+        return pruned(self.net, self.base_file, ratio, select=NETS[self.net].select)
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -129,18 +118,13 @@ def mnist(folder: str, cache: Path) -> tuple[Split, Split]:
         images = open_data(
             settings, input_spec(load_model("mlp7_linear", pretrained=False).ref), num_classes=10, seed=0
         )
-        shuffled = _stacked(images.train_loader(epoch=0))
+        shuffled = stacked(images.train_loader(epoch=0))
         place = epoch_order(images.train_size, seed=0, epoch=0).argsort()
-        test = _stacked(images.val_loader())
+        test = stacked(images.val_loader())
         parts = {"x": shuffled.images[place], "y": shuffled.labels[place], "test_x": test.images, "test_y": test.labels}
         write_tensors(cache, parts)
     parts = read_tensors(cache)
     return Split(images=parts["x"], labels=parts["y"]), Split(images=parts["test_x"], labels=parts["test_y"])
-
-
-def _stacked(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Split:
-    images, labels = zip(*loader, strict=True)
-    return Split(images=torch.cat(images), labels=torch.cat(labels))
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -238,19 +222,10 @@ def starts_of(bench: Bench, method: str, seeds: Sequence[int]) -> list[State]:
     """The weights each seed starts from; only a fresh initialisation differs between seeds."""
     model = bench.pruned(NETS[bench.net].ratio)
     if method == "Scratch":
-        return [_fresh(model, seed).state_dict() for seed in seeds]
+        return [fresh(model, seed).state_dict() for seed in seeds]
     if method == "L1+OrthP":
         orthogonalize_(model, "qr")
     return [model.state_dict()] * len(seeds)
-
-
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
-    fresh = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    for module in fresh.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.reset_parameters()
-    return fresh
 
 
 def finetune_table(bench: Bench, *, epochs: int, methods: Sequence[str], seeds: Sequence[int]) -> None:
@@ -258,6 +233,7 @@ def finetune_table(bench: Bench, *, epochs: int, methods: Sequence[str], seeds: 
     known = bench.ledger.records
     asked = [(method, lr) for method in methods for lr in MILESTONES]
     missing = [arm for arm in asked if any(key(bench.net, *arm, epochs, seed) not in known for seed in seeds)]
+    seeds = [seed for seed in seeds if any(key(bench.net, *arm, epochs, seed) not in known for arm in missing)]
     if not missing:
         return
     net = bench.pruned(NETS[bench.net].ratio)
@@ -272,22 +248,13 @@ def finetune_table(bench: Bench, *, epochs: int, methods: Sequence[str], seeds: 
 # ---------------------------------------------------------------------------------------------- tables
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and population standard deviation, as the papers print them."""
-    return f"{statistics.fmean(values):.2f}({statistics.pstdev(values):.2f})"
-
-
 def tables(records: Mapping[str, Mapping[str, Any]]) -> str:
     """All tables as Markdown."""
     return "\n\n".join(filter(None, [_cut_table(records), *(_net_table(records, net) for net in NETS)]))
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _cut_table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [_row(["net", "", *(f"PR {ratio:g}" for ratio in (0.0, *RATIOS))]), "|---" * (len(RATIOS) + 3) + "|"]
+    lines = [row(["net", "", *(f"PR {ratio:g}" for ratio in (0.0, *RATIOS))]), "|---" * (len(RATIOS) + 3) + "|"]
     for net, paper in NETS.items():
         base = records.get(key(net, "Base", 0.01, 90, 0))
         cuts = [records.get(f"{net}/cut/{ratio:g}") for ratio in RATIOS]
@@ -296,9 +263,9 @@ def _cut_table(records: Mapping[str, Mapping[str, Any]]) -> str:
         here = [base["jsv"]["90"], *(found["jsv"] for found in cuts if found)]
         top1 = [base["last"], *(found["top1"] for found in cuts if found)]
         published = [paper.jsv.get(ratio) for ratio in (0.0, *RATIOS)]
-        lines.append(_row([net, "published JSV", *("" if v is None else f"{v:g}" for v in published)]))
-        lines.append(_row(["", "mean JSV", *(f"{v:.3g}" for v in here)]))
-        lines.append(_row(["", "top-1", *(f"{v:.2f}" for v in top1)]))
+        lines.append(row([net, "published JSV", *("" if v is None else f"{v:g}" for v in published)]))
+        lines.append(row(["", "mean JSV", *(f"{v:.3g}" for v in here)]))
+        lines.append(row(["", "top-1", *(f"{v:.2f}" for v in top1)]))
     return "\n".join(lines)
 
 
@@ -319,7 +286,7 @@ def _net_table(records: Mapping[str, Mapping[str, Any]], net: str) -> str:
         "TA",
         "JSV at 0 / 1 / 2 / 5 / 10 / last",
     )
-    lines = [f"**{net}**, PR {NETS[net].ratio:g}", "", _row(columns), "|---" * len(columns) + "|"]
+    lines = [f"**{net}**, PR {NETS[net].ratio:g}", "", row(columns), "|---" * len(columns) + "|"]
     for method, lr, epochs in arms:
         runs = [r for name, r in sorted(records.items()) if name.startswith(f"{net}/{method}/{lr}/{epochs}/")]
         last = epochs.removeprefix("epochs=")
@@ -332,7 +299,7 @@ def _net_table(records: Mapping[str, Mapping[str, Any]], net: str) -> str:
             f"{statistics.fmean(run['trainability'] for run in runs):.2f} ({runs[0]['first_stage']} ep)",
             " / ".join(f"{value:.3g}" for value in jsv),
         ]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return "\n".join(lines) if arms else ""
 
 
@@ -360,12 +327,13 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder with torchvision's MNIST (MNIST/raw/…)")
     parser.add_argument("--net", action="append", choices=NETS, help="repeatable; default: all")
     parser.add_argument("--long", action="store_true", help="the 900-epoch rows of plain L1, not the table")
+    parser.add_argument("--seeds", type=int, default=3, help="fine-tuning seeds; a later call with more adds the rest")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("papers_mnist_work"), help="bases and saved positions")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables")
     asked = parser.parse_args()
-    ledger = Ledger(asked.results)
+    ledger, seeds = Ledger(asked.results), range(asked.seeds)
     if not asked.table:
         if not asked.data_dir:
             parser.error("--data-dir is needed")
@@ -375,9 +343,9 @@ def main() -> None:
             train_base(bench)
             jsv_table(bench)
             if asked.long:
-                finetune_table(bench, epochs=900, methods=("L1",), seeds=SEEDS)
+                finetune_table(bench, epochs=900, methods=("L1",), seeds=seeds)
             else:
-                finetune_table(bench, epochs=90, methods=METHODS, seeds=SEEDS)
+                finetune_table(bench, epochs=90, methods=METHODS, seeds=seeds)
     print(tables(ledger.records))
     print("\n".join(bands(ledger.records)))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from papers import Split
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -29,17 +30,6 @@ from prunecli.recipe import FinetuneSettings
 from prunecli.schedule import build_optimizer, build_schedule
 
 State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Images ``[N, C, H, W]``, normalised, and labels ``[N]``, on the device that trains."""
-
-    images: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> Split:
-        return Split(images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +63,15 @@ def _perceptron_logits(layers: Sequence[nn.Module], tensors: Sequence[Tensor], x
 
     vmap would copy the images once for each arm, which is most of the work where the net is narrow.
     """
-    groups, batch, _ = x.shape
     runs = len(tensors[0])
     pairs = iter(zip(tensors[::2], tensors[1::2], strict=True))
     hidden: Tensor | None = None
     for layer in layers:
         if isinstance(layer, nn.Linear):
             weight, bias = next(pairs)  # [R, out, in], [R, out]
-            if hidden is None:
-                wide = x @ weight.reshape(groups, -1, weight.shape[-1]).mT  # [G, B, A * out]
-                hidden = wide.unflatten(2, (runs // groups, -1)).transpose(1, 2).reshape(runs, batch, -1)
-                hidden = hidden + bias[:, None]
+            if hidden is None:  # weights first: their gradient is then a product without a copy
+                wide = torch.bmm(weight.reshape(len(x), -1, weight.shape[-1]), x.mT)  # [G, A * out, B]
+                hidden = wide.reshape(runs, -1, x.shape[1]).mT + bias[:, None]
             else:
                 hidden = torch.baddbmm(bias[:, None], hidden, weight.mT)
         elif isinstance(layer, nn.ReLU):
@@ -127,7 +115,8 @@ class SideBySide:
         order = torch.stack([epoch_order(count, seed=seed, epoch=self.epoch) for seed in self.seeds]).to(self.device)
         first = self.epoch * self.steps_per_epoch
         for step, rows in enumerate(order.split(self.batch_size, dim=1)):
-            self._step_(self.train.images[rows], self.train.labels[rows], self.rates[:, first + step])
+            images = self.train.images.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            self._step_(images, self.train.labels[rows], self.rates[:, first + step])
         self.epoch += 1
 
     def _step_(self, images: Tensor, labels: Tensor, rates: Tensor) -> None:

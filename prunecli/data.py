@@ -155,15 +155,17 @@ class CropFlip:
         size = (1, *spec.size[1:])
         self.black = EvalTransform(spec).normalised(torch.zeros(size, dtype=torch.uint8))[:, :, :1, :1]
 
-    def __call__(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+    def __call__(self, x: Tensor, positions: Sequence[int] | Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        padded = self.black.expand(batch, channels, height + 2 * PAD, width + 2 * PAD).clone()
+        padded = self.black.to(x).expand(batch, channels, height + 2 * PAD, width + 2 * PAD).clone()
         padded[:, :, PAD:-PAD, PAD:-PAD] = x
         at = torch.as_tensor(positions)
-        columns = torch.arange(width).expand(batch, width)
-        columns = torch.where(self.flips[at, None], columns.flip(1), columns) + self.corners[at, 1:]
-        rows = torch.arange(height) + self.corners[at, :1]
-        chosen = padded.permute(0, 2, 3, 1)[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        corners, flips = self.corners[at].to(x.device), self.flips[at, None].to(x.device)
+        columns = torch.arange(width, device=x.device).expand(batch, width)
+        columns = torch.where(flips, columns.flip(1), columns) + corners[:, 1:]
+        rows = torch.arange(height, device=x.device) + corners[:, :1]
+        each = torch.arange(batch, device=x.device)[:, None, None]
+        chosen = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
         return chosen.permute(0, 3, 1, 2).contiguous()
 
 

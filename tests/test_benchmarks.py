@@ -6,19 +6,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from prunecli.data import epoch_order
-from prunecli.recipe import FinetuneSettings
+from prunecli.data import Images, epoch_order
+from prunecli.files import write_tensors
+from prunecli.recipe import DataSettings, FinetuneSettings
+from prunecli.sources import ArraySplit
 from prunecli.train import finetune
-from prunecli.zoo import load_model
+from prunecli.zoo import input_spec, load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from side_by_side import Arm, SideBySide, Split, stacked_logits
+import resnet56
+from ledger import Ledger
+from papers import Split, pruned
+from resident import Course, Resident
+from side_by_side import Arm, SideBySide, stacked_logits
 
 CPU = torch.device("cpu")
 PAPERS = FinetuneSettings(optimizer="sgd", schedule="step", milestones=(0.5,), weight_decay=1e-2, decay_norms=True)
@@ -103,3 +110,91 @@ def test_one_batch_for_all_runs(net: str) -> None:
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([model(images) for model in models])
     torch.testing.assert_close(stacked_logits(models[0], params, images[None]), expected, atol=1e-6, rtol=1e-5)
+
+
+def colours(count: int, *, seed: int) -> ArraySplit:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, size=(count, 32, 32, 3), dtype=np.uint8)
+    return ArraySplit(pixels=pixels, labels=rng.integers(0, 10, size=count), mode="RGB")
+
+
+def cifar(seed: int) -> tuple[Images, Split, Split]:
+    """Twenty training images as the tool reads them, and the same as tensors."""
+    spec = input_spec(load_model("cifar_resnet20", pretrained=False).ref)
+    settings = DataSettings(name="colours", batch_size=8)
+    train, test = colours(20, seed=0), colours(12, seed=1)
+    names = [str(label) for label in range(10)]
+    images = Images(train=train, val=test, class_names=names, settings=settings, spec=spec, seed=seed)
+    plain = [(torch.from_numpy(part.pixels).permute(0, 3, 1, 2) / 255, part) for part in (train, test)]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    splits = [Split(images=(x - mean) / std, labels=torch.from_numpy(part.labels)) for x, part in plain]
+    return images, splits[0], splits[1]
+
+
+LR = 0.005  # at 0.05 BatchNorm over four images of noise turns the last bit of a sum into the third digit of a weight
+
+
+def test_the_resident_loop_is_the_tools_own(tmp_path: Path) -> None:
+    images, train, test = cifar(seed=4)
+    start = load_model("cifar_resnet20", pretrained=False, seed=1)
+    spec = input_spec(start.ref)
+    course = Course(settings=PAPERS, lr=LR, epochs=2, batch_size=8, seed=4)
+
+    def fresh() -> Resident:
+        model = load_model("cifar_resnet20", pretrained=False, seed=1).model
+        return Resident(model, course, train, test, spec)
+
+    ours = fresh()
+    for _ in range(3):
+        ours.step_()
+    ours.save(tmp_path / "position.safetensors", {"name": "this"})
+    for _ in range(3):
+        ours.step_()
+    assert ours.done
+    report = finetune(start.model, images, PAPERS, lr=LR, epochs=2, device=CPU, seed=4)
+    assert ours.top1() == pytest.approx([entry["top1"] for entry in report.history])
+    expected = start.model.state_dict()
+    torch.testing.assert_close(dict(ours.model.state_dict()), dict(expected), atol=2e-6, rtol=1e-5)
+    resumed = fresh()
+    assert resumed.resume(tmp_path / "absent.safetensors") is None
+    assert resumed.resume(tmp_path / "position.safetensors") == {"name": "this"}
+    for _ in range(3):
+        resumed.step_()
+    assert all(
+        bool((tensor == ours.model.state_dict()[name]).all()) for name, tensor in resumed.model.state_dict().items()
+    )
+    assert resumed.top1() == ours.top1()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "widths"),
+    [(0.3, (11, 22, 44)), (0.5, (8, 16, 32)), (0.7, (4, 9, 19)), (0.9, (1, 3, 6)), (0.95, (1, 1, 3))],
+)
+def test_the_cut_leaves_the_papers_widths(tmp_path: Path, ratio: float, widths: tuple[int, ...]) -> None:
+    base = tmp_path / "base.safetensors"
+    write_tensors(base, load_model("cifar_resnet20", pretrained=False, seed=0).model.state_dict())
+    model = pruned("cifar_resnet20", base, ratio, select=("layer*.*.conv1",))
+    assert tuple(len(getattr(model, f"layer{stage}")[1].conv1.weight) for stage in (1, 2, 3)) == widths
+
+
+def test_a_table_fills_over_several_occasions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resnet56, "NET", "cifar_resnet20")
+    base = tmp_path / "base.safetensors"
+    write_tensors(base, load_model("cifar_resnet20", pretrained=False, seed=0).model.state_dict())
+    _, train, test = cifar(seed=0)
+    few = Split(images=train.images[:4], labels=train.labels[:4])
+    bench = resnet56.Bench(train=few, test=test, weights=base, work=tmp_path / "work", epochs=2)
+    ledger = Ledger(tmp_path / "results.json")
+    runs = [run for run in resnet56.all_runs() if run.ratio == 0.95 and run.seed == 0][:2]
+    resnet56.fill(bench, ledger, runs, together=2, seconds=0.0)  # the time is up after one epoch
+    assert ledger.records == {}
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 2
+    resnet56.fill(bench, ledger, runs, together=2, seconds=60.0)
+    assert set(ledger.records) == {run.key for run in runs}
+    assert not list((tmp_path / "work").glob("*.safetensors"))
+    first = ledger.records[runs[0].key]
+    assert first["best"] == max(first["top1"].values())
+    assert f"{first['best']:.2f}(0.00), n=1" in resnet56.table(ledger.records)
+    assert "time is up: 2 runs saved" in capsys.readouterr().out
