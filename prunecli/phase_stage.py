@@ -55,7 +55,7 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         device=job.device,
         seed=job.recipe.seed,
         folder=job.folder.checkpoints / phase.name,
-        on_event=job.relay,
+        on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
     write_tensors(weights, model.state_dict())
     job.save(job.progress.model_copy(update={"phases": (*job.progress.phases, report)}))

@@ -10,6 +10,7 @@ from prunecli.report import (
     FinetuneReport,
     LayerReport,
     LRReport,
+    PhaseReport,
     RecoveryStep,
     Report,
     SpectrumSummary,
@@ -68,6 +69,33 @@ def history() -> tuple[dict[str, float], ...]:
             "seconds": 75.0,
         }
         for epoch in range(1, 11)
+    )
+
+
+def phases() -> tuple[PhaseReport, PhaseReport]:
+    """Ten epochs of a penalty on all channels, then TPP; the last entry is zero, which no logarithm has."""
+    grow = tuple({"epoch": float(e), "step": 390.0 * e, "reg": e / 1000, "norm": 30.0 - e} for e in range(11))
+    push = tuple(
+        {"epoch": float(e), "step": 390.0 * e, "reg": min(1.0, e / 25), "penalty": 0.394 / 2**e, "norm": 16.2 / 1.2**e}
+        | ({"train_loss": 0.1 + e / 100} if e else {})
+        for e in range(31)
+    )
+    last = {**push[-1], "epoch": 31.0, "norm": 0.0, "penalty": 0.0}
+    shared = {"method": "tpp", "lr": 1e-3, "seconds": 900.0}
+    return (
+        PhaseReport(name="grow", steps=3_900, epochs=10, norm_before=30, norm_after=20, history=grow, **shared),
+        PhaseReport(
+            name="push",
+            steps=12_000,
+            epochs=30.77,
+            reg=1.0,
+            norm_before=16.2,
+            norm_after=0,
+            penalty_before=0.394,
+            penalty_after=0,
+            history=(*push, last),
+            **shared,
+        ),
     )
 
 

@@ -180,3 +180,18 @@ def test_long_names_keep_their_end(name, limit):
     found = plots.short(name, limit)
     assert len(found) <= limit
     assert found[-5:] == name[-5:]
+
+
+def test_phases_before_the_cut_have_their_plots_and_count_as_training():
+    grow, push = sample.phases()
+    html = page(sample.report(phases=(grow, push), total_epochs=41.5))
+    text = " ".join("\n".join(parsed(html).text).split())
+    assert html.count("<svg") == 7
+    assert "Before the plan" in text
+    assert "channels that leave are pushed towards zero: 12,000 steps = 31 epochs at LR 0.001" in text
+    assert "norm of pushed channels 16.2 → 0; Gram loss 0.394 → 0" in text
+    assert "42 epochs of training in all, the phase before the cut included" in text
+    for title in ("factor λ", "cross-entropy", "Gram loss", "norm of the pushed channels"):
+        assert f">{title}<" in html
+    lonely = push.model_copy(update={"history": push.history[:1]})  # a phase shorter than an epoch and without growth
+    parsed(page(sample.report(phases=(lonely,))))

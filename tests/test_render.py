@@ -183,3 +183,16 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for view_name, view in views().items():
         (GOLDEN / f"{view_name}.txt").write_text(text(view), encoding="utf-8")
+
+
+def test_phases_before_the_cut_are_told_with_the_budget():
+    grow, push = sample.phases()
+    told = text(render.report_summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
+    lines = [" ".join(line.split()) for line in told.splitlines() if line.startswith(("before", "budget"))]
+    assert lines == [
+        "before the cut tpp, a small penalty grows on all channels, then they are picked: 3,900 steps = 10 epochs at "
+        "LR 0.001; norm of all channels 30.0 → 20.0",
+        "before the cut tpp, channels that leave are pushed towards zero: 12,000 steps = 31 epochs at LR 0.001; norm "
+        "of pushed channels 16.2 → 0; Gram loss 0.394 → 0",
+        "budget 42 epochs of training in all, the phase before the cut included",
+    ]
