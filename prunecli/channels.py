@@ -19,11 +19,14 @@ def row_index(member: Member, tensor: Tensor, width: int) -> Tensor | None:
     return torch.tensor(member.index.positions(range(width)), device=tensor.device)
 
 
-def rows(tensor: Tensor, dim: int, index: Tensor | None, width: int) -> Tensor:
-    """``[width, values per channel]``: row j is channel j; a view where the layout allows. ``index``: `row_index`."""
+def rows(tensor: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:
+    """``[count, values per row]``, the positions ``index`` (`row_index`) in order; a view where the layout allows.
+
+    With as many rows as the group has channels, row j is channel j; with as many as there are positions, each is one.
+    """
     if index is not None:
         tensor = tensor.index_select(dim, index)
-    return tensor.movedim(dim, 0).reshape(width, -1)
+    return tensor.movedim(dim, 0).reshape(count, -1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ decorrelates them from the kept ones (TPP, arXiv 2207.12534); the other makes al
 channels are picked (KernOrth, OrthConv). Counts are optimiser steps, the papers' iterations.
 
 In a coupled group, "filter" j of those papers is the slice of channel j of each member that produces the channel, and
-each producing matrix has its own Gram matrix; biases, norm scales and shifts of the channel are pushed with it.
+each producing matrix has its own Gram matrix (of its rows: a head is many filters that leave together); biases, norm
+scales and shifts of the channel are pushed with it.
 """
 
 from __future__ import annotations

@@ -105,8 +105,12 @@ class _PhaseTraining(Loop):
         self.advance(history=({"epoch": 0.0, "step": 0.0, **self._figures()},))
 
     def measured(self, mean_loss: float) -> dict[str, float]:
-        """The mean cross-entropy of the epoch, and the penalty at its end."""
-        return {"step": float(self.done), "lr": self.lr, "train_loss": mean_loss, **self._figures()}
+        """The mean cross-entropy of the epoch, and the penalty at its end; PruneError where that is not finite."""
+        figures = self._figures()
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise self.diverged(f"The {name} after epoch {self.progress.epoch + 1} is {value}", self.lr)
+        return {"step": float(self.done), "lr": self.lr, "train_loss": mean_loss, **figures}
 
     @torch.no_grad()
     def _figures(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ from prunecli.plan import PlannedGroup, Positions, channel_positions
 
 @dataclass(frozen=True, kw_only=True)
 class _Matrix:
-    """The weight of one producing member, as filters of its group."""
+    """The weight of one producing member: its filters, several a channel where a channel is a whole head."""
 
     weight: Tensor
     dim: int
@@ -103,6 +103,7 @@ def _matrices(cut: Sequence[PlannedGroup], parameters: Mapping[str, Tensor]) -> 
                 continue
             kept = torch.zeros(group.width, dtype=torch.bool, device=weight.device)
             kept[list(group.keep)] = True
+            kept = kept.repeat_interleave(member.index.repeats)
             index = row_index(member, weight, group.width)
             found.append(_Matrix(weight=weight, dim=member.dim, index=index, kept=kept))
     return found

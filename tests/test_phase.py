@@ -15,11 +15,11 @@ from test_train import Interrupting, same, weights
 from timm.layers import SwiGLUPacked
 from torch import nn
 from torch.nn import functional
-from toy_training import CPU, ToyImages, toy_groups, toy_net, train_toy_phase
+from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net, train_toy_phase
 
 from prunecli import nets  # noqa: F401 - registers the papers' networks
 from prunecli.channels import silencing_slices
-from prunecli.errors import InterruptedRunError, UsageError
+from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph import build_graph
 from prunecli.groups import IndexMap, Member
 from prunecli.penalty import gram_loss
@@ -198,6 +198,15 @@ def test_each_stacked_part_of_a_weight_has_its_own_gram_matrix() -> None:
     torch.testing.assert_close(Push(model, [group], PUSH).gram(), expected)
 
 
+def test_a_head_is_many_filters_that_leave_together() -> None:
+    """Two heads of width 3 in a projection of 6 rows: the Gram matrix is that of the rows, not one of two heads."""
+    model = nn.Linear(5, 6)
+    member = Member(tensor="weight", dim=0, role="out", index=IndexMap(stride=3, loops=((3, 1),)))
+    group = PlannedGroup(name="heads", kind="heads", width=2, keep=(1,), members=(member,))
+    kept = torch.tensor([False, False, False, True, True, True])
+    torch.testing.assert_close(Push(model, [group], PUSH).gram(), gram_loss(model.weight, kept))
+
+
 # ------------------------------------------------------------------------------------------------- zeroed = cut
 
 
@@ -296,6 +305,15 @@ def test_a_regulariser_phase_makes_weights_more_orthogonal() -> None:
     report = train_phase_(toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", device=CPU, seed=7)
     assert report.penalty_after < 0.8 * report.penalty_before
     assert report.norm_after is None
+
+
+def test_a_penalty_that_explodes_is_a_sentence_and_leaves_no_such_state(tmp_path: Path) -> None:
+    (phase,) = phases("tpp", reg_step=1.0, reg_every=1, stabilise=11, zero_every=11, gram_weight=1e30)
+    with pytest.raises(PruneError, match=r"The (loss|penalty|norm) .*(nan|inf).*"):
+        train_phase_(
+            toy_net(), phase, toy_groups(), ToyImages(), ADAMW, method="tpp", device=CPU, seed=7, folder=tmp_path
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
