@@ -261,6 +261,37 @@ def test_the_zeroed_net_is_the_cut_net(name: str) -> None:
 # ------------------------------------------------------------------------------------------------- training
 
 
+def test_a_phase_equals_a_loop_written_out() -> None:
+    images, model = ToyImages(), toy_net(dropout=0.0)
+    twin = copy.deepcopy(model).train()
+    weight, gone = twin[0].weight, [1, 4]
+    pushed = {"0.weight", "0.bias", "1.weight", "1.bias"}
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    batches = [batch for epoch in range(3) for batch in images.train_loader(epoch=epoch)][:30]
+    for step, (inputs, labels) in enumerate(batches):
+        factor = min(1.0, 0.25 * (step // 2))
+        gram = weight.flatten(1) @ weight.flatten(1).T
+        target = gram.detach().clone()
+        target[gone, :] = 0
+        target[:, gone] = 0
+        loss = functional.cross_entropy(twin(inputs), labels) + 10 * factor * functional.mse_loss(gram, target)
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for (name, value), gradient in zip(twin.named_parameters(), gradients, strict=True):
+                if name in pushed:
+                    gradient[gone] += factor * value[gone]
+                decay = 5e-4 * value if value.ndim > 1 else 0.0
+                velocity[name] = 0.9 * velocity[name] + gradient + decay
+                value.sub_(0.02 * velocity[name])
+            if step + 1 >= 28:
+                for tensor in (*twin[0].parameters(), *twin[1].parameters(), twin[1].running_mean):
+                    tensor[gone] = 0
+                twin[5].weight.view(6, 6, 64)[:, gone] = 0
+    train_toy_phase(model, images)
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_pruned_channels_are_zero_after_the_phase_and_the_report_says_what_happened() -> None:
     model = toy_net()
     start = copy.deepcopy(model)
