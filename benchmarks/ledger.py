@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import fcntl
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,10 @@ class Ledger:
             "device": where,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             merged = self.records | {key: {**record, **stamp} for key, record in found.items()}
             write_json(self.path, dict(sorted(merged.items())))
+        finally:
+            os.close(folder)

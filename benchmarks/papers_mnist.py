@@ -87,10 +87,16 @@ class Bench:
     work: Path
     ledger: Ledger
     device: torch.device
+    base: int = 0
+
+    @property
+    def title(self) -> str:
+        """The net, and which base where it is not the first."""
+        return f"{self.net} (base {self.base})" if self.base else self.net
 
     @property
     def base_file(self) -> Path:
-        return self.work / f"{self.net}_base.safetensors"
+        return self.work / f"{self.net}_base{self.base}.safetensors"
 
     def mean_jsv(self, model: nn.Module) -> float:
         """Over ten batches of 100 training images, eval mode (METHODS of the paper's code)."""
@@ -138,12 +144,12 @@ def train_together(
     bench: Bench, net: nn.Module, arms: Mapping[tuple[str, float], Arm], *, epochs: int, seeds: Sequence[int]
 ) -> tuple[dict[str, dict[str, Any]], list[State]]:
     """Train every arm for every seed; records by key, and the final weights in the same order. Resumable."""
-    runs = [key(bench.net, method, lr, epochs, seed) for seed in seeds for method, lr in arms]
+    runs = [key(bench.title, method, lr, epochs, seed) for seed in seeds for method, lr in arms]
     train, test = bench.data
     stack = SideBySide(
         net, list(arms.values()), train, seeds=seeds, epochs=epochs, batch_size=BATCH, device=bench.device
     )
-    path = bench.work / f"{bench.net}_{epochs}_{len(runs)}.safetensors"
+    path = bench.work / f"{bench.net}_{bench.base}_{epochs}_{len(runs)}.safetensors"
     job = stack.resume(path, runs=runs) or {"runs": runs, "top1": [], "jsv": {}}
     if stack.epoch == 0:
         job["start"] = stack.top1(test)
@@ -155,7 +161,7 @@ def train_together(
             job["jsv"][str(stack.epoch)] = _jsv(bench, net, stack, len(runs))
         if stack.epoch % SAVE_EVERY == 0:
             stack.save(path, job)
-            print(f"{bench.net} {epochs} epochs: {stack.epoch} done, {job['top1'][-1]}", flush=True)
+            print(f"{bench.title} {epochs} epochs: {stack.epoch} done, {job['top1'][-1]}", flush=True)
     records = {run: _record(job, place, stack.rates[place % len(arms)]) for place, run in enumerate(runs)}
     return records, [stack.state(run) for run in range(len(runs))]
 
@@ -192,24 +198,24 @@ def settings_for(lr: float) -> FinetuneSettings:
 
 def train_base(bench: Bench) -> None:
     """The dense net from PyTorch's own initialisation; the last epoch is the base."""
-    name = key(bench.net, "Base", 0.01, 90, 0)
+    name = key(bench.title, "Base", 0.01, 90, bench.base)
     if name in bench.ledger.records and bench.base_file.is_file():
         return
-    net = load_model(bench.net, pretrained=False, seed=0).model
+    net = load_model(bench.net, pretrained=False, seed=bench.base).model
     arm = Arm(starts=[net.state_dict()], lr=0.01, settings=settings_for(0.01))
-    records, states = train_together(bench, net, {("Base", 0.01): arm}, epochs=90, seeds=(0,))
+    records, states = train_together(bench, net, {("Base", 0.01): arm}, epochs=90, seeds=(bench.base,))
     write_tensors(bench.base_file, states[0])
     bench.ledger.add(records, device=bench.device)
 
 
 def jsv_table(bench: Bench) -> None:
     """Mean JSV and accuracy right after the cut, by pruning ratio."""
-    missing = [ratio for ratio in RATIOS if f"{bench.net}/cut/{ratio:g}" not in bench.ledger.records]
+    missing = [ratio for ratio in RATIOS if f"{bench.title}/cut/{ratio:g}" not in bench.ledger.records]
     found = {}
     for ratio in missing:
         model = bench.pruned(ratio)
         widths = [len(tensor) for name, tensor in model.named_parameters() if name.endswith("weight")]
-        found[f"{bench.net}/cut/{ratio:g}"] = {
+        found[f"{bench.title}/cut/{ratio:g}"] = {
             "jsv": float(f"{bench.mean_jsv(model):.4g}"),
             "top1": round(bench.accuracy(model), 3),
             "widths": widths,
@@ -232,8 +238,8 @@ def finetune_table(bench: Bench, *, epochs: int, methods: Sequence[str], seeds: 
     """All arms that are not in the results yet, side by side."""
     known = bench.ledger.records
     asked = [(method, lr) for method in methods for lr in MILESTONES]
-    missing = [arm for arm in asked if any(key(bench.net, *arm, epochs, seed) not in known for seed in seeds)]
-    seeds = [seed for seed in seeds if any(key(bench.net, *arm, epochs, seed) not in known for arm in missing)]
+    missing = [arm for arm in asked if any(key(bench.title, *arm, epochs, seed) not in known for seed in seeds)]
+    seeds = [seed for seed in seeds if any(key(bench.title, *arm, epochs, seed) not in known for arm in missing)]
     if not missing:
         return
     net = bench.pruned(NETS[bench.net].ratio)
@@ -250,28 +256,35 @@ def finetune_table(bench: Bench, *, epochs: int, methods: Sequence[str], seeds: 
 
 def tables(records: Mapping[str, Mapping[str, Any]]) -> str:
     """All tables as Markdown."""
-    return "\n\n".join(filter(None, [_cut_table(records), *(_net_table(records, net) for net in NETS)]))
+    return "\n\n".join(filter(None, [_cut_table(records), *(_net_table(records, title) for title in titles(records))]))
+
+
+def titles(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The nets that there are figures of, a further base behind its net."""
+    order = list(NETS)
+    return sorted({name.split("/")[0] for name in records}, key=lambda title: (order.index(title.split()[0]), title))
 
 
 def _cut_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [row(["net", "", *(f"PR {ratio:g}" for ratio in (0.0, *RATIOS))]), "|---" * (len(RATIOS) + 3) + "|"]
-    for net, paper in NETS.items():
-        base = records.get(key(net, "Base", 0.01, 90, 0))
-        cuts = [records.get(f"{net}/cut/{ratio:g}") for ratio in RATIOS]
+    for title in titles(records):
+        paper, bases = NETS[title.split()[0]], [name for name in records if name.startswith(f"{title}/Base/")]
+        base = records[bases[0]] if bases else None
+        cuts = [records.get(f"{title}/cut/{ratio:g}") for ratio in RATIOS]
         if base is None or None in cuts:
             continue
         here = [base["jsv"]["90"], *(found["jsv"] for found in cuts if found)]
         top1 = [base["last"], *(found["top1"] for found in cuts if found)]
         published = [paper.jsv.get(ratio) for ratio in (0.0, *RATIOS)]
-        lines.append(row([net, "published JSV", *("" if v is None else f"{v:g}" for v in published)]))
+        lines.append(row([title, "published JSV", *("" if v is None else f"{v:g}" for v in published)]))
         lines.append(row(["", "mean JSV", *(f"{v:.3g}" for v in here)]))
         lines.append(row(["", "top-1", *(f"{v:.2f}" for v in top1)]))
     return "\n".join(lines)
 
 
-def _net_table(records: Mapping[str, Mapping[str, Any]], net: str) -> str:
+def _net_table(records: Mapping[str, Mapping[str, Any]], title: str) -> str:
     arms = sorted(
-        {tuple(name.split("/")[1:4]) for name in records if name.startswith(f"{net}/") and "/seed=" in name},
+        {tuple(name.split("/")[1:4]) for name in records if name.startswith(f"{title}/") and "/seed=" in name},
         key=lambda arm: (int(arm[2].removeprefix("epochs=")), arm[0] != "Base", arm[0], arm[1] == "lr=0.001"),
     )
     columns = (
@@ -286,9 +299,14 @@ def _net_table(records: Mapping[str, Mapping[str, Any]], net: str) -> str:
         "TA",
         "JSV at 0 / 1 / 2 / 5 / 10 / last",
     )
-    lines = [f"**{net}**, PR {NETS[net].ratio:g}", "", row(columns), "|---" * len(columns) + "|"]
+    lines = [
+        f"**{title}**, PR {NETS[title.split(maxsplit=1)[0]].ratio:g}",
+        "",
+        row(columns),
+        "|---" * len(columns) + "|",
+    ]
     for method, lr, epochs in arms:
-        runs = [r for name, r in sorted(records.items()) if name.startswith(f"{net}/{method}/{lr}/{epochs}/")]
+        runs = [r for name, r in sorted(records.items()) if name.startswith(f"{title}/{method}/{lr}/{epochs}/")]
         last = epochs.removeprefix("epochs=")
         jsv = [statistics.fmean(run["jsv"][at] for run in runs) for at in ("0", *map(str, JSV_AFTER), last)]
         cells = [
@@ -327,6 +345,8 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder with torchvision's MNIST (MNIST/raw/…)")
     parser.add_argument("--net", action="append", choices=NETS, help="repeatable; default: all")
     parser.add_argument("--long", action="store_true", help="the 900-epoch rows of plain L1, not the table")
+    parser.add_argument("--method", action="append", choices=METHODS, help="repeatable; default: all, --long: L1")
+    parser.add_argument("--base", type=int, default=0, help="seed of the base's own training")
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning seeds; a later call with more adds the rest")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("papers_mnist_work"), help="bases and saved positions")
@@ -338,14 +358,13 @@ def main() -> None:
         if not asked.data_dir:
             parser.error("--data-dir is needed")
         data = mnist(asked.data_dir, asked.work / "mnist.safetensors")
+        methods = asked.method or (("L1",) if asked.long else METHODS)
+        device = torch.device(asked.device)
         for net in asked.net or NETS:
-            bench = Bench(net=net, data=data, work=asked.work, ledger=ledger, device=torch.device(asked.device))
+            bench = Bench(net=net, data=data, work=asked.work, ledger=ledger, device=device, base=asked.base)
             train_base(bench)
             jsv_table(bench)
-            if asked.long:
-                finetune_table(bench, epochs=900, methods=("L1",), seeds=seeds)
-            else:
-                finetune_table(bench, epochs=90, methods=METHODS, seeds=seeds)
+            finetune_table(bench, epochs=900 if asked.long else 90, methods=methods, seeds=seeds)
     print(tables(ledger.records))
     print("\n".join(bands(ledger.records)))
 
