@@ -1,4 +1,4 @@
-"""ResNet-56 on CIFAR-10: the rows Scratch, L1 and L1+OrthP of the table in TPP (arXiv 2207.12534), PR 0.3 to 0.95.
+r"""ResNet-56 on CIFAR-10: rows Scratch, L1, L1+OrthP and TPP of the table in TPP (arXiv 2207.12534), PR 0.3 to 0.95.
 
 The first convolution of each block is cut by L1 norm; fine-tuning for 120 epochs from 1e-2 (a tenth after 60 and 90) or
 1e-3 (a tenth after 80), Scratch for 200 epochs from 0.1 (a tenth after 100 and 150), batch 128, SGD 0.9, weight decay
@@ -11,6 +11,13 @@ The first convolution of each block is cut by L1 norm; fine-tuning for 120 epoch
 Runs are taken from one list, all arms of seed 0 first, ``--together`` at a time. Those in the results file are not run
 again, those under way go on from their last save (every ten epochs, and at the end of ``--minutes``), so the table
 fills over several occasions; the file may be shared by several processes given different ``--only`` patterns.
+
+TPP trains before it cuts, and that is the tool's own phase. A TPP row starts from the run that
+
+    prunecli compress --recipe papers/resnet56_tpp_conv1 --weights … --data-dir … \
+        --target ratio=0.7 --epochs 0 seed=0 --out TPP/0.7-0
+
+leaves behind (the ratio and the seed name the folder), and is open only where ``--tpp TPP`` has that folder.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ from prunecli.data import epoch_order, open_data
 from prunecli.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
 from prunecli.spectrum import jacobian_spectrum
+from prunecli.store import RunFolder, load_exported
 from prunecli.zoo import input_spec, load_model
 
 RESULTS = Path(__file__).parent / "results" / "resnet56.json"
@@ -92,6 +100,20 @@ ARMS = (
         published=("93.43(0.06)", "93.12(0.10)", "91.77(0.11)", "87.57(0.09)", "83.10(0.12)"),
     ),
     Arm(start="L1+OrthP", lr=0.001, epochs=120, milestones=(2 / 3,)),
+    Arm(
+        start="TPP",
+        lr=0.01,
+        epochs=120,
+        milestones=(0.5, 0.75),
+        published=("93.81(0.11)", "93.46(0.06)", "92.35(0.12)", "89.63(0.10)", "85.86(0.08)"),
+    ),
+    Arm(
+        start="TPP",
+        lr=0.001,
+        epochs=120,
+        milestones=(2 / 3,),
+        published=("93.54(0.08)", "93.32(0.11)", "92.00(0.08)", "89.09(0.10)", "85.47(0.22)"),
+    ),
 )
 
 
@@ -130,10 +152,23 @@ class Bench:
     test: Split
     weights: Path
     work: Path
-    epochs: int | None  # instead of each arm's own, for a trial
+    epochs: int | None = None  # instead of each arm's own, for a trial
+    tpp: Path | None = None
+
+    def phase_folder(self, run: Run) -> Path | None:
+        """Where the weights of a TPP run are, or None where the phase has not been run."""
+        folder = self.tpp / f"{run.ratio:g}-{run.seed}" if self.tpp else None
+        return folder if folder is not None and RunFolder(path=folder).finished else None
+
+    def can_start(self, run: Run) -> bool:
+        return run.arm.start != "TPP" or self.phase_folder(run) is not None
 
     def start(self, run: Run) -> nn.Module:
         """The weights that a run begins with."""
+        if run.arm.start == "TPP":
+            folder = self.phase_folder(run)
+            assert folder is not None
+            return load_exported(folder)[0]
         model = pruned(NET, self.weights, run.ratio, select=("layer*.*.conv1",))
         if run.arm.start == "Scratch":
             return fresh(model, run.seed)
@@ -156,6 +191,8 @@ class Bench:
         if notes is None:
             params = sum(tensor.numel() for tensor in resident.model.parameters())
             notes = {"params": params, "jsv_start": self.mean_jsv(resident.model), "seconds": 0.0}
+            if (folder := self.phase_folder(run)) and run.arm.start == "TPP":
+                notes["epochs_before_the_cut"] = sum(phase.epochs for phase in RunFolder(path=folder).report().phases)
         resident.capture()
         return run, resident, notes
 
@@ -250,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with torchvision's CIFAR-10 (cifar-10-batches-py/)")
     parser.add_argument("--weights", type=Path, help="the trained base, cifar10_resnet56.safetensors")
+    parser.add_argument("--tpp", type=Path, help="folder of the runs that TPP rows start from")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--together", type=int, default=6, help="networks side by side")
     parser.add_argument("--minutes", type=float, default=28.0, help="then save what is under way and stop")
@@ -274,8 +312,11 @@ def main() -> None:
             parser.error("a trial's figures do not belong into the table: give --results")
         torch.backends.cudnn.benchmark = True
         train, test = cifar10(asked.data_dir, torch.device(asked.device), asked.limit)
-        bench = Bench(train=train, test=test, weights=asked.weights, work=asked.work, epochs=asked.epochs)
-        fill(bench, ledger, pending, together=asked.together, seconds=60 * asked.minutes)
+        bench = Bench(
+            train=train, test=test, weights=asked.weights, work=asked.work, epochs=asked.epochs, tpp=asked.tpp
+        )
+        possible = [run for run in pending if bench.can_start(run)]
+        fill(bench, ledger, possible, together=asked.together, seconds=60 * asked.minutes)
     print(table(ledger.records))
 
 

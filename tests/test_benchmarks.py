@@ -185,9 +185,11 @@ def test_a_table_fills_over_several_occasions(
     write_tensors(base, load_model("cifar_resnet20", pretrained=False, seed=0).model.state_dict())
     _, train, test = cifar(seed=0)
     few = Split(images=train.images[:4], labels=train.labels[:4])
-    bench = resnet56.Bench(train=few, test=test, weights=base, work=tmp_path / "work", epochs=2)
+    bench = resnet56.Bench(train=few, test=test, weights=base, work=tmp_path / "work", epochs=2, tpp=tmp_path)
     ledger = Ledger(tmp_path / "results.json")
-    runs = [run for run in resnet56.all_runs() if run.ratio == 0.95 and run.seed == 0][:2]
+    every = [run for run in resnet56.all_runs() if run.ratio == 0.95 and run.seed == 0]
+    runs = [run for run in every if bench.can_start(run)][:2]
+    assert [run.arm.name for run in every if not bench.can_start(run)] == ["TPP, 0.01", "TPP, 0.001"]
     resnet56.fill(bench, ledger, runs, together=2, seconds=0.0)  # the time is up after one epoch
     assert ledger.records == {}
     assert len(list((tmp_path / "work").glob("*.safetensors"))) == 2
