@@ -52,6 +52,23 @@ def evaluate(
     )
 
 
+def answers(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[n, K]`` in float64 and labels ``[n]``, on the CPU, in evaluation mode, which is put back.
+
+    Raises PruneError where the loader is empty.
+    """
+    logits, labels = [], []
+    with evaluation_mode(model.to(device)), torch.no_grad():
+        for images, truth in loader:
+            logits.append(logits_of(model(images.to(device))).cpu().double())
+            labels.append(truth.cpu())
+    if not logits:
+        raise PruneError("There is no image to evaluate on.")
+    return torch.cat(logits), torch.cat(labels)
+
+
 def recalibrate_bn_(
     model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]], *, device: torch.device
 ) -> int:

@@ -37,6 +37,11 @@ Notify = Callable[[dict[str, Any]], None]
 
 DEFAULT_EPOCHS: Final = 10
 _DEVICES: Final = ("cpu", "cuda")
+_NEEDS_IMAGES: Final = {
+    "lstsq": "solves from what layers read on images",
+    "repair": "measures what layers make of images",
+    "bn": "re-estimates statistics",
+}
 _SMALL_IMAGE: Final = 64  # pixels; the CIFAR-like side of the published rules
 
 
@@ -279,8 +284,9 @@ def _require_possible(command: Command, recipe: Recipe, images: data.Images | No
     """Raises UsageError where a later stage would find that what it needs is not there."""
     if command == "finetune" and recipe.finetune.schedule == "allr":
         raise UsageError(retraining.NEEDS_A_CUT)
-    if "bn" in recipe.recover.steps and images is None:
-        raise UsageError("Recovery step bn re-estimates statistics, so it needs --data.")
+    for step in recipe.recover.steps:
+        if step in _NEEDS_IMAGES and images is None:
+            raise UsageError(f"Recovery step {step} {_NEEDS_IMAGES[step]}, so it needs --data.")
     if planned_epochs(recipe, has_data=images is not None) and images is not None and not images.train_size:
         raise UsageError(
             f"Data {recipe.data.name} has no training images to fine-tune with.",

@@ -34,6 +34,7 @@ from prunecli.job import (
 from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
 from prunecli.recovery import recover_stage
+from prunecli.recovery_steps import Subject
 from prunecli.report import Report, TargetResult
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.summary import rounded, summarise
@@ -156,7 +157,8 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     began = time.perf_counter()
     assert job.progress.lr is not None
     job.notify({"event": "start", "name": "recover"})
-    model, steps = recover_stage(job, smaller, learning_rate(job))
+    subject = Subject(job=job, dense=phase_stage.before_cut(job, planned.plan), plan=planned.plan)
+    model, steps = recover_stage(subject, smaller, learning_rate(job))
     smaller.load_state_dict(model.state_dict())
     if not any(step.kept for step in steps):
         pruned = job.progress.stage("pruned")

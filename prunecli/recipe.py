@@ -26,7 +26,7 @@ Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv"]
 Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
-RecoverStep = Literal["auto", "orthp", "bn"]
+RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
 _RETRAINING = ("rewind", "slr", "clr", "allr")
 _LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
 _COUNTS = {"": 1.0, "%": 0.01, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -139,11 +139,30 @@ class PruneSettings(Value):
 class RecoverSettings(Value):
     """Recovery after the cut. ``steps: [auto]`` tries what fits and keeps what the stated rule says helps."""
 
-    steps: tuple[RecoverStep, ...] = Field(default=("auto",), description="[] switches recovery off")
-    orthp_method: Literal["qr", "polar", "newton_schulz"] = "qr"
+    steps: tuple[RecoverStep, ...] = Field(
+        default=("auto",), description="auto alone, or steps applied in this order; [] switches recovery off"
+    )
+    lstsq_images: int = Field(default=256, gt=0, description="training images for lstsq and repair; no label is read")
+    ridge: float = Field(
+        default=1e-3, ge=0, description="lstsq: added to the diagonal, as a share of the kept inputs' mean variance"
+    )
+    blend: float = Field(
+        default=0.3, ge=0, le=1, description="how far blend goes: 0 nowhere, 1 to equal singular values"
+    )
+    orthp_method: Literal["qr", "polar", "newton_schulz", "approximate", "delta", "scratch"] = Field(
+        default="qr", description="delta and scratch forget the weights; they are there for comparison"
+    )
     gain: Literal["auto"] | float = "auto"
     bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> Self:
+        if "auto" in self.steps and len(self.steps) > 1:
+            raise ValueError("auto chooses the steps itself, so it stands alone")
+        if "lstsq" in self.steps[1:]:
+            raise ValueError("lstsq starts from the dense weights and would undo what stands before it; put it first")
+        return self
 
 
 class PhaseSettings(Value):

@@ -1,4 +1,4 @@
-"""Isometry recovery (OrthP): replace every weight matrix by an orthogonal one made from it.
+"""Isometry recovery: replace every weight matrix by an orthogonal one (OrthP), or move it part of the way (blend).
 
 Shapes: a convolution weight ``[N, C, k, k]`` is read as the matrix ``[N, C*k*k]``, a linear weight as ``[out, in]``.
 A grouped convolution is block-diagonal, so each of its blocks ``[N/g, C/g*k*k]`` is made orthogonal on its own.
@@ -6,25 +6,28 @@ A grouped convolution is block-diagonal, so each of its blocks ``[N/g, C/g*k*k]`
 
 Source: Wang and Fu, "Dynamical Isometry: The Missing Ingredient for Neural Network Pruning" (arXiv 2105.05916); the QR
 variant is the paper's, the polar factor is the nearest orthogonal matrix, and the Newton-Schulz iteration (Björck and
-Bowie 1971) reaches the polar factor with matrix products alone.
+Bowie 1971) reaches the polar factor with matrix products alone. For comparison, as in the paper's code: the
+approximate isometry of Lee et al. (arXiv 1906.06307) by gradient descent, a delta-orthogonal start (Xiao et al., arXiv
+1806.05393) and an orthogonal one from scratch (``nn.init.orthogonal_``), the last two without the weights' own values.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from prunecli.errors import PruneError, UsageError, nearest
 
-Method = Literal["qr", "polar", "newton_schulz"]
+Method = Literal["qr", "polar", "newton_schulz", "approximate", "delta", "scratch"]
 
 # Names of activation modules and functions (lower case, without underscores), by nn.init.calculate_gain. Sigmoids are
 # left out: in vision nets they are gates on a side branch and do not sit between two weights of the main path.
@@ -34,6 +37,9 @@ _RELU_LIKE = (
 )  # fmt: skip
 _GAINS = {"tanh": 5.0 / 3.0, "selu": 0.75} | dict.fromkeys(_RELU_LIKE, math.sqrt(2.0))
 _NEWTON_SCHULZ_STEPS = 120  # 1.5**120 lifts a singular value of 1e-16 to 1 with 30 steps to spare
+_APPROXIMATE_STEPS = 10_000
+_APPROXIMATE_RATE = 1e-3
+_PATIENCE = 200  # steps without a lower loss, after which descent has ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class Orthogonalized:
 
     Attributes:
         residual: largest entry of ``|W W^T / gain^2 - I|`` (``W^T W`` where W is tall) over all layers and blocks,
-            measured on the weights as stored.
+            measured on the weights as stored; of ``delta`` on the kernels' centres.
         gain: the factor that every orthogonal matrix was multiplied by.
         layers: the layers that were replaced, in module order.
     """
@@ -61,11 +67,11 @@ def orthogonal(matrix: Tensor, method: Method = "qr") -> Tensor:
     Args:
         matrix: ``[..., N, M]``, any floating dtype; the work is done in float64 and cast back once.
         method: ``qr`` (Q of the tall orientation, columns signed so that R has a diagonal >= 0; depends on the order
-            of the filters), ``polar`` (U V^T of the SVD, the nearest orthogonal matrix) or ``newton_schulz`` (the
-            same, by iteration).
+            of the filters), ``polar`` (U V^T of the SVD, the nearest orthogonal matrix), ``newton_schulz`` (the same,
+            by iteration) or ``approximate`` (gradient descent on the distance to orthogonality, see there).
 
     Directions that the matrix lacks (zero or dependent filters) are filled with an arbitrary orthonormal completion,
-    so that the result is orthogonal for any finite input, zero included.
+    so that the result is orthogonal for any finite input, zero included; ``approximate`` alone leaves them out.
 
     Raises:
         UsageError: unknown method.
@@ -115,12 +121,45 @@ def _newton_schulz(tall: Tensor) -> Tensor:
     return _polar(X)
 
 
-_METHODS: dict[str, Callable[[Tensor], Tensor]] = {"qr": _qr, "polar": _polar, "newton_schulz": _newton_schulz}
+def _approximate(tall: Tensor) -> Tensor:
+    """Minimise the mean square of ``X^T X - I`` from ``X = A`` by Adam (rate 1e-3, at most 10,000 steps).
+
+    The published code takes ``X X^T`` of the matrix as it lies; both have the same minimisers, this one the smaller
+    Gram matrix. It ends early where the largest entry of the gap is at rounding, or no longer falls: what matters of a
+    gap is reported as the residual.
+    """
+    X = tall.clone().requires_grad_()
+    eye = torch.eye(tall.shape[-1], dtype=X.dtype, device=X.device)
+    optimizer = torch.optim.Adam([X], lr=_APPROXIMATE_RATE)
+    lowest, since = math.inf, 0
+    for _ in range(_APPROXIMATE_STEPS):
+        with torch.enable_grad():
+            gap = X.mT @ X - eye
+            loss = gap.square().mean()
+        (X.grad,) = torch.autograd.grad(loss, X)
+        optimizer.step()
+        value = float(loss.detach())
+        lowest, since = (value, 0) if value < 0.999 * lowest else (lowest, since + 1)
+        if value < 1e-14 or since == _PATIENCE:
+            break
+    return X.detach()
+
+
+_METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "qr": _qr,
+    "polar": _polar,
+    "newton_schulz": _newton_schulz,
+    "approximate": _approximate,
+}
+_STARTS = ("delta", "scratch")  # made from random numbers, not from the weights
 
 
 def weight_matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """The weight as ``[groups, N / groups, M]``, one matrix a group of channels (a linear layer has one)."""
-    weight = layer.weight.detach()
+    return _blocks(layer.weight.detach(), layer)
+
+
+def _blocks(weight: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
@@ -144,18 +183,24 @@ def orthogonalize_(
     gain: Literal["auto"] | float = "auto",
     example: Tensor | None = None,
     layers: Collection[str] | None = None,
+    seed: int = 0,
 ) -> Orthogonalized:
     """OrthP in place: ``W <- gain * orthogonal(W)`` for every Conv2d and Linear, classifier and shortcuts included.
 
     Biases and normalisation layers (parameters and statistics) stay; re-estimate BatchNorm statistics afterwards. The
     old norms of the layers are not restored: that would undo the isometry.
 
+    Two methods forget the weights. ``delta`` puts a random orthogonal matrix at the centre of every convolution's
+    kernel and zeros elsewhere, linear layers stay. ``scratch`` starts all again: random orthogonal weights, biases at
+    0, BatchNorm scales at 1, shifts at 0 and statistics reset.
+
     Args:
         module: the net; weights keep dtype and device.
-        method: see ``orthogonal``.
+        method: see ``orthogonal``, or ``delta`` or ``scratch``.
         gain: the factor, or ``auto`` for ``activation_gain(module, example)``.
         example: a batch for ``auto`` to find functional activations with.
         layers: module paths to replace; none is all.
+        seed: of ``delta`` and ``scratch``.
 
     Raises:
         UsageError: unknown method, a gain that is not above zero, or a name in ``layers`` that is no such layer.
@@ -165,16 +210,88 @@ def orthogonalize_(
     factor = activation_gain(module, example) if gain == "auto" else float(gain)
     if not (math.isfinite(factor) and factor > 0):
         raise UsageError(f"The gain must be above zero, not {factor:g}.")
-    if method not in _METHODS:
-        raise UsageError(f"Unknown orthogonalisation {method!r}.", hint=nearest(method, _METHODS))
-    for name, layer in chosen.items():
-        if not torch.isfinite(layer.weight).all():
-            raise PruneError(f"Layer {name!r} has NaN or infinite weights and cannot be made orthogonal.")
+    if method not in (*_METHODS, *_STARTS):
+        raise UsageError(f"Unknown orthogonalisation {method!r}.", hint=nearest(method, (*_METHODS, *_STARTS)))
+    _require_finite(chosen)
+    if method == "delta":
+        chosen = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Conv2d)}
+    generator = torch.Generator().manual_seed(seed)
     residual = 0.0
     for layer in chosen.values():
-        layer.weight.copy_((factor * orthogonal(weight_matrices(layer).double(), method)).reshape(layer.weight.shape))
-        residual = max(residual, orthogonality_residual(weight_matrices(layer).double() / factor))
+        if method == "delta":
+            layer.weight.zero_()
+        part = _centre(layer) if method == "delta" else layer.weight
+        matrices = _blocks(part, layer)
+        if method in _STARTS:
+            new = orthogonal(torch.randn(matrices.shape, generator=generator, dtype=torch.float64), "qr")
+        else:
+            new = orthogonal(matrices.double(), method)
+        part.copy_((factor * new).reshape(part.shape))
+        residual = max(residual, orthogonality_residual(_blocks(part, layer).double() / factor))
+    if method == "scratch":
+        _restart_(module, chosen.values())
     return Orthogonalized(residual=residual, gain=factor, layers=tuple(chosen))
+
+
+@torch.no_grad()
+def blend_(module: nn.Module, share: float) -> int:
+    """``W <- (1 - share) W + share * g * U V^T`` in place for every Conv2d and Linear; how many layers.
+
+    ``U V^T`` is the polar factor of the weight matrix (of each block where a convolution is grouped), so a singular
+    value ``s`` becomes ``(1 - share) s + share * g``: the smallest are lifted, the singular vectors and with them the
+    features stay. ``g`` is the number that keeps the matrix's Frobenius norm, so that the layer neither grows nor
+    shrinks; a zero matrix stays zero. Biases and normalisation layers stay; re-estimate BatchNorm statistics.
+
+    Args:
+        module: the net; weights keep dtype and device.
+        share: between 0 (nothing changes) and 1 (all singular values equal).
+
+    Raises:
+        UsageError: a share outside [0, 1].
+        PruneError: a layer with NaN or infinite weights (named); nothing has been changed then.
+    """
+    if not 0 <= share <= 1:
+        raise UsageError(f"The share of the blend must lie between 0 and 1, not {share:g}.")
+    layers = weight_layers(module)
+    _require_finite(layers)
+    for layer in layers.values():
+        layer.weight.copy_(_blended(weight_matrices(layer).double(), share).reshape(layer.weight.shape))
+    return len(layers)
+
+
+def _blended(W: Tensor, share: float) -> Tensor:
+    """The blend of each matrix ``[..., N, M]`` in float64.
+
+    With r singular values s of sum n and square sum f, ``g`` solves ``sum (((1 - a) s + a g)^2) = f``: with u = a g,
+    ``r u^2 + 2 (1 - a) n u = (1 - (1 - a)^2) f``.
+    """
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    rest, rank = 1 - share, s.shape[-1]
+    half, f = rest * s.sum(-1), s.square().sum(-1)
+    u = (torch.sqrt(half.square() + rank * (1 - rest**2) * f) - half) / rank
+    return (U * (rest * s + u.unsqueeze(-1)).unsqueeze(-2)) @ Vh
+
+
+def _require_finite(layers: Mapping[str, nn.Conv2d | nn.Linear]) -> None:
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise PruneError(f"Layer {name!r} has NaN or infinite weights and cannot be made orthogonal.")
+
+
+def _centre(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The kernel's middle position ``[N, C]``, a view of the weight."""
+    height, width = layer.weight.shape[2:]
+    return layer.weight[:, :, height // 2, width // 2]
+
+
+def _restart_(module: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear]) -> None:
+    """Biases of the layers to 0, every BatchNorm as it is made."""
+    for layer in layers:
+        if layer.bias is not None:
+            layer.bias.zero_()
+    for child in module.modules():
+        if isinstance(child, _BatchNorm):
+            child.reset_parameters()
 
 
 def weight_layers(module: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

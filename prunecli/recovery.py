@@ -1,120 +1,267 @@
-"""Which recovery steps a net gets: named in the recipe, or kept by a measured rule (mathematics: ``recover``)."""
+"""Which recovery a net gets: the steps that the recipe names, or the sequence that a probe shows to help.
+
+``auto`` tries sequences of steps (``CANDIDATES``), each in for a reason:
+
+* ``bn``: nothing but BatchNorm's statistics; free, and what every other one on a BatchNorm net ends with.
+* ``lstsq``: keeps the features, which is worth most on residual nets and at small learning rates.
+* ``lstsq, blend``: the same, better conditioned, which lets large learning rates work.
+* ``blend``: conditions without new features; where few filters are left, least squares has little to work with.
+* ``orthp``: the isometry of the paper, right for linear and nearly linear nets.
+
+The rule: a candidate must do better than plain pruning after the same short fine-tuning, by more than the probe's own
+noise. It is not asked how good it is before any fine-tuning, which hardly predicts what comes after (arXiv 2412.00143),
+nor for its plain loss, which a few steps lower most where the net has forgotten everything and guesses evenly.
+"""
 
 from __future__ import annotations
 
-import copy
+import math
 import time
-from typing import Any, Final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
-from prunecli import recover
-from prunecli.evaluation import recalibrate_bn_
-from prunecli.job import Job, jacobian
+from prunecli.job import jacobian
 from prunecli.probe import ProbeResult, probe_loss
+from prunecli.recovery_steps import Applied, Subject, apply_steps, has_batch_norm
 from prunecli.report import RecoveryStep
-from prunecli.stages import spectrum_batch
 
-_MARGIN: Final = 0.01
+CANDIDATES: Final = (("bn",), ("lstsq", "bn"), ("lstsq", "blend", "bn"), ("blend", "bn"), ("orthp", "bn"))
+_MARGIN: Final = 0.01  # a smaller gain is none, however sure
+_ERRORS: Final = 2.0  # standard errors that a gain must exceed
+_SHARE: Final = 0.25  # of the fine-tuning's steps that all probes together may take
+_WORST: Final = 1e4  # nats: what a loss that is not finite counts as
 
 
-def recover_stage(job: Job, model: nn.Module, learning_rate: float) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
-    """Apply the recovery steps of the recipe.
+def recover_stage(
+    subject: Subject, model: nn.Module, learning_rate: float
+) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+    """Apply the recovery of the recipe; the recovered net, and a row for each named step or tried candidate.
 
-    ``auto`` tries what fits the net and keeps a step only by a measured rule: from copies with and without it, run the
-    same short fine-tuning (``probe_steps``; none where nothing will be fine-tuned), and keep it if the loss on held-out
-    training images is lower by more than 1 %. Not by the loss before fine-tuning, which hardly predicts the one after
-    it (arXiv 2412.00143); but BN re-estimation is, since it leaves the weights alone and training steps read batch
-    statistics: it can only change what is seen before. Steps named in the recipe are applied without asking.
+    Steps named in the recipe are applied without asking. ``auto`` needs images: without them nothing is tried.
+    ``model`` stays as it is.
     """
-    steps, asked = _recovery_steps(job, model)
-    done: list[RecoveryStep] = []
+    steps = subject.job.recipe.recover.steps
+    if "auto" not in steps:
+        return _asked(subject, model, steps)
+    if subject.job.images is None:
+        return model, ()
+    return _auto(subject, model, learning_rate)
+
+
+def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+    probe = _Probe(subject=subject, steps=0, learning_rate=0.0)
+    rows = []
     for name in steps:
         began = time.perf_counter()
-        candidate, residual = _recovered(job, model, name)
-        step = RecoveryStep(name=name, kept=True, rule="asked for in the recipe", residual=residual)
-        step = _with_effect(job, step, model, candidate)
-        if not asked:
-            step = _judged(job, step, model, candidate, learning_rate)
-        step = step.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
-        job.say("recovery", name=name, kept=step.kept, rule=step.rule)
-        done.append(step)
-        if step.kept:
-            model = candidate
-    return model, tuple(done)
+        applied = apply_steps(subject, model, (name,))
+        rule = "asked for in the recipe" + (f": {applied.said}" if applied.said else "")
+        row = RecoveryStep(name=name, kept=True, rule=rule, residual=applied.residual)
+        row = _with_spectra(subject, row, model, applied.model)
+        if subject.job.images is not None:
+            row = _with_effect(row, probe.at_once(model), probe.at_once(applied.model))
+        rows.append(_timed(row, began))
+        model = applied.model
+    _tell(subject, rows)
+    return model, tuple(rows)
 
 
-def _recovery_steps(job: Job, model: nn.Module) -> tuple[tuple[str, ...], bool]:
-    """Which steps to try, and whether the user named them."""
-    steps = job.recipe.recover.steps
-    if "auto" not in steps:
-        return steps, True
-    if job.images is None:
-        return (), False
-    return (("bn", "orthp") if _has_batch_norm(model) else ("orthp",)), False
+# ---------------------------------------------------------------------------------------------- auto
 
 
-def _recovered(job: Job, model: nn.Module, step: str) -> tuple[nn.Module, float | None]:
-    """A copy with one step applied, and the orthogonality residual where it has one."""
-    settings = job.recipe.recover
-    candidate = copy.deepcopy(model)
-    residual = None
-    if step == "orthp":
-        example = spectrum_batch(job.images, job.source.spec, 1, seed=job.recipe.seed)
-        done = recover.orthogonalize_(candidate.cpu(), settings.orthp_method, gain=settings.gain, example=example)
-        residual = done.residual
-    if job.images is not None and _has_batch_norm(candidate):
-        # Orthogonalised weights make the old running statistics meaningless, so OrthP on a BN net includes this.
-        inputs, _ = job.images.calibration(settings.bn_images)
-        batches = inputs.split(job.recipe.data.batch_size)
-        whole = [batch for batch in batches if len(batch) == len(batches[0])]  # each counts alike in the mean
-        recalibrate_bn_(candidate, whole, device=job.device)
-    return candidate, residual
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """The short fine-tuning that candidates are compared by; with no steps an evaluation."""
+
+    subject: Subject
+    steps: int
+    learning_rate: float
+
+    def __call__(self, model: nn.Module, *, again: bool = False) -> ProbeResult:
+        """Judge one starting point; ``again`` in another order of the training images."""
+        job = self.subject.job
+        assert job.images is not None
+        return probe_loss(
+            model,
+            job.images,
+            steps=self.steps,
+            lr=self.learning_rate,
+            settings=job.recipe.finetune,
+            device=job.device,
+            seed=job.recipe.seed + again,
+        )
+
+    def at_once(self, model: nn.Module) -> ProbeResult:
+        """How the model does without any fine-tuning."""
+        return replace(self, steps=0)(model)
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "without fine-tuning"
+        return f"after {self.steps} optimiser steps at LR {self.learning_rate:g}"
 
 
-def _with_effect(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Module) -> RecoveryStep:
-    """What the step itself did to accuracy and spectrum."""
-    spectra = [jacobian(job, model) for model in (before, after)]
-    changes: dict[str, Any] = {
-        f"jsv_{when}": values.summary if values else None
-        for when, values in zip(("before", "after"), spectra, strict=True)
-    }
-    if job.images is not None:
-        for when, model in (("before", before), ("after", after)):
-            result = _probe(job, model, steps=0, learning_rate=0.0)
-            changes |= {f"loss_{when}": result.val_loss, f"top1_{when}": result.val_top1}
-    return step.model_copy(update=changes)
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """A candidate after its first probe."""
+
+    applied: Applied
+    row: RecoveryStep
+    result: ProbeResult
+
+    @property
+    def rank(self) -> float:
+        """Mean loss on the half of the images that selects; the other half confirms."""
+        return float(_counted(self.result.calibrated[::2]).mean())
 
 
-def _judged(job: Job, step: RecoveryStep, before: nn.Module, after: nn.Module, learning_rate: float) -> RecoveryStep:
-    """Keep the step if the same short fine-tuning ends lower with it."""
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Mean losses without and with a recovery on the same images, and the standard error of their difference."""
+
+    without: float
+    with_it: float
+    error: float
+
+    @property
+    def better(self) -> bool:
+        """Whether the loss falls by more than two standard errors and by more than 1 %."""
+        return self.without - self.with_it > max(_ERRORS * self.error, _MARGIN * self.without)
+
+
+def compare(without: Tensor, with_it: Tensor) -> Verdict:
+    """Losses ``[n]`` of the same images in the same order; one that is not finite counts as 1e4 nats."""
+    first, second = _counted(without), _counted(with_it)
+    error = float((first - second).std()) / math.sqrt(len(first)) if len(first) > 1 else math.inf
+    return Verdict(without=float(first.mean()), with_it=float(second.mean()), error=error)
+
+
+def _mean(result: ProbeResult) -> float:
+    return float(_counted(result.calibrated).mean())
+
+
+def _counted(losses: Tensor) -> Tensor:
+    return losses.nan_to_num(nan=_WORST).clamp(max=_WORST)
+
+
+def _auto(subject: Subject, model: nn.Module, learning_rate: float) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+    """Probe every candidate, confirm the best, keep it or the plain pruned net.
+
+    A probe is a short fine-tuning at the learning rate that will be used, judged by the loss on held-out training
+    images, image by image, each net at its own best temperature. The best of the first round, by one half of these
+    images, is probed once more against plain pruning with another order of the training images, and judged on the other
+    half: the luck that made it the best has no say. It is kept if ``Verdict.better``. Probes take ``probe_steps`` steps
+    each, or fewer, so that all together stay within a quarter of the fine-tuning.
+
+    New BatchNorm statistics alone are no starting point of their own, since training never reads them. They remain
+    where nothing else is kept, if they make the loss without any fine-tuning better. Where nothing will be fine-tuned,
+    all candidates are judged as they are.
+    """
+    candidates = candidates_for(model)
+    probe = _Probe(subject=subject, steps=_probe_steps(subject, len(candidates)), learning_rate=learning_rate)
+    at_once = probe.at_once(model)
+    plain = probe(model) if probe.steps else at_once
+    starts = [steps for steps in candidates if steps != ("bn",) or not probe.steps]
+    best, rows = _first_round(probe, model, starts, at_once)
+    pair = (probe(net, again=True) for net in (model, best.applied.model)) if probe.steps else (plain, best.result)
+    verdict = compare(*(result.calibrated[1::2] for result in pair))
+    how = "probed again, in another order, on other images" if probe.steps else "on other images"
+    rows = [_judged(row, plain, best.row.name, verdict, how) for row in rows]
+    chosen = best.applied.model if verdict.better else model
+    if not verdict.better and len(starts) < len(candidates):
+        statistics = _tried(replace(probe, steps=0), model, ("bn",), at_once)
+        verdict = compare(at_once.calibrated, statistics.result.calibrated)
+        rows.append(_judged(statistics.row, at_once, "bn", verdict, "image by image"))
+        chosen = statistics.applied.model if verdict.better else model
+    rows = [_with_spectra(subject, row, model, chosen) if row.kept else row for row in rows]
+    _tell(subject, rows)
+    return chosen, tuple(rows)
+
+
+def candidates_for(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """``CANDIDATES``, on a net without BatchNorm without the step for it."""
+    if has_batch_norm(model):
+        return CANDIDATES
+    bare = (tuple(step for step in steps if step != "bn") for steps in CANDIDATES)
+    return tuple(steps for steps in bare if steps)
+
+
+def _probe_steps(subject: Subject, candidates: int) -> int:
+    """Steps of one probe: there are at most two more probes than candidates, for plain pruning and for confirming."""
+    job = subject.job
     assert job.images is not None
-    budget = job.epochs * job.images.steps_per_epoch
-    steps = min(job.recipe.recover.probe_steps, budget) if step.name != "bn" else 0
-    without, with_it = (
-        _probe(job, model, steps=steps, learning_rate=learning_rate).val_loss for model in (before, after)
+    fair = math.ceil(_SHARE * job.epochs * job.images.steps_per_epoch / (candidates + 3))
+    return min(job.recipe.recover.probe_steps, fair)
+
+
+def _first_round(
+    probe: _Probe, model: nn.Module, starts: Sequence[tuple[str, ...]], at_once: ProbeResult
+) -> tuple[_Trial, list[RecoveryStep]]:
+    """The best candidate and every row; only the best so far is held in memory."""
+    best: _Trial | None = None
+    rows = []
+    for steps in starts:
+        trial = _tried(probe, model, steps, at_once)
+        rows.append(trial.row)
+        if best is None or trial.rank < best.rank:
+            best = trial
+    assert best is not None
+    return best, rows
+
+
+def _tried(probe: _Probe, model: nn.Module, steps: tuple[str, ...], before: ProbeResult) -> _Trial:
+    """A candidate applied and probed; its row says what it does without fine-tuning, ``before`` what plain pruning."""
+    began = time.perf_counter()
+    applied = apply_steps(probe.subject, model, steps)
+    at_once = probe.at_once(applied.model)
+    result = probe(applied.model) if probe.steps else at_once
+    rule = f"{applied.said}; " if applied.said else ""
+    rule += f"calibrated held-out loss {probe} is {_mean(result):.4g} with it"
+    row = RecoveryStep(name="+".join(steps), kept=False, rule=rule, residual=applied.residual)
+    return _Trial(applied=applied, row=_timed(_with_effect(row, before, at_once), began), result=result)
+
+
+def _judged(row: RecoveryStep, plain: ProbeResult, best: str, verdict: Verdict, how: str) -> RecoveryStep:
+    """The row with its end: what it was compared with, and why it was kept or left out."""
+    rule = f"{row.rule}, {_mean(plain):.4g} without it"
+    if row.name != best:
+        return row.model_copy(update={"rule": f"left out: {rule}; {best} did better"})
+    kept = verdict.better
+    rule += (
+        f"; {how} {verdict.with_it:.4g} against {verdict.without:.4g}, "
+        f"standard error of the difference {verdict.error:.2g} (kept if lower by more than {_ERRORS:g} of these and "
+        f"by more than {_MARGIN:.0%})"
     )
-    kept = with_it < without * (1 - _MARGIN)
-    how = f"after {steps} optimiser steps at LR {learning_rate:g}" if steps else "without fine-tuning"
-    rule = (
-        f"{'kept' if kept else 'left out'}: held-out loss {how} is {with_it:.4g} with it, {without:.4g} without it "
-        f"(kept if lower by more than {_MARGIN:.0%})"
-    )
-    return step.model_copy(update={"kept": kept, "rule": rule})
+    return row.model_copy(update={"kept": kept, "rule": f"{'kept' if kept else 'left out'}: {rule}"})
 
 
-def _probe(job: Job, model: nn.Module, *, steps: int, learning_rate: float) -> ProbeResult:
-    assert job.images is not None
-    return probe_loss(
-        model,
-        job.images,
-        steps=steps,
-        lr=learning_rate,
-        settings=job.recipe.finetune,
-        device=job.device,
-        seed=job.recipe.seed,
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def _with_effect(row: RecoveryStep, before: ProbeResult, after: ProbeResult) -> RecoveryStep:
+    """What was done to the held-out images, without fine-tuning."""
+    return row.model_copy(
+        update={
+            "loss_before": before.val_loss,
+            "loss_after": after.val_loss,
+            "top1_before": before.val_top1,
+            "top1_after": after.val_top1,
+        }
     )
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
+def _with_spectra(subject: Subject, row: RecoveryStep, before: nn.Module, after: nn.Module) -> RecoveryStep:
+    spectra = [jacobian(subject.job, model) for model in (before, after)]
+    jsv_before, jsv_after = (found.summary if found else None for found in spectra)
+    return row.model_copy(update={"jsv_before": jsv_before, "jsv_after": jsv_after})
+
+
+def _timed(row: RecoveryStep, began: float) -> RecoveryStep:
+    return row.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
+
+
+def _tell(subject: Subject, rows: Sequence[RecoveryStep]) -> None:
+    for row in rows:
+        subject.job.say("recovery", name=row.name, kept=row.kept, rule=row.rule)

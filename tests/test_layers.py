@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "prunecli"
 # One line a level; modules import from lower levels, or sideways where that makes no cycle.
 LEVELS = [
     "errors groups plan report recipe",
-    "outputs axes channels score units budget recover penalty phase spectrum lr retraining files",
+    "outputs axes channels score units budget recover penalty phase spectrum lr retraining files activations",
     "nets zoo graph graph_tp surgery check cost sources data"
-    " factory schedule objective checkpoint stopping trainer loop evaluation probe train push phase_loop",
-    "store stages job phase_stage recovery summary catalog support trial",
+    " factory schedule objective checkpoint stopping trainer loop evaluation probe train push phase_loop"
+    " reconstruction repair",
+    "store stages job phase_stage recovery recovery_steps summary catalog support trial",
     "wording",
     "plots",
     "render page pipeline progress",

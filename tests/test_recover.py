@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.recover import activation_gain, orthogonal, orthogonality_residual, orthogonalize_
+from prunecli.recover import (
+    activation_gain,
+    blend_,
+    orthogonal,
+    orthogonality_residual,
+    orthogonalize_,
+    weight_layers,
+    weight_matrices,
+)
 from prunecli.spectrum import jacobian_spectrum
 
 METHODS = ("qr", "polar", "newton_schulz")
@@ -190,3 +199,106 @@ def test_functional_activations_need_an_example(act, gain):
 )
 def test_activation_modules_set_the_gain(act, gain):
     assert activation_gain(Conv(act)) == pytest.approx(gain)
+
+
+# ---------------------------------------------------------------------------------------------- blend
+
+
+class Mixed(nn.Module):
+    """A convolution, a grouped one and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, groups=2)
+        self.norm, self.fc = nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.grouped(self.conv(x))).mean((2, 3)))
+
+
+def condition(matrices: Tensor) -> Tensor:
+    s = torch.linalg.svdvals(matrices.double())
+    return s[..., 0] / s[..., -1]
+
+
+def test_blend_keeps_norms_and_singular_vectors_and_lowers_the_condition():
+    torch.manual_seed(0)
+    model = Mixed()
+    before = {name: weight_matrices(layer).clone() for name, layer in weight_layers(model).items()}
+    norm = copy.deepcopy(model.norm.state_dict())
+    assert blend_(model, 0.3) == 3
+    for name, old in before.items():
+        new = weight_matrices(model.get_submodule(name))
+        torch.testing.assert_close(torch.linalg.matrix_norm(new), torch.linalg.matrix_norm(old))
+        assert (condition(new) < condition(old)).all(), name
+        U, s, Vh = torch.linalg.svd(old, full_matrices=False)
+        turned = U.mT @ new @ Vh.mT
+        lifted = turned.diagonal(dim1=-2, dim2=-1) - 0.7 * s
+        torch.testing.assert_close(turned, torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(lifted, lifted[..., :1].expand_as(lifted), atol=1e-5, rtol=0)
+    assert all(torch.equal(value, norm[name]) for name, value in model.norm.state_dict().items())
+
+
+def test_blend_by_hand():
+    """Singular values 3 and 4, share 1: both become sqrt((9 + 16) / 2). Share 0 and a zero matrix stay as they are."""
+    layer = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([3.0, -4.0])))
+    blend_(layer, 0)
+    torch.testing.assert_close(layer.weight.detach(), torch.diag(torch.tensor([3.0, -4.0])))
+    blend_(layer, 1)
+    torch.testing.assert_close(layer.weight.detach(), math.sqrt(12.5) * torch.diag(torch.tensor([1.0, -1.0])))
+    nn.init.zeros_(layer.weight)
+    blend_(layer, 0.3)
+    assert not layer.weight.any()
+
+
+def test_blend_refuses_what_it_cannot_mean():
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        blend_(Mixed(), 1.5)
+    model = Mixed()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = math.nan
+    with pytest.raises(PruneError, match="'fc'"):
+        blend_(model, 0.3)
+
+
+# ---------------------------------------------------------------------------------------------- for comparison
+
+
+def test_delta_is_an_orthogonal_centre_and_nothing_else():
+    model = Mixed()
+    fc = model.fc.weight.clone()
+    done = orthogonalize_(model, "delta", gain=2.0, seed=3)
+    assert done.layers == ("conv", "grouped")
+    assert done.residual < 1e-5
+    centre = model.conv.weight.detach()[:, :, 1, 1].clone()
+    torch.testing.assert_close(centre.T @ centre, 4 * torch.eye(3))
+    model.conv.weight.data[:, :, 1, 1] = 0
+    assert not model.conv.weight.any()
+    assert torch.equal(model.fc.weight, fc)
+
+
+def test_scratch_starts_all_again():
+    torch.manual_seed(0)
+    model, other = Mixed(), Mixed()
+    with torch.no_grad():
+        model.norm.running_mean.fill_(3)
+        model.norm.weight.fill_(2)
+    for net in (model, other):
+        orthogonalize_(net, "scratch", gain=1.5, seed=3)
+    for name, layer in weight_layers(model).items():
+        assert orthogonality_residual(weight_matrices(layer) / 1.5) < 1e-5
+        assert not layer.bias.any()
+        assert torch.equal(layer.weight, other.get_submodule(name).weight), "the seed decides, not the old weights"
+    fresh = nn.BatchNorm2d(6).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.norm.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (10, 4)])
+def test_the_approximate_isometry_ends_near_orthogonal(shape):
+    matrix = 0.3 * random(*shape)
+    result = orthogonal(matrix, "approximate")
+    assert orthogonality_residual(result) < 1e-4
+    before, after = ((m - orthogonal(matrix, "polar")).norm() for m in (random(*shape, seed=5), result))
+    assert after < 0.5 * before, "it starts from the weights"

@@ -1,0 +1,91 @@
+"""What auto keeps: the rule by hand, and whole stages on a toy job."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from test_cli import JOB, call
+from torch import nn
+
+from prunecli.errors import UsageError
+from prunecli.probe import calibrated_losses
+from prunecli.recipe import Recipe
+from prunecli.recovery import CANDIDATES, candidates_for, compare
+
+
+def test_a_gain_counts_beyond_two_standard_errors_and_one_percent():
+    without = torch.tensor([1.0, 2.0, 3.0, 2.0])
+    sure = compare(without, without - 0.5)
+    assert (sure.without, sure.with_it, sure.error) == (2.0, 1.5, 0.0)
+    assert sure.better
+    assert not compare(without, without - 0.019).better, "below 1 % of 2"
+    assert compare(without, without - 0.021).better
+    unsure = compare(without, without - torch.tensor([0.0, 2.0, 0.0, 0.0]))
+    assert unsure.error == pytest.approx(1.0 / 2)  # the differences' deviation is 1
+    assert not unsure.better, "0.5 is one standard error"
+    assert not compare(without, without).better
+
+
+def test_a_trial_that_diverged_never_wins_and_any_other_beats_it():
+    fine, lost = torch.tensor([1.0, 1.5]), torch.tensor([math.inf, math.nan])
+    assert not compare(fine, lost).better
+    assert compare(lost, fine).better
+    assert not compare(lost, lost).better
+
+
+def test_the_calibrated_loss_forgives_being_too_sure():
+    """Right three times of four, sure of a million to one: the best temperature says so; plain it would cost 3.5."""
+    logits = torch.zeros(4, 2, dtype=torch.float64)
+    logits[:, 0] = 14
+    labels = torch.tensor([0, 0, 0, 1])
+    losses = calibrated_losses(logits, labels)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert float(losses.mean()) == pytest.approx(entropy, rel=1e-2)
+    assert nn.functional.cross_entropy(logits, labels) > 3
+    assert torch.isinf(calibrated_losses(torch.full((2, 2), math.nan), torch.tensor([0, 1]))).all()
+
+
+def test_without_batch_norm_no_candidate_needs_it():
+    assert candidates_for(nn.BatchNorm2d(2)) == CANDIDATES
+    assert candidates_for(nn.Linear(2, 2)) == (("lstsq",), ("lstsq", "blend"), ("blend",), ("orthp",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": ["auto", "bn"]}, "stands alone"),
+        ({"steps": ["orthp", "lstsq"]}, "put it first"),
+        ({"steps": ["lstq"]}, "steps"),
+        ({"blend": 1.5}, "blend"),
+        ({"ridge": -1}, "ridge"),
+        ({"lstsq_images": 0}, "lstsq_images"),
+    ],
+)
+def test_wrong_combinations_are_refused(settings, words):
+    with pytest.raises(UsageError, match=words):
+        Recipe.from_mapping({"recover": settings})
+
+
+@pytest.mark.slow
+def test_named_steps_are_applied_in_turn_and_said(tmp_path):
+    """LeNet-5 has biases and no BatchNorm; its first linear layer reads a flattened feature map."""
+    done = call("compress", *JOB, "--epochs=0", "--recover=lstsq,blend,repair", f"--out={tmp_path / 'run'}")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    lstsq, blend, repair = report["recovery"]
+    assert lstsq["rule"] == "asked for in the recipe: 4 layers solved from 256 images"
+    assert blend["rule"] == "asked for in the recipe"
+    assert repair["rule"].startswith("asked for in the recipe: 5 layers repaired, 0 of them in the BatchNorm behind")
+    assert lstsq["loss_after"] == blend["loss_before"] != blend["loss_after"] == repair["loss_before"]
+    assert blend["jsv_after"]["condition"] != blend["jsv_before"]["condition"]
+
+
+@pytest.mark.parametrize("step", ["lstsq", "repair", "bn"])
+def test_steps_that_look_at_images_need_data(tmp_path, step):
+    done = call("compress", "lenet5_relu", "--no-pretrained", "--target=ratio=0.5", f"--recover={step}",
+                f"--out={tmp_path / 'run'}")  # fmt: skip
+    assert done.exit_code == 2
+    assert f"Recovery step {step}" in " ".join(done.stderr.split())
