@@ -25,7 +25,7 @@ _BYTES = 2**29  # most memory a probe's images take
 class ProbeResult:
     """A short trial. Losses in nats, top-1 in percent; infinite losses where the trial diverged.
 
-    ``calibrated [n]`` are the losses of the held-out images, always the same in the same order, so that two trials can
+    ``calibrated`` are the losses of the held-out images, always the same in the same order, so that two trials can
     be compared image by image; the logits are divided by the one temperature that makes their mean lowest. A net that
     was damaged by a cut is far too sure of itself, and its plain loss is above that of a net that knows nothing.
     """
@@ -33,7 +33,7 @@ class ProbeResult:
     train_loss: float | None  # mean over the steps; none where no step was taken
     val_loss: float
     val_top1: float
-    calibrated: Tensor
+    calibrated: tuple[float, ...]
 
 
 def probe_loss(
@@ -96,8 +96,8 @@ def probe_loss(
     return ProbeResult(
         train_loss=_finite(sum(losses) / steps) if steps else None,
         val_loss=_finite(float(cross_entropy(logits, truth))),
-        val_top1=100 * float((logits.argmax(dim=1) == truth).double().mean()),
-        calibrated=calibrated_losses(logits, truth),
+        val_top1=100 * int((logits.argmax(dim=1) == truth).sum()) / len(truth),
+        calibrated=tuple(calibrated_losses(logits, truth).tolist()),
     )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from prunecli.job import jacobian
@@ -114,7 +115,7 @@ class _Trial:
     @property
     def rank(self) -> float:
         """Mean loss on the half of the images that selects; the other half confirms."""
-        return float(_counted(self.result.calibrated[::2]).mean())
+        return _mean(self.result.calibrated[::2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +132,19 @@ class Verdict:
         return self.without - self.with_it > max(_ERRORS * self.error, _MARGIN * self.without)
 
 
-def compare(without: Tensor, with_it: Tensor) -> Verdict:
-    """Losses ``[n]`` of the same images in the same order; one that is not finite counts as 1e4 nats."""
+def compare(without: Sequence[float], with_it: Sequence[float]) -> Verdict:
+    """Losses of the same images in the same order; one that is not finite counts as 1e4 nats."""
     first, second = _counted(without), _counted(with_it)
     error = float((first - second).std()) / math.sqrt(len(first)) if len(first) > 1 else math.inf
     return Verdict(without=float(first.mean()), with_it=float(second.mean()), error=error)
 
 
-def _mean(result: ProbeResult) -> float:
-    return float(_counted(result.calibrated).mean())
+def _mean(losses: Sequence[float]) -> float:
+    return float(_counted(losses).mean())
 
 
-def _counted(losses: Tensor) -> Tensor:
-    return losses.nan_to_num(nan=_WORST).clamp(max=_WORST)
+def _counted(losses: Sequence[float]) -> Tensor:
+    return torch.tensor(losses, dtype=torch.float64).nan_to_num(nan=_WORST).clamp(max=_WORST)
 
 
 def _auto(subject: Subject, model: nn.Module, learning_rate: float) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
@@ -218,14 +219,14 @@ def _tried(probe: _Probe, model: nn.Module, steps: tuple[str, ...], before: Prob
     at_once = probe.at_once(applied.model)
     result = probe(applied.model) if probe.steps else at_once
     rule = f"{applied.said}; " if applied.said else ""
-    rule += f"calibrated held-out loss {probe} is {_mean(result):.4g} with it"
+    rule += f"calibrated held-out loss {probe} is {_mean(result.calibrated):.4g} with it"
     row = RecoveryStep(name="+".join(steps), kept=False, rule=rule, residual=applied.residual)
     return _Trial(applied=applied, row=_timed(_with_effect(row, before, at_once), began), result=result)
 
 
 def _judged(row: RecoveryStep, plain: ProbeResult, best: str, verdict: Verdict, how: str) -> RecoveryStep:
     """The row with its end: what it was compared with, and why it was kept or left out."""
-    rule = f"{row.rule}, {_mean(plain):.4g} without it"
+    rule = f"{row.rule}, {_mean(plain.calibrated):.4g} without it"
     if row.name != best:
         return row.model_copy(update={"rule": f"left out: {rule}; {best} did better"})
     kept = verdict.better

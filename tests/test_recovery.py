@@ -17,20 +17,24 @@ from prunecli.recovery import CANDIDATES, candidates_for, compare
 
 
 def test_a_gain_counts_beyond_two_standard_errors_and_one_percent():
-    without = torch.tensor([1.0, 2.0, 3.0, 2.0])
-    sure = compare(without, without - 0.5)
+    without = (1.0, 2.0, 3.0, 2.0)
+
+    def lower(*by: float) -> list[float]:
+        return [loss - gain for loss, gain in zip(without, by, strict=True)]
+
+    sure = compare(without, lower(0.5, 0.5, 0.5, 0.5))
     assert (sure.without, sure.with_it, sure.error) == (2.0, 1.5, 0.0)
     assert sure.better
-    assert not compare(without, without - 0.019).better, "below 1 % of 2"
-    assert compare(without, without - 0.021).better
-    unsure = compare(without, without - torch.tensor([0.0, 2.0, 0.0, 0.0]))
+    assert not compare(without, lower(0.019, 0.019, 0.019, 0.019)).better, "below 1 % of 2"
+    assert compare(without, lower(0.021, 0.021, 0.021, 0.021)).better
+    unsure = compare(without, lower(0, 2, 0, 0))
     assert unsure.error == pytest.approx(1.0 / 2)  # the differences' deviation is 1
     assert not unsure.better, "0.5 is one standard error"
     assert not compare(without, without).better
 
 
 def test_a_trial_that_diverged_never_wins_and_any_other_beats_it():
-    fine, lost = torch.tensor([1.0, 1.5]), torch.tensor([math.inf, math.nan])
+    fine, lost = (1.0, 1.5), (math.inf, math.nan)
     assert not compare(fine, lost).better
     assert compare(lost, fine).better
     assert not compare(lost, lost).better
