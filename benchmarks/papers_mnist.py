@@ -99,7 +99,7 @@ class Bench:
         return self.work / f"{self.net}_base{self.base}.safetensors"
 
     def mean_jsv(self, model: nn.Module) -> float:
-        """Over ten batches of 100 training images, eval mode (METHODS of the paper's code)."""
+        """Over ten batches of 100 training images, eval mode, as the paper's code takes it."""
         images = self.data[0].images[:JSV_IMAGES].to(self.device)
         return jacobian_spectrum(model.to(self.device), images).summary.mean
 
