@@ -21,6 +21,7 @@ from prunecli.zoo import input_spec, load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import recoveries
 import resnet56
 from ledger import Ledger
 from papers import Split, pruned
@@ -200,3 +201,21 @@ def test_a_table_fills_over_several_occasions(
     assert first["best"] == max(first["top1"].values())
     assert f"{first['best']:.2f}(0.00), n=1" in resnet56.table(ledger.records)
     assert "time is up: 2 runs saved" in capsys.readouterr().out
+
+
+def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its_budget(tmp_path):
+    """Two seeds are averaged, another budget is another row, and what is missing is said."""
+    where = ["--weights=w", "--data-dir=d", f"--out={tmp_path / 'rows.json'}"]
+    common = [*where, *"--ratios 0.7 --lrs 0.01 0.03 --seeds 0 1 --recoveries bn lstsq+bn".split()]
+    options = recoveries.parsed([*common, "--epochs=1"])
+    ledger = Ledger(options.out)
+    for seed, top1 in ((0, 50.0), (1, 60.0)):
+        ledger.add({recoveries.key(options, (0.7, 0.01, seed, "bn")): {"before": 20.0, "top1": top1}}, device=CPU)
+    longer = recoveries.parsed([*common, "--epochs=2"])
+    ledger.add({recoveries.key(longer, (0.7, 0.03, 0, "bn")): {"before": 20.0, "top1": 99.0}}, device=CPU)
+    assert recoveries.table(options).splitlines() == [
+        "| recovery | PR | before | LR 0.01 | LR 0.03 |",
+        "|---|---|---|---|---|",
+        "| bn | 0.7 | 20.0 | 55.0 | not run |",
+        "| lstsq+bn | 0.7 | not run | not run | not run |",
+    ]
