@@ -206,7 +206,7 @@ def test_a_table_fills_over_several_occasions(
 def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its_budget(tmp_path):
     """Two seeds are averaged, another budget is another row, and what is missing is said."""
     where = ["--weights=w", "--data-dir=d", f"--out={tmp_path / 'rows.json'}"]
-    common = [*where, *"--ratios 0.7 --lrs 0.01 0.03 --seeds 0 1 --recoveries bn lstsq+bn".split()]
+    common = [*where, "--ratios", "0.7", "--lrs", "0.01", "0.03", "--seeds", "0", "1", "--recoveries", "bn", "lstsq+bn"]
     options = recoveries.parsed([*common, "--epochs=1"])
     ledger = Ledger(options.out)
     for seed, top1 in ((0, 50.0), (1, 60.0)):
