@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from torch import Tensor, nn
@@ -30,6 +31,19 @@ class Subject:
     job: Job
     dense: nn.Module
     plan: Plan
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Calibration images, read once: behind the ones that a probe judges on, as far as there are so many."""
+        assert self.job.images is not None
+        settings = self.job.recipe.recover
+        count = max(settings.lstsq_images, settings.bn_images if has_batch_norm(self.dense) else 0)
+        images, _ = self.job.images.calibration(HELD_OUT + count)
+        return images[-min(count, len(images)) :]
+
+    def batches(self, count: int) -> tuple[Tensor, ...]:
+        """At most ``count`` of them on the job's device."""
+        return self.images[:count].to(self.job.device).split(self.job.recipe.data.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +97,14 @@ def _blend_(subject: Subject, model: nn.Module) -> _Did:
 
 def _lstsq_(subject: Subject, model: nn.Module) -> _Did:
     settings = subject.job.recipe.recover
-    images = _batches(subject.job, settings.lstsq_images)
+    images = subject.batches(settings.lstsq_images)
     dense = subject.dense.to(subject.job.device)
     done = reconstruct_(model, dense, subject.plan, images, ridge=settings.ridge)
     return None, f"{_count(len(done.layers), 'layer')} solved from {_count(_images(images), 'image')}{_left(done.left)}"
 
 
 def _repair_(subject: Subject, model: nn.Module) -> _Did:
-    images = _batches(subject.job, subject.job.recipe.recover.lstsq_images)
+    images = subject.batches(subject.job.recipe.recover.lstsq_images)
     done = repair_(model, subject.dense.to(subject.job.device), subject.plan, images)
     dead = f", {_count(done.dead, 'dead channel')} left alone" if done.dead else ""
     words = f"{_count(len(done.layers), 'layer')} repaired, {done.norms} of them in the BatchNorm behind"
@@ -100,7 +114,7 @@ def _repair_(subject: Subject, model: nn.Module) -> _Did:
 def _bn_(subject: Subject, model: nn.Module) -> _Did:
     job = subject.job
     if has_batch_norm(model):
-        batches = _batches(job, job.recipe.recover.bn_images)
+        batches = subject.batches(job.recipe.recover.bn_images)
         whole = [batch for batch in batches if len(batch) == len(batches[0])]  # each counts alike in the mean
         recalibrate_bn_(model, whole, device=job.device)
     return None, ""
@@ -113,13 +127,6 @@ _STEPS: Final[Mapping[str, Callable[[Subject, nn.Module], _Did]]] = {
     "blend": _blend_,
     "bn": _bn_,
 }
-
-
-def _batches(job: Job, count: int) -> tuple[Tensor, ...]:
-    """Calibration images on the device: those behind the ones that a probe judges on, as far as there are so many."""
-    assert job.images is not None
-    images, _ = job.images.calibration(HELD_OUT + count)
-    return images[-min(count, len(images)) :].to(job.device).split(job.recipe.data.batch_size)
 
 
 def _images(batches: Sequence[Tensor]) -> int:
