@@ -188,7 +188,7 @@ def spectrum(
     model_arg: ModelArgsOpt = None,
     data: DataOpt = None,
     data_dir: DataDirOpt = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="images for the Jacobian")] = 16,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="images for the Jacobian")] = None,
     device: DeviceOpt = None,
     seed: SeedOpt = None,
     as_json: JsonOpt = False,
@@ -197,19 +197,21 @@ def spectrum(
     with reported():
         from prunecli import render
         from prunecli.job import resolve_device
-        from prunecli.spectrum import jacobian_spectrum, weight_spectra
-        from prunecli.stages import load_source, open_images, spectrum_batch
+        from prunecli.spectrum import weight_spectra
+        from prunecli.stages import jacobian_spectrum, load_source, open_images
 
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             device=device, seed=seed,
         )  # fmt: skip
-        resolved = _resolved(words, None, flags, model=model)
+        resolved = _resolved(words, None, flags | _given(spectrum=_given(samples=samples)), model=model)
         source = load_source(resolved)
         images = open_images(resolved, source)
-        where = resolve_device(resolved.device)
-        batch = spectrum_batch(images, source.spec, samples, seed=resolved.seed).to(where)
-        found = jacobian_spectrum(source.model.to(where), batch, chunk=resolved.spectrum.chunk)
+        found = jacobian_spectrum(resolved, source, source.model, images, resolve_device(resolved.device))
+        if found is None:
+            raise UsageError(
+                f"The Jacobian of {source.ref.name} would take minutes an image.", hint="--samples 1 takes it anyway."
+            )
         layers = {name: values.tolist() for name, values in weight_spectra(source.model.cpu()).items()}
         inputs = "training images" if images else "Gaussian noise (no --data)"
         document = {

@@ -30,7 +30,7 @@ from prunecli.report import (
     StageName,
     TargetResult,
 )
-from prunecli.stages import Source, cut, jacobian_images, load_source, open_images, spectrum_batch
+from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
@@ -132,11 +132,7 @@ def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
 
 def jacobian(job: Job, model: nn.Module) -> spectrum.JacobianSpectrum | None:
     """The Jacobian spectrum of one stage, or None where it is switched off or would cost too much."""
-    count = jacobian_images(job.recipe, job.source, job.device)
-    if count == 0:
-        return None
-    batch = spectrum_batch(job.images, job.source.spec, count, seed=job.recipe.seed)
-    return spectrum.jacobian_spectrum(model.to(job.device), batch.to(job.device), chunk=job.recipe.spectrum.chunk)
+    return jacobian_spectrum(job.recipe, job.source, model, job.images, job.device)
 
 
 def evaluate(job: Job, model: nn.Module) -> Accuracy | None:

@@ -186,13 +186,15 @@ def _jacobian(report: Report, jacobians: Mapping[str, Sequence[float]]) -> str:
             soft=True,
         ),
         _figure(plots.jacobian_plot(report.stages, jacobians)),
-        _table(("stage", "mean", "std", "min", "max", "condition", "images"), rows),
+        _table(("stage", "mean", "std", "min", "max", "condition", "images", "values are"), rows),
     )
 
 
 def _summary_cells(jsv: SpectrumSummary) -> tuple[str, ...]:
-    figures = (jsv.mean, jsv.std, jsv.min, jsv.max, jsv.condition)
-    return (*(wording.figure(value) for value in figures), str(jsv.samples))
+    mean, std, smallest, largest, condition = map(wording.figure, (jsv.mean, jsv.std, jsv.min, jsv.max, jsv.condition))
+    about, at_most, at_least = wording.spectrum_bounds(jsv)
+    figures = (f"{mean}{about}", std, f"{at_most}{smallest}", largest, f"{at_least}{condition}", str(jsv.samples))
+    return (*figures, wording.SPECTRUM_METHODS[jsv.method])
 
 
 def _phase(done: PhaseReport) -> str:

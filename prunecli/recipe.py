@@ -297,11 +297,15 @@ class FinetuneSettings(Value):
 
 
 class SpectrumSettings(Value):
-    """The Jacobian spectrum of the report: exact, eval mode."""
+    """The Jacobian spectrum of the report, eval mode."""
 
     samples: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="images; auto: up to 16, fewer where exact Jacobians would cost minutes; 0 is off"
+        default="auto", description="images; auto: up to 16, fewer where they would cost more than a minute; 0 is off"
     )
+    method: Literal["auto", "exact", "lanczos"] = Field(
+        default="auto", description="lanczos: a few products instead of whole Jacobians; auto: where those cost minutes"
+    )
+    steps: int = Field(default=30, gt=1, description="lanczos: products with the Jacobian an image")
     chunk: int = Field(default=32, gt=0, description="rows of all Jacobians computed at once")
 
 

@@ -261,10 +261,11 @@ def spectrum_table(
     model: str, summary: SpectrumSummary, layers: Mapping[str, Sequence[float]], inputs: str
 ) -> RenderableType:
     """Jacobian summary, and the ends of every layer's weight spectrum (values largest first)."""
+    about, at_most, at_least = wording.spectrum_bounds(summary)
     jacobian = (
-        f"mean {wording.figure(summary.mean, 4)}, std {wording.figure(summary.std, 4)},"
-        f" min {wording.figure(summary.min)}, max {wording.figure(summary.max, 4)},"
-        f" condition {wording.figure(summary.condition)}"
+        f"mean {wording.figure(summary.mean, 4)}{about}, std {wording.figure(summary.std, 4)},"
+        f" min {at_most}{wording.figure(summary.min)}, max {wording.figure(summary.max, 4)},"
+        f" condition {at_least}{wording.figure(summary.condition)}"
     )
     table = _table("Singular values of the weights", "layer", "values", "largest", "mean", "smallest", "condition",
                    numeric=("values", "largest", "mean", "smallest", "condition"))  # fmt: skip
@@ -273,7 +274,9 @@ def spectrum_table(
         figures = (values[0], sum(values) / len(values), values[-1], condition)
         _row(table, name, str(len(values)), *(wording.figure(value) for value in figures))
     heading = _fields(
-        ("model", model), ("Jacobian", jacobian), ("measured on", f"{summary.samples} images, {inputs}, eval mode")
+        ("model", model),
+        ("Jacobian", jacobian),
+        ("measured on", f"{summary.samples} images, {inputs}, eval mode; {wording.SPECTRUM_METHODS[summary.method]}"),
     )
     return Group(heading, table)
 

@@ -13,7 +13,14 @@ PhaseName = Literal["grow", "push", "regularise"]
 
 
 class SpectrumSummary(Value):
-    """Singular values of the input-logit Jacobian over all samples (METHODS 1.2, eval mode)."""
+    """Singular values of the input-logit Jacobian over all samples (METHODS 1.2, eval mode).
+
+    ``lanczos`` is an estimate: ``mean_error`` is the standard error of its mean, ``min`` an upper bound, ``max`` and
+    ``condition`` lower ones.
+    """
+
+    method: Literal["exact", "lanczos"] = "exact"
+    mean_error: float | None = None
 
     mean: float
     std: float

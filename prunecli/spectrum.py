@@ -12,6 +12,8 @@ three identities save work, and none of them approximates:
   with ``W = Q R``, the singular values of ``W J_f`` are those of ``R J_f`` and ``K - D`` zeros, so ``D`` rows do.
 * Singular values of a float32 matrix are the roots of the eigenvalues of its float64 Gram matrix: that resolves down to
   about 1e-8 of the largest one, and a float32 Jacobian holds no more. A float64 model gets a plain SVD.
+
+Where K rows are too many, `jacobian_estimate` needs a few products with J and J^T instead (see ``lanczos``).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from prunecli import lanczos
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.outputs import logits_of
 from prunecli.recover import evaluating, weight_layers, weight_matrices
@@ -84,6 +87,65 @@ def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 32) -> Ja
             del jacobians  # before the next one is made: it may be all the memory there is room for
     values = torch.cat(parts).cpu()
     return JacobianSpectrum(values=values, summary=summarise(values))
+
+
+def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed: int = 0) -> JacobianSpectrum:
+    """The spectrum of `jacobian_spectrum`, estimated from ``steps`` products with each Jacobian and its transpose.
+
+    All images advance together, from one random vector each; ``J w`` is the derivative of ``J^T v`` with respect to v,
+    so both products run on one recorded pass. The summary says ``lanczos`` and gives the standard error of its mean
+    over these images; its smallest value is an upper bound, its largest and its condition are lower bounds. ``values``
+    [B, min(K, C*H*W)] are spread as the estimated density is: for histograms.
+
+    Memory: twice what a training step of this batch takes, and ``2 * steps`` vectors an image.
+
+    Args:
+        model: as for `jacobian_spectrum`; its operators must be differentiable twice.
+        batch: images on the model's device and in its dtype.
+        steps: products an image; never more than there are logits.
+        seed: of the random vectors.
+
+    Raises:
+        ValueError: an empty batch, or fewer than one step.
+        UnsupportedError: as `jacobian_spectrum`, and an operator whose derivative cannot be differentiated.
+        PruneError: a Jacobian with NaN or infinite entries.
+    """
+    if batch.dim() < 2 or len(batch) == 0:
+        raise ValueError(f"expected a batch [B, C, H, W] of at least one image, got shape {tuple(batch.shape)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    with evaluating(model), torch.enable_grad():
+        tape, classes = _Net(model).record(batch)
+        forward, adjoint = _products(tape)
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(len(batch), len(tape.seeds), generator=generator).to(tape.seeds)
+        density = lanczos.spectral_density(forward, adjoint, start, steps=steps)
+    if not torch.isfinite(density.nodes).all():
+        raise PruneError("The Jacobian has NaN or infinite entries; the weights or the images are broken.")
+    count = min(classes, math.prod(batch.shape[1:]))
+    values = functional.pad(density.quantiles(min(density.size, count)), (0, max(count - density.size, 0)))
+    return JacobianSpectrum(values=values, summary=_estimated(density, count))
+
+
+def _estimated(density: lanczos.Density, count: int) -> SpectrumSummary:
+    """The summary of densities that leave out ``count - size`` values known to be zero."""
+    found = min(density.size / count, 1.0)
+    means = found * density.mean
+    mean = float(means.mean())
+    square = float(found * density.moment(2).mean())
+    smallest = density.nodes[:, -1] if density.size >= count else torch.zeros(len(means))
+    ratios = density.nodes[:, 0] / smallest
+    ratios = ratios[torch.isfinite(ratios)]
+    return SpectrumSummary(
+        method="lanczos",
+        mean=mean,
+        mean_error=found * float(density.mean_error.square().sum().sqrt()) / len(means),
+        std=math.sqrt(max(square - mean**2, 0.0)),
+        min=float(smallest.min()),
+        max=float(density.nodes.max()),
+        condition=float(ratios.mean()) if len(ratios) else None,
+        samples=len(means),
+    )
 
 
 def summarise(values: Tensor) -> SpectrumSummary:
@@ -212,6 +274,10 @@ class _Net:
                 raise
         return _stacked(self._pulled_by_repetition(images), tape, chunk)
 
+    def record(self, images: Tensor) -> tuple[_Tape, int]:
+        """A pass over ``images`` that can be pulled back any number of times, and the number of logits."""
+        return self._record(images), self.classes(images[:1])
+
     def _record(self, images: Tensor) -> _Tape:
         leaf = images.detach().clone().requires_grad_()
         # Fused attention kernels have no batching rule for their backward; the plain formula has.
@@ -237,6 +303,32 @@ class _Net:
             return gradients.reshape(len(seeds), len(images), -1)
 
         return pull
+
+
+def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
+    """``w [B, C*H*W] -> J w [B, D]`` and ``u [B, D] -> J^T u``, for the D rows that the tape's seeds name.
+
+    Raises UnsupportedError where an operator's backward pass cannot be differentiated.
+    """
+    u = torch.zeros(len(tape.images), len(tape.seeds), dtype=tape.seeds.dtype, device=tape.seeds.device)
+    u.requires_grad_()
+    try:
+        (pulled,) = torch.autograd.grad(tape.point, tape.images, u @ tape.seeds, create_graph=True)
+        torch.autograd.grad(pulled, u, torch.zeros_like(pulled), retain_graph=True)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"The Jacobian cannot be estimated: {str(error).splitlines()[0]}", hint="Use spectrum.method=exact."
+        ) from None
+
+    def forward(w: Tensor) -> Tensor:
+        (pushed,) = torch.autograd.grad(pulled, u, w.reshape(pulled.shape), retain_graph=True)
+        return pushed
+
+    def adjoint(v: Tensor) -> Tensor:
+        (gradients,) = torch.autograd.grad(tape.point, tape.images, v @ tape.seeds, retain_graph=True)
+        return gradients.flatten(1)
+
+    return forward, adjoint
 
 
 def _pulled_by_vmap(tape: _Tape) -> Callable[[Tensor], Tensor]:

@@ -9,12 +9,12 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, cost, data, score, store, surgery, zoo
+from prunecli import budget, check, cost, data, score, spectrum, store, surgery, zoo
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.factory import Function
 from prunecli.graph import build_graph
@@ -26,10 +26,10 @@ from prunecli.report import TargetResult
 
 EQUIVALENCE_TOLERANCE: Final = 1e-9
 _MOST_SPARED: Final = 4  # times that a group is left whole for the proof's sake; a model that needs more is unsupported
-# Exact Jacobians cost K backward passes an image; `samples: auto` takes as many images as this many multiply-adds
-# buy (about a minute on two CPU cores), at most 16.
+# Exact Jacobians cost K backward passes an image, a Lanczos step two; `auto` takes as many images as this many
+# multiply-adds buy (about a minute on two CPU cores), and Lanczos where they buy no exact one.
 _JACOBIAN_MACS: Final = {"cpu": 1.5e12, "cuda": 1.5e14}
-_JACOBIAN_IMAGES: Final = 16
+_JACOBIAN_IMAGES: Final = {"exact": 16, "lanczos": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,15 +308,31 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     return smaller
 
 
-def jacobian_images(recipe: Recipe, source: Source, device: torch.device) -> int:
-    """How many images the Jacobian spectrum is taken over (see ``_JACOBIAN_MACS``)."""
-    asked = recipe.spectrum.samples
-    if asked != "auto":
-        return asked
-    if source.ref.num_classes == 0:
-        return 0
-    price = 3 * source.ref.num_classes * max(source.cost.macs, 1)
-    return min(_JACOBIAN_IMAGES, int(_JACOBIAN_MACS[device.type] / price))
+def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tuple[Literal["exact", "lanczos"], int]:
+    """How the Jacobian spectrum is taken, and over how many images; none where even one would take too long."""
+    settings, passes = recipe.spectrum, {"exact": 3 * source.ref.num_classes, "lanczos": 2 * recipe.spectrum.steps}
+    bought = {how: int(_JACOBIAN_MACS[device.type] / (n * source.cost.macs or 1)) for how, n in passes.items()}
+    wanted = 1 if settings.samples == "auto" else settings.samples
+    how = settings.method
+    if how == "auto":
+        how = "exact" if bought["exact"] >= wanted else "lanczos"
+    if settings.samples != "auto":
+        return how, settings.samples
+    return how, min(_JACOBIAN_IMAGES[how], bought[how]) if source.ref.num_classes else 0
+
+
+def jacobian_spectrum(
+    recipe: Recipe, source: Source, model: nn.Module, images: data.Images | None, device: torch.device
+) -> spectrum.JacobianSpectrum | None:
+    """The Jacobian spectrum of ``model``, a stage of ``source``; None where it is off or would take too long."""
+    how, count = jacobian_effort(recipe, source, device)
+    if count == 0:
+        return None
+    batch = spectrum_batch(images, source.spec, count, seed=recipe.seed).to(device)
+    settings = recipe.spectrum
+    if how == "exact":
+        return spectrum.jacobian_spectrum(model.to(device), batch, chunk=settings.chunk)
+    return spectrum.jacobian_estimate(model.to(device), batch, steps=settings.steps, seed=recipe.seed)
 
 
 def spectrum_batch(images: data.Images | None, spec: zoo.InputSpec, count: int, *, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from prunecli import __version__, recover, spectrum, store
 from prunecli.job import Job, Progress
 from prunecli.plan import Cost
 from prunecli.report import LayerReport, Report, Stage, VerifyReport
-from prunecli.stages import jacobian_images
+from prunecli.stages import jacobian_effort
 
 
 def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) -> Report:
@@ -82,9 +82,9 @@ def _warnings(job: Job, size: Cost) -> tuple[str, ...]:
     if (
         classified
         and job.recipe.spectrum.samples == "auto"
-        and jacobian_images(job.recipe, job.source, job.device) == 0
+        and jacobian_effort(job.recipe, job.source, job.device)[1] == 0
     ):
-        said.append("The Jacobian spectrum was not taken: exact Jacobians of this model cost minutes an image here.")
+        said.append("The Jacobian spectrum was not taken: it would take minutes an image here.")
     if size.macs >= job.source.cost.macs and job.progress.target is not None:
         said.append("The model does not have fewer multiply-adds than before.")
     return tuple(dict.fromkeys(said))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from prunecli.report import LRReport, PhaseCost, PhaseName, PhaseReport, Report, Stage, TargetResult
+from prunecli.report import LRReport, PhaseCost, PhaseName, PhaseReport, Report, SpectrumSummary, Stage, TargetResult
 
 DASH = "-"
 STAGE_NAMES = {
@@ -15,6 +15,9 @@ STAGE_NAMES = {
     "recovered": "recovered",
     "finetuned": "fine-tuned",
 }
+
+
+SPECTRUM_METHODS: Final = {"exact": "exact", "lanczos": "a Lanczos estimate"}
 
 
 def count(value: float) -> str:
@@ -46,6 +49,13 @@ def figure(value: float | None, digits: int = 3) -> str:
     if not 1 <= abs(value) < 1e6:
         return f"{value:.{digits}g}"
     return f"{value:.{max(0, digits - len(str(int(abs(value)))))}f}"
+
+
+def spectrum_bounds(jsv: SpectrumSummary) -> tuple[str, str, str]:
+    """What stands by the mean, the smallest value and the condition of an estimate: two standard errors, and signs."""
+    if jsv.method == "exact":
+        return "", "", ""
+    return f" ± {figure(2 * (jsv.mean_error or 0.0), 2)}", "≤ ", "≥ "
 
 
 def epochs(value: float) -> str:
