@@ -34,7 +34,7 @@ from prunecli.plan import Cost, ModelRef, PlannedGroup
 from prunecli.recipe import PruneSettings, Target
 
 CLASSES = 10
-TIMEOUT_S = 600  # for all pairs of one model; one pair of the slowest takes about a tenth of it
+TIMEOUT_S = 180  # for all pairs of one model
 
 
 def ours(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
