@@ -164,15 +164,15 @@ def in_fresh_processes(names: Sequence[str]) -> list[Row]:
     """Rows of some architectures: tried in one process, reloaded in another, whatever happens to either."""
     with tempfile.TemporaryDirectory() as place:
         rows = {row.name: row for row in map(Row.model_validate_json, child("--several", place, *names))}
-        for name in names:
-            if name not in rows:  # the one that ended the process, and those after it
-                return [*rows.values(), refused(name, "its process ended"), *in_fresh_processes(names[len(rows) + 1 :])]
-        differences = dict(line.split() for line in child("--reload", place, *names))
-    return [
+        differences = dict(line.split() for line in child("--reload", place, *rows))
+    done = [
         row.model_copy(update={"reload_max_abs_diff": None if found == "None" else float(found)})
         for name, row in rows.items()
         for found in [differences.get(name, "None")]
     ]
+    if len(done) < len(names):  # the next one ended the process
+        done += [refused(names[len(done)], "its process ended"), *in_fresh_processes(names[len(done) + 1 :])]
+    return done
 
 
 def child(*arguments: str) -> list[str]:

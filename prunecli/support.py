@@ -86,6 +86,8 @@ class Row(Value):
         said = next((problem for problem in problems if problem), None)
         if said is None and self.reload_max_abs_diff:
             said = f"reloads with a difference of {self.reload_max_abs_diff:.1e}"
+        if said is None and self.reload_max_abs_diff is None:
+            said = "it could not be reloaded"
         if said is None:
             said = next((note for trial in self.trials for note in trial.notes), None)
         if said is None and self.frozen and self.prunable_share < 0.99:

@@ -27,6 +27,7 @@ def test_the_reason_is_the_first_problem_else_what_stays():
     assert row("a", "m").reason == ""
     assert row("a", "m", problem="too odd", trials=()).reason == "too odd"
     assert row("a", "m", reload_max_abs_diff=1e-9).reason == "reloads with a difference of 1.0e-09"
+    assert row("a", "m", reload_max_abs_diff=None).reason == "it could not be reloaded"
     spared = trials()[0].model_copy(update={"notes": ("stem: all channels stay",)})
     assert row("a", "m", trials=(spared, trials()[1])).reason == "stem: all channels stay"
     gmlp = matrix().row("gmlp_b16_224")
