@@ -165,6 +165,8 @@ def test_random_plans_of_small_nets(
 
 @pytest.mark.parametrize("name", [*MODELS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][1:]])
 def test_plans_of_architectures_with_ties_meet_their_target(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     size = (3, MODELS[name], MODELS[name])
     torch.manual_seed(0)
     model = timm.create_model(name).eval()

@@ -17,10 +17,11 @@ from torch import Tensor
 _META = torch.device("meta")
 #: Gives new tensors by its schema, but in the memory of its input, which the record of in-place operators asks for.
 _SHARES_MEMORY = "_unsafe_view"
-#: Elementwise in effect, but without the tag.
+#: Elementwise in effect, but without the tag (in some releases of torch, or in place).
 _UNTAGGED = frozenset(
     {"where", "floor_divide", "masked_fill", "clamp", "hardsigmoid", "hardswish", "lerp", "addcmul", "mish", "softplus"}
-    | {"logical_not", "bitwise_and", "prelu", "_prelu_kernel", "dropout", "isnan"}
+    | {"logical_not", "bitwise_and", "prelu", "_prelu_kernel", "dropout", "isnan", "leaky_relu", "elu", "celu", "selu"}
+    | {"gelu", "hardtanh", "relu6", "threshold", "rrelu"}
 )
 #: What tells apart two calls of one operator whose outputs may differ; only ever compared.
 _Key = Any
