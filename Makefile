@@ -15,7 +15,7 @@ run: setup
 	$(BIN)/prunecli compress --recipe quickstart
 
 test: setup
-	$(BIN)/pytest -n logical
+	$(BIN)/pytest -n logical --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
