@@ -23,6 +23,7 @@ from rich.console import Console, RenderableType
 from prunecli.errors import ExitCode, PruneError
 
 _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
+_HEARD_WITHIN = 0.25  # seconds after which an interrupt that nothing has reacted to is raised again
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
@@ -130,14 +131,35 @@ def _interruptible() -> Iterator[Callable[[], None]]:
             errors().show_cursor(show=True)
             tell("Error: Interrupted.")
             os._exit(ExitCode.INTERRUPTED)
+        # Raised inside a finaliser, a weak reference's callback or another library's bare ``except`` it would be lost.
+        signal.setitimer(signal.ITIMER_REAL, _HEARD_WITHIN)
         raise KeyboardInterrupt
 
+    def insist(number: int, frame: FrameType | None) -> None:
+        if _interrupt_under_way():
+            signal.setitimer(signal.ITIMER_REAL, _HEARD_WITHIN)
+        else:
+            interrupt(number, frame)
+
     former = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    unused = signal.signal(signal.SIGALRM, insist)
     try:
         yield end_at_once
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, unused)
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _interrupt_under_way() -> bool:
+    """Whether a KeyboardInterrupt, or an error raised because of one, is on its way up."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _importing(frame: FrameType | None) -> bool:

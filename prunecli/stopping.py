@@ -19,16 +19,20 @@ class Stopped(Exception):  # noqa: N818 - a request, not an error
 def stop_requests() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop between two steps; a second one acts at once.
 
-    Signals reach the main thread only, so elsewhere the request is simply never made.
+    A request that came too late for the body to hear it is handed on to the former handler. Signals reach the main
+    thread only, so elsewhere the request is simply never made.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    asked: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
+        asked.append(number)
         stop.set()
 
     former = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -37,6 +41,8 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    if asked:
+        signal.raise_signal(asked[0])
 
 
 def stop_if_asked(stop: threading.Event) -> None:

@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prunecli
 from prunecli.cli import app
+from prunecli.console import reported
+from prunecli.errors import InterruptedRunError
 
 # A real job in a few seconds: LeNet-5 on 256 handwritten digits.
 JOB = [
@@ -487,7 +491,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
     wait_for((tmp_path / "run" / "plan.json").exists, process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "--resume" in said
     assert "Traceback" not in said
 
@@ -511,6 +515,38 @@ def test_an_interrupt_while_loading_is_one_sentence(tmp_path, number, seconds):
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("Error: Interrupted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_swallows_is_raised_again(number, capsys):
+    def work():
+        with suppress(BaseException):
+            signal.raise_signal(number)
+        time.sleep(60)
+
+    with pytest.raises(typer.Exit) as caught, reported():
+        work()
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "Error: Interrupted.\n"
+
+
+def test_an_interrupt_does_not_disturb_what_is_put_in_order_after_it():
+    former = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    saved = []
+
+    def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            time.sleep(1.0)
+            saved.append("state")
+            raise InterruptedRunError("Interrupted.") from None
+
+    with pytest.raises(typer.Exit) as caught, reported():
+        work()
+    assert (caught.value.exit_code, saved) == (130, ["state"])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == former
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prunecli.data import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.penalty import Orthogonality
 from prunecli.recipe import DataSettings, DistillSettings, FinetuneSettings
+from prunecli.stopping import Stopped, stop_if_asked, stop_requests
 from prunecli.zoo import input_spec, load_model
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
@@ -269,6 +271,21 @@ def test_a_stop_asked_for_at_the_very_end_is_heard(tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         train.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=interrupt, **RUN)
     assert states(tmp_path) == ["state-00003-00000000.safetensors"]
+
+
+def test_a_stop_asked_for_too_late_to_be_heard_is_handed_on() -> None:
+    handed: list[int] = []
+    former = signal.signal(signal.SIGTERM, lambda number, _: handed.append(number))
+    try:
+        with stop_requests():
+            signal.raise_signal(signal.SIGTERM)
+        with suppress(Stopped), stop_requests() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            stop_if_asked(stop)
+            pytest.fail("the request was not heard")
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert handed == [signal.SIGTERM]
 
 
 def test_signals_work_as_before_afterwards_and_threads_may_train() -> None:
