@@ -36,8 +36,8 @@ from prunecli.summary import versions
 from prunecli.support import Matrix, Row, Traced
 
 # The proof runs the net five times in float64. What is too large for that here is proved with fewer layers of the same
-# structure; its graph is still built, timed and weighed whole.
-MANY_PARAMETERS, MANY_MACS = 150e6, 15e9
+# structure; its graph is still built, timed and weighed whole. Where that cannot be, images shrink above HUGE_MACS.
+MANY_PARAMETERS, MANY_MACS, HUGE_MACS = 150e6, 15e9, 200e9
 FEWER_LAYERS: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": [2, 2, 2, 2]}, {"layers": [2, 2, 2, 2]})
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -87,8 +87,9 @@ def one(name: str, out: Path) -> Row:
     effort = {"graph_seconds": time.perf_counter() - start, "graph_mib": resident_mib("VmHWM") - before}
     large = graph.numel({}, graph.tensors) > MANY_PARAMETERS or graph.macs({}) > MANY_MACS
     fewer = fewer_layers(ref, trial.structure_of(model)) if large else {}
+    smaller = None if fewer or graph.macs({}) <= HUGE_MACS else smaller_images(size, graph.macs({}))
     del model
-    row = trial.try_architecture(name, model_args={**ref.args, **fewer}, out=out)
+    row = trial.try_architecture(name, model_args={**ref.args, **fewer}, input_size=smaller, out=out)
     return row.model_copy(update={key: round(value, 2) for key, value in effort.items()})
 
 
@@ -102,6 +103,12 @@ def fewer_layers(ref: ModelRef, structure: str) -> dict[str, Any]:
         if trial.structure_of(smaller) == structure:
             return args
     return {}
+
+
+def smaller_images(size: tuple[int, int, int], macs: float) -> tuple[int, int, int]:
+    """Half the height and width, as often as it takes to come below HUGE_MACS (convolutions: a quarter each time)."""
+    channels, height, width = size
+    return size if macs <= HUGE_MACS else smaller_images((channels, height // 2, width // 2), macs / 4)
 
 
 def resident_mib(field: str) -> float:
@@ -282,6 +289,8 @@ def page(matrix: Matrix) -> str:
         error = "" if row.worst_error is None else f"{row.worst_error:.0e}"
         said = f"{row.status}{': ' if row.reason else ''}{row.reason}".replace("|", "\\|")
         name = row.name + "".join(f" {key}={value}" for key, value in row.model_args.items())
+        if row.input_size != zoo.input_spec(reference(row.name)).size:
+            name += f" at {row.input_size[1]}x{row.input_size[2]} px"
         cells = [
             name,
             row.module,
