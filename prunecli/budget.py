@@ -4,7 +4,8 @@ How many channels each unit loses is one number, the *pressure* p in [0, 1]. Uni
 unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
 ECCV 2024). A pool of W channels gives up its ceil(p W) cheapest, no group more than its share ``max_ratio``. Target
 ``ratio`` sets p itself; for the others p is bisected, since parameters, multiply-adds and bytes fall with p, and the
-last per cent is found by moving single steps of single groups.
+last per cent is found by moving single steps of single groups. Where training has learnt how wide each group has to be,
+there is nothing to solve: each gets the next width that rounding and ties allow.
 
 What is cut as one and in which steps, rounding included, is said by `prunecli.units`.
 """
@@ -61,10 +62,17 @@ class Choice:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """In the place of a target: how many channels each group needs. Rounding, limits and ties only add to it."""
+
+    widths: Mapping[str, int]
+
+
 def choose(
     graph: Graph,
     scores: Mapping[str, Tensor],
-    target: Target,
+    target: Target | Learned,
     settings: PruneSettings,
     *,
     parameters: Sequence[str],
@@ -81,7 +89,7 @@ def choose(
     Args:
         graph: groups, sizes and the attribute solver.
         scores: importance ``[width]`` by group name, low leaves first.
-        target: what to reach.
+        target: what to reach, or the widths that were learnt (of every scored group).
         settings: ranking, patterns, rounding, limits.
         parameters: tensor names that count as parameters.
         stored: tensor names that count as bytes.
@@ -221,44 +229,105 @@ class _Search:
         return self.meter.trial(self.widths(kept))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Solution:
+    """Kept widths by unit, and what they reach of what was asked, in the metric's own unit."""
+
+    kept: Sequence[int]
+    asked: float
+    reached: float
+    reachable: tuple[float, float]
+
+
 def _solve(
-    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
+    units: Sequence[Unit], target: Target | Learned, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
 ) -> Choice:
     if not units:
         raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
-    pools = _pools(units, settings.ranking)
-    if target.metric == "ratio":
-        kept = _under_pressure(units, pools, target.value)
-        total = sum(unit.width for unit in units)
-        asked, reached = target.value, 1 - sum(kept) / total
-        reachable = (0.0, sum(unit.most for unit in units) / total)
+    if isinstance(target, Learned):
+        found = _as_learned(units, target)
+    elif target.metric == "ratio":
+        found = _at_ratio(units, _under_pressure(units, _pools(units, settings.ranking), target.value), target.value)
     else:
-        metric = {"macs": "macs", "speedup": "macs", "params": "params", "size": "bytes"}[target.metric]
-        dense = getattr(prices.base, metric)
-        goal = dense / target.value if target.metric == "speedup" else target.value * (dense if target.relative else 1)
-        search = _Search(units=units, meter=prices.meter(metric))
-        least = search.price({at: unit.allowed[-1] for at, unit in enumerate(units)})
-        hint = "; ".join(notes) or None
-        _reach(search, pools, goal, least=least, dense=dense, text=f"{target}", metric=metric, hint=hint)
-        kept, value = search.kept, search.meter.total
-        if target.metric == "speedup":
-            asked, reached, reachable = target.value, dense / max(value, 1), (1.0, dense / max(least, 1))
-        else:
-            asked, reached, reachable = goal, float(value), (float(least), float(dense))
+        found = _at_cost(units, target, settings, prices, hint="; ".join(notes) or None)
     keep = {
         name: tuple(sorted(unit.order[name][-own:]))
-        for unit, width in zip(units, kept, strict=True)
+        for unit, width in zip(units, found.kept, strict=True)
         for name, own in unit.widths(width).items()
         if width < unit.width
     }
     if not keep:
-        raise NothingPrunedError(
+        raise _nothing_removed(target, found)
+    cost = prices.cost({name: len(channels) for name, channels in keep.items()})
+    notes = (*notes, *_remarks(target, found, keep, settings))
+    return Choice(
+        keep=keep, cost=cost, asked=found.asked, reached=found.reached, reachable=found.reachable, notes=notes
+    )
+
+
+def _at_ratio(units: Sequence[Unit], kept: Sequence[int], asked: float) -> _Solution:
+    """These widths, as the share of channels that they remove."""
+    total = sum(unit.width for unit in units)
+    return _Solution(
+        kept=kept,
+        asked=asked,
+        reached=1 - sum(kept) / total,
+        reachable=(0.0, sum(unit.most for unit in units) / total),
+    )
+
+
+def _as_learned(units: Sequence[Unit], learned: Learned) -> _Solution:
+    """The least allowed widths that keep what every group needs; asked is what those would be without rounding."""
+
+    def enough(unit: Unit, kept: int) -> bool:
+        return all(width >= learned.widths[name] for name, width in unit.widths(kept).items())
+
+    needed = [next(kept for kept in range(unit.width + 1) if enough(unit, kept)) for unit in units]
+    kept = [min(width for width in unit.allowed if enough(unit, width)) for unit in units]
+    return _at_ratio(units, kept, 1 - sum(needed) / sum(unit.width for unit in units))
+
+
+def _at_cost(
+    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: _Prices, *, hint: str | None
+) -> _Solution:
+    """Widths that bring a cost of the whole model to the target. Raises TargetError."""
+    metric = {"macs": "macs", "speedup": "macs", "params": "params", "size": "bytes"}[target.metric]
+    dense = getattr(prices.base, metric)
+    goal = dense / target.value if target.metric == "speedup" else target.value * (dense if target.relative else 1)
+    search = _Search(units=units, meter=prices.meter(metric))
+    least = search.price({at: unit.allowed[-1] for at, unit in enumerate(units)})
+    pools = _pools(units, settings.ranking)
+    _reach(search, pools, goal, least=least, dense=dense, text=f"{target}", metric=metric, hint=hint)
+    value = search.meter.total
+    if target.metric == "speedup":
+        asked, reached, reachable = target.value, dense / max(value, 1), (1.0, dense / max(least, 1))
+    else:
+        asked, reached, reachable = goal, float(value), (float(least), float(dense))
+    return _Solution(kept=search.kept, asked=asked, reached=reached, reachable=reachable)
+
+
+def _nothing_removed(target: Target | Learned, found: _Solution) -> NothingPrunedError:
+    if isinstance(target, Target):
+        return NothingPrunedError(
             f"Target {target} removes no channel.", hint="Ask for more, or switch rounding off with prune.round_to=1."
         )
+    return NothingPrunedError(
+        f"The gates close {found.asked:.4g} of the channels, and rounded to allowed widths no channel leaves.",
+        hint="Train longer (phase.steps), push gates towards closing (phase.gate_l1), or set prune.round_to=1.",
+    )
+
+
+def _remarks(
+    target: Target | Learned, found: _Solution, keep: Mapping[str, tuple[int, ...]], settings: PruneSettings
+) -> list[str]:
+    """What a user has to know of widths that are not the ones asked for."""
+    if isinstance(target, Learned):
+        rest = [name for name, channels in keep.items() if not target.widths[name]]
+        closed = [f"{name}: every gate closed, the {len(keep[name])} that were nearest to open stay" for name in rest]
+        return [*closed, f"the gates close {found.asked:.4g} of the channels; {found.reached:.4g} leave"]
     if target.metric == "ratio" and settings.round_to > 1:
-        notes = [*notes, f"with widths rounded to {settings.round_to}, {reached:.4g} of the channels leave"]
-    cost = prices.cost({name: len(channels) for name, channels in keep.items()})
-    return Choice(keep=keep, cost=cost, asked=asked, reached=reached, reachable=reachable, notes=tuple(notes))
+        return [f"with widths rounded to {settings.round_to}, {found.reached:.4g} of the channels leave"]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,43 @@ def _compared(
     return Equivalence(relative_error=worst, exact=not norms, norms=norms, unseen=unseen)
 
 
+def gating_error(
+    model: nn.Module,
+    gated: Callable[[nn.Module], nn.Module],
+    *,
+    groups: Sequence[PlannedGroup],
+    input_size: tuple[int, int, int],
+    seed: int,
+) -> float:
+    """How far a net with its gates closed on what a plan removes is from the net with those channels silenced.
+
+    ``max|gated - silenced| / max|silenced|`` as in ``equivalence_error``; inf where the gated net cannot be run.
+
+    Args:
+        model: left as it is, but for caches.
+        gated: puts the closed gates around a copy of it.
+        groups: of the plan, without norms over their channels.
+        input_size: channels, height, width.
+        seed: of parameters and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clear_caches_(model)
+    net = _double_copy(model)
+    _redraw_(net, generator)
+    images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
+    _dense_outputs_(net, images, calibrated=True)
+    behind = gated(net).eval()
+    try:
+        with torch.no_grad():
+            found = _outputs(behind, images)
+        for part in silencing_slices(net, groups):
+            part.zero_()
+        expected = _silenced_outputs(net, tuple(groups), (), images)
+    except (_FailedCheckError, *_FORWARD_ERRORS):
+        return math.inf
+    return (found - expected).abs().max().item() / expected.abs().max().item()
+
+
 # ---------------------------------------------------------------------------------------------- the two sides
 
 

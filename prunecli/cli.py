@@ -80,7 +80,7 @@ def compress(
     target: Annotated[
         str | None, typer.Option("--target", metavar="METRIC=VALUE", help="macs=50%, speedup=2 …")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="oneshot, tpp, greg, kernorth, orthconv")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="oneshot, tpp, greg, kernorth, orthconv, abp")] = None,
     criterion: Annotated[str | None, typer.Option("--criterion", help="l1, l2, group_norm, bn_scale, lamp …")] = None,
     recover: Annotated[str | None, typer.Option("--recover", help="auto, none, or steps: lstsq,bn")] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this; 1 is off")] = None,

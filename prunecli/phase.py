@@ -1,8 +1,9 @@
 """A training phase before the cut, as a value: what it is made of and what it costs.
 
-Two kinds. One pushes channels of coupled groups towards zero by an L2 penalty that grows (GReg, arXiv 2012.09243) and
-decorrelates them from the kept ones (TPP, arXiv 2207.12534); the other makes all weights more orthogonal before the
-channels are picked (KernOrth, OrthConv). Counts are optimiser steps, the papers' iterations.
+Three kinds. One pushes channels of coupled groups towards zero by an L2 penalty that grows (GReg, arXiv 2012.09243) and
+decorrelates them from the kept ones (TPP, arXiv 2207.12534); one makes all weights more orthogonal before the
+channels are picked (KernOrth, OrthConv); one learns which channels are needed (ABP, see `gates`). Counts are optimiser
+steps, the papers' iterations.
 
 In a coupled group, "filter" j of those papers is the slice of channel j of each member that produces the channel, and
 each producing matrix has its own Gram matrix (of its rows: a head is many filters that leave together); biases, norm
@@ -14,12 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from prunecli.errors import UsageError
 from prunecli.plan import PlannedGroup
 from prunecli.recipe import Recipe
 from prunecli.report import PhaseCost, PhaseName
+
+_LR: Final = 1e-3
+_GATE_LR: Final = 0.1  # ABP trains nets, not only gates
 
 
 class TrainingSize(Protocol):
@@ -35,7 +39,8 @@ class Phase:
 
     Attributes:
         name: ``grow`` pushes all channels a little, so that the plan can be made from what that does to them (the first
-            half of GReg-2); ``push`` pushes those that a plan removes; ``regularise`` makes weights orthogonal.
+            half of GReg-2); ``push`` pushes those that a plan removes; ``regularise`` makes weights orthogonal;
+            ``gate`` learns a gate for every channel.
         steps: optimiser steps in all.
         lr: learning rate, constant.
         momentum: of SGD.
@@ -48,6 +53,7 @@ class Phase:
         zero_every: see there.
         regulariser: of a phase that pushes nothing.
         regulariser_weight: of it.
+        gate_l1: what is added to a gate's gradient, times its sign.
     """
 
     name: PhaseName
@@ -64,6 +70,7 @@ class Phase:
     zero_every: int = 1
     regulariser: Literal["none", "kernorth", "orthconv"] = "none"
     regulariser_weight: float = 0.0
+    gate_l1: float = 0.0
 
     @property
     def before_plan(self) -> bool:
@@ -84,14 +91,17 @@ class Phase:
 def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
     """The phases of the recipe's method, in order; none for ``oneshot``."""
     asked = recipe.phase
+    lr = asked.lr or (_GATE_LR if recipe.method == "abp" else _LR)
     if recipe.method == "oneshot":
         return ()
+    if recipe.method == "abp":
+        return (Phase(name="gate", steps=asked.steps, lr=lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)
     if recipe.method in ("kernorth", "orthconv"):
         return (
             Phase(
                 name="regularise",
                 steps=asked.steps,
-                lr=asked.lr,
+                lr=lr,
                 momentum=asked.momentum,
                 regulariser=recipe.method,
                 regulariser_weight=asked.regulariser_weight,
@@ -104,7 +114,7 @@ def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
     push = Phase(
         name="push",
         steps=pushing + asked.stabilise,
-        lr=asked.lr,
+        lr=lr,
         momentum=asked.momentum,
         reg_start=start if growing else asked.reg_ceiling,
         reg_step=asked.reg_step if growing else 0.0,
@@ -120,7 +130,7 @@ def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
     grow = Phase(
         name="grow",
         steps=_growth(asked.pick_ceiling, asked.pick_step, asked.reg_every),
-        lr=asked.lr,
+        lr=lr,
         momentum=asked.momentum,
         reg_step=asked.pick_step,
         reg_every=asked.reg_every,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prunecli.errors import PruneError
+from prunecli.gates import Gated, GateSteps
 from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
@@ -46,7 +47,7 @@ def train_phase_(
     to the same weights, on a CPU bit for bit. Events are those of `train.finetune`.
 
     Args:
-        model: the starting weights; it stays on ``device``, in evaluation mode.
+        model: the starting weights, for a phase of gates a `Gated` net; it stays on ``device``, in evaluation mode.
         phase: what to do.
         groups: of the plan.
         images: training images; validation is not looked at.
@@ -114,8 +115,12 @@ class _PhaseTraining(Loop):
 
     @torch.no_grad()
     def _figures(self) -> dict[str, float]:
-        """The factor λ of the step before, and what is left to be penalised; zero groups are counted from their end."""
+        """The factor λ of the step before, and what is left to be penalised; zero groups are counted from their end.
+        Of gates the share that is open.
+        """
         penalty = self.trainer.penalty
+        if isinstance(penalty, GateSteps):
+            return {"open": penalty.open_share()}
         if isinstance(penalty, Orthogonality):
             return {"penalty": float(penalty.value())}
         assert isinstance(penalty, Push)
@@ -138,6 +143,8 @@ class _PhaseTraining(Loop):
             penalty_after=last.get("penalty"),
             norm_before=first.get("norm"),
             norm_after=last.get("norm"),
+            open_before=first.get("open"),
+            open_after=last.get("open"),
             seconds=round(math.fsum(entry.get("seconds", 0.0) for entry in history), 3),
             history=history,
         )
@@ -146,6 +153,9 @@ class _PhaseTraining(Loop):
 def _penalty(model: nn.Module, groups: Sequence[PlannedGroup], phase: Phase) -> Penalty:
     if phase.regulariser != "none":
         return Orthogonality(model, phase.regulariser, phase.regulariser_weight)
+    if phase.name == "gate":
+        assert isinstance(model, Gated)
+        return GateSteps(model.gate, phase.gate_l1)
     return Push(model, groups, phase)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from prunecli.files import write_tensors
+from prunecli.files import read_tensors, write_tensors
+from prunecli.gates import Gated, drawn_gates
 from prunecli.job import Job, reload_
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
@@ -18,9 +21,18 @@ def plans_late(job: Job) -> bool:
     return any(phase.before_plan for phase in phases_of(job.recipe))
 
 
-def before_plan(job: Job, first: Plan) -> nn.Module:
-    """The weights that the plan is to be made from, on the CPU; ``first`` is the plan for the weights as they came."""
-    return _through(job, first, before=True).cpu()
+@dataclass(frozen=True, kw_only=True)
+class Learnt:
+    """What the plan is to be made from: weights, on the CPU, and where gates were learnt their |a| by group name."""
+
+    model: nn.Module
+    gates: dict[str, Tensor] | None
+
+
+def before_plan(job: Job, first: Plan) -> Learnt:
+    """What the phases before the plan leave; ``first`` is the plan for the weights as they came."""
+    model = _through(job, first, before=True).cpu()
+    return Learnt(model=model, gates=read_tensors(_gates_file(job)) if job.recipe.method == "abp" else None)
 
 
 def before_cut(job: Job, plan: Plan) -> nn.Module:
@@ -45,8 +57,10 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         return
     assert job.images is not None
     job.notify({"event": "start", "name": phase.name})
+    gated = plan.cut_groups if phase.name == "gate" else ()
+    net = Gated(model, gated, drawn_gates(gated, seed=job.recipe.seed)) if gated else model
     report = train_phase_(
-        model,
+        net,
         phase,
         plan.groups,
         job.images,
@@ -57,5 +71,12 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         folder=job.folder.checkpoints / phase.name,
         on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
+    if isinstance(net, Gated):
+        net.fold_()
+        write_tensors(_gates_file(job), net.magnitudes())
     write_tensors(weights, model.state_dict())
     job.save(job.progress.model_copy(update={"phases": (*job.progress.phases, report)}))
+
+
+def _gates_file(job: Job) -> Path:
+    return job.folder.checkpoints / "gates.safetensors"

@@ -15,7 +15,7 @@ from typing import Final
 
 from torch import nn
 
-from prunecli import cost, data, page, phase, phase_stage, spectrum, store, train
+from prunecli import cost, data, gate_plan, page, phase, phase_stage, spectrum, store, train
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.factory import Function
 from prunecli.files import write_json, write_tensors, write_text
@@ -36,7 +36,7 @@ from prunecli.recipe import Recipe
 from prunecli.recovery import recover_stage
 from prunecli.recovery_steps import Subject
 from prunecli.report import Report, TargetResult
-from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
+from prunecli.stages import Magnitudes, Planned, Source, cut, make_plan, proven_plan
 from prunecli.summary import rounded, summarise
 
 TARGET_TOLERANCE: Final = 0.01
@@ -73,7 +73,8 @@ def _planned(job: Job) -> Planned:
         _dense(job)
         learnt = phase_stage.before_plan(job, planned.plan)
         job.notify({"event": "start", "name": "plan"})
-        planned, proof = plan_and_prove(replace(job.source, model=learnt), job.recipe, job.images)
+        source = replace(job.source, model=learnt.model)
+        planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates)
     write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
     job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
     made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
@@ -81,22 +82,31 @@ def _planned(job: Job) -> Planned:
     return planned
 
 
-def plan_and_prove(source: Source, recipe: Recipe, images: data.Images | None) -> tuple[Planned, str]:
-    """Trace, plan and prove; what ``--dry-run`` shows.
+def plan_and_prove(
+    source: Source, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+) -> tuple[Planned, str]:
+    """Trace, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
 
     Raises as ``make_plan`` and ``proven_plan``, and UsageError where a phase before the cut has nothing to train with
     or is too short for this plan.
     """
     phase.require_possible(recipe, images)
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
-    if not recipe.equivalence_check:
-        planned = make_plan(source, graph, recipe, images)
-        phase.require_time(recipe, planned.plan.groups)
-        return planned, "the equivalence check was switched off"
-    proven = proven_plan(source, graph, recipe, images)
-    phase.require_time(recipe, proven.planned.plan.groups)
-    error = proven.proof.relative_error
-    return proven.planned, f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
+    notes: tuple[str, ...] = ()
+    if recipe.method == "abp" and gates is None:
+        found = gate_plan.gateable(source, graph, recipe)
+        graph, recipe, notes = found.graph, found.trial, found.notes
+    elif recipe.method == "abp":
+        graph, notes = gate_plan.without_norms(graph)
+    if recipe.equivalence_check:
+        proven = proven_plan(source, graph, recipe, images, gates)
+        planned, error = proven.planned, proven.proof.relative_error
+        proof = f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
+    else:
+        planned = make_plan(source, graph, recipe, images, gates)
+        proof = "the equivalence check was switched off"
+    phase.require_time(recipe, planned.plan.groups)
+    return replace(planned, notes=(*notes, *planned.notes)), proof
 
 
 def _regularised(job: Job, plan: Plan) -> nn.Module:
@@ -225,7 +235,7 @@ def _finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
     write_text(job.folder.path / store.PAGE, html)
     write_json(job.folder.path / store.REPORT, report.model_dump(mode="json"))
-    for name in ("grow", "regularise", "push", "recovered", "finetuned"):
+    for name in ("grow", "regularise", "push", "gate", "gates", "recovered", "finetuned"):
         (job.folder.checkpoints / f"{name}.safetensors").unlink(missing_ok=True)
     job.say("done", seconds=round(time.perf_counter() - job.started, 3))
     return report

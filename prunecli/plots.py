@@ -154,6 +154,7 @@ def phase_plot(done: PhaseReport) -> str:
         ("cross-entropy", [("train_loss", "", _BEFORE)], "linear"),
         (penalised, [("penalty", "", _STAGE_COLOURS["regularised"])], "log"),
         ("norm of the pushed channels", [("norm", "", _AFTER)], "log"),
+        ("share of open gates", [("open", "", _AFTER)], "linear"),
     ]
     return _by_epoch(done.history, panels, label=f"The phase before the cut by epoch: {done.name}")
 

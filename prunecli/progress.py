@@ -15,6 +15,7 @@ _DOING: Final = {
     "grow": "Letting a small penalty grow on all channels",
     "push": "Pushing the channels that leave towards zero",
     "regularise": "Making the weights more orthogonal",
+    "gate": "Learning which channels are needed",
     "regularised": "Measuring what the phase made of the model",
     "pruned": "Measuring the pruned model",
     "recover": "Trying recovery steps",
@@ -105,6 +106,7 @@ def _sentence(event: dict[str, Any]) -> str:
                 ("factor", "reg", ".3g"),
                 ("pushed norm", "norm", ".3g"),
                 ("penalty", "penalty", ".3g"),
+                ("open gates", "open", ".1%"),
                 ("LR", "lr", ".3g"),
             )
             shown = [f"{name} {rest[key]:{form}}" for name, key, form in figures if isinstance(rest.get(key), float)]

@@ -22,7 +22,7 @@ from prunecli.errors import UsageError, nearest
 from prunecli.plan import Value
 
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
-Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv"]
+Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv", "abp"]
 Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
@@ -166,12 +166,16 @@ class RecoverSettings(Value):
 
 
 class PhaseSettings(Value):
-    """The training phase before the cut: methods tpp, greg, kernorth and orthconv. Counts are optimiser steps.
+    """The training phase before the cut: every method but oneshot. Counts are optimiser steps.
 
     The defaults are the papers' for CIFAR; for ImageNet reg_every is 5 and stabilise 40000.
     """
 
-    lr: float = Field(default=1e-3, gt=0, description="constant; the optimiser is SGD, with finetune.weight_decay")
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="constant; none: 1e-3, with abp 0.1; the optimiser is SGD, with finetune.weight_decay",
+    )
     momentum: float = Field(default=0.9, ge=0, lt=1)
     penalty: Literal["growing", "fixed"] = Field(
         default="growing", description="tpp, greg; fixed: reg_ceiling from the first step on, for `steps`"
@@ -179,7 +183,9 @@ class PhaseSettings(Value):
     reg_step: float = Field(default=1e-4, gt=0, description="what the penalty's factor grows by")
     reg_every: int = Field(default=10, gt=0, description="steps from one growth to the next")
     reg_ceiling: float = Field(default=1.0, gt=0, description="where the growth stops")
-    steps: int = Field(default=50_000, gt=0, description="length with a fixed penalty, and of kernorth and orthconv")
+    steps: int = Field(
+        default=50_000, gt=0, description="length with a fixed penalty, and of kernorth, orthconv and abp"
+    )
     stabilise: int = Field(default=10_000, ge=0, description="steps at reg_ceiling after that (tpp, greg)")
     zero_every: int = Field(
         default=100, gt=0, description="tpp: while stabilising, one more group is set to zero every so many steps"
@@ -194,6 +200,9 @@ class PhaseSettings(Value):
     pick_step: float = Field(default=1e-5, gt=0, description="greg 2: what the factor grows by before they are picked")
     pick_ceiling: float = Field(default=1e-2, gt=0, description="greg 2: the factor at which they are picked")
     regulariser_weight: float = Field(default=0.1, gt=0, description="kernorth, orthconv")
+    gate_l1: float = Field(
+        default=0.0, ge=0, description="abp: pushes the gates towards closing; 1e-4 is the authors' figure"
+    )
 
 
 class DistillSettings(Value):
@@ -329,7 +338,8 @@ class Recipe(Value):
     target: Target | None = None
     method: Method = Field(
         default="oneshot",
-        description="what happens before the cut; tpp, greg, kernorth, orthconv: a training phase (section phase)",
+        description="what happens before the cut; all but oneshot: a training phase (section phase); abp learns which "
+        "channels leave, and how many where there is no target",
     )
     phase: PhaseSettings = PhaseSettings()
     prune: PruneSettings = PruneSettings()
@@ -364,6 +374,12 @@ class Recipe(Value):
             raise ValueError("phase.variant 2 picks by a growing penalty; leave phase.penalty: fixed out")
         if self.phase.variant == 2 and self.phase.pick_ceiling >= self.phase.reg_ceiling:
             raise ValueError("phase.pick_ceiling must be below phase.reg_ceiling")
+        if self.phase.gate_l1 and self.method != "abp":
+            raise ValueError(f"phase.gate_l1 is of method abp, not of {self.method}")
+        if self.method == "abp" and self.prune.criterion != "l1":
+            raise ValueError(
+                f"method abp ranks channels by their gates; leave out prune.criterion {self.prune.criterion}"
+            )
         return self
 
     # -------------------------------------------------------------------------------------------- reading

@@ -190,7 +190,12 @@ def plan_table(
         ("proof", proof),
         *(("before the cut", wording.phase_line(phase)) for phase in phases),
     )
-    if any(phase.name != "push" for phase in phases):
+    if any(phase.name == "gate" for phase in phases):
+        notes = [
+            *notes,
+            "On trial: a random half of every group that gets gates. Which channels leave is yet to be learnt.",
+        ]
+    elif any(phase.name != "push" for phase in phases):
         notes = [*notes, "This is the plan for the weights as they are; the one that is cut is made after the phase."]
     return Group(Text(f"Plan for {plan.model.name}; nothing has been changed."), groups, costs, fields, *_notes(notes))
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from prunecli.plan import Value
 
 StageName = Literal["dense", "regularised", "pruned", "recovered", "finetuned"]
-PhaseName = Literal["grow", "push", "regularise"]
+PhaseName = Literal["grow", "push", "regularise", "gate"]
 
 
 class SpectrumSummary(Value):
@@ -130,6 +130,8 @@ class PhaseReport(PhaseCost):
     penalty_after: float | None = None
     norm_before: float | None = Field(default=None, description="Frobenius norm of the channels that are pushed")
     norm_after: float | None = None
+    open_before: float | None = Field(default=None, description="abp: open gates as a share of all")
+    open_after: float | None = None
     seconds: float
     history: tuple[dict[str, float], ...] = ()
 

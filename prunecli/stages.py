@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunecli import budget, check, cost, data, score, spectrum, store, surgery, zoo
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.factory import Function
+from prunecli.gates import is_open
 from prunecli.graph import build_graph
 from prunecli.groups import Graph
 from prunecli.outputs import logits_of
@@ -151,33 +152,34 @@ def open_images(recipe: Recipe, source: Source) -> data.Images | None:
     return data.open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
 
 
-def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Planned:
+Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
+
+
+def make_plan(
+    source: Source, graph: Graph, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+) -> Planned:
     """Score every group, choose the kept channels, predict the costs. Changes nothing.
+
+    Learnt ``gates`` stand in the place of the criterion, and of a target that was not given.
 
     Raises:
         UsageError: no target, or a criterion that needs data without data.
         TargetError: out of reach, with the reachable range.
         NothingPrunedError: nothing would be removed.
     """
-    if recipe.target is None:
+    settings = recipe.prune if gates is None else recipe.prune.model_copy(update={"criterion": "gates"})
+    needed = None if gates is None else {name: int(is_open(values).sum()) for name, values in gates.items()}
+    target = recipe.target or (budget.Learned(widths=needed) if needed is not None else None)
+    if target is None:
         raise UsageError("No target was given.", hint="For example --target macs=50%.")
-    tensors = dict(source.model.named_parameters()) | dict(source.model.named_buffers())
-    settings = recipe.prune
-    gradients = None
-    if settings.criterion == "taylor":
-        if images is None:
-            raise UsageError("Criterion taylor needs gradients, so it needs --data.")
-        gradients = _gradients(source.model, *images.calibration(settings.calibration_images))
-    scores = score.score_groups(
-        graph.groups,
-        tensors,
-        criterion=settings.criterion,
-        gradients=gradients,
-        generator=torch.Generator().manual_seed(recipe.seed),
-    )
+    scores = dict(gates) if gates is not None else _scores(source, graph, recipe, images)
     names = [name for name, _ in source.model.named_parameters()]
     stored = list(source.model.state_dict())
-    choice = budget.choose(graph, scores, recipe.target, settings, parameters=names, stored=stored, base=source.cost)
+    choice = budget.choose(graph, scores, target, settings, parameters=names, stored=stored, base=source.cost)
+    notes = choice.notes
+    if needed is not None and recipe.target is not None:
+        closed = 1 - sum(needed.values()) / sum(len(values) for values in scores.values())
+        notes = (*notes, f"left to themselves, the gates would close {closed:.4g} of the channels")
     kept = {name: len(keep) for name, keep in choice.keep.items()}
     groups = tuple(
         PlannedGroup(
@@ -195,7 +197,7 @@ def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images 
         model=source.ref,
         engine=graph.engine,
         criterion=settings.criterion,
-        ranking=settings.ranking,
+        ranking=settings.ranking if recipe.target else "learned",
         seed=recipe.seed,
         groups=groups,
         attributes=graph.solve(kept),
@@ -203,10 +205,30 @@ def make_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images 
         base=source.cost,
         predicted=choice.cost,
     )
-    target = TargetResult(
-        metric=recipe.target.metric, asked=choice.asked, reached=choice.reached, reachable=choice.reachable
+    result = TargetResult(
+        metric=recipe.target.metric if recipe.target else "ratio",
+        asked=choice.asked,
+        reached=choice.reached,
+        reachable=choice.reachable,
     )
-    return Planned(plan=plan, target=target, notes=choice.notes)
+    return Planned(plan=plan, target=result, notes=notes)
+
+
+def _scores(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> dict[str, Tensor]:
+    """What the recipe's criterion says of every group. Raises UsageError."""
+    settings = recipe.prune
+    gradients = None
+    if settings.criterion == "taylor":
+        if images is None:
+            raise UsageError("Criterion taylor needs gradients, so it needs --data.")
+        gradients = _gradients(source.model, *images.calibration(settings.calibration_images))
+    return score.score_groups(
+        graph.groups,
+        dict(source.model.named_parameters()) | dict(source.model.named_buffers()),
+        criterion=settings.criterion,
+        gradients=gradients,
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
 
 
 def inspection(source: Source, recipe: Recipe) -> Inspection:
@@ -234,7 +256,9 @@ def prunable_share(model: nn.Module, graph: Graph) -> float:
     return sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)
 
 
-def proven_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Proven:
+def proven_plan(
+    source: Source, graph: Graph, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+) -> Proven:
     """Plan a cut and show that it is right, before any work is spent on it.
 
     A group that cannot be cut correctly, though the graph says so, is looked for by halving; it stays whole, and all is
@@ -246,7 +270,7 @@ def proven_plan(source: Source, graph: Graph, recipe: Recipe, images: data.Image
     """
     notes: tuple[str, ...] = ()
     while True:
-        planned = make_plan(source, graph, recipe, images)
+        planned = make_plan(source, graph, recipe, images, gates)
         proof = _proof(source, graph, planned.plan, _kept(planned.plan), seed=recipe.seed)
         if proof.relative_error <= EQUIVALENCE_TOLERANCE:
             return Proven(planned=replace(planned, notes=(*notes, *planned.notes)), proof=proof, graph=graph)

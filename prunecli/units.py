@@ -11,7 +11,8 @@ counted singly. In a tie every group keeps to its own rounding; where that leave
 more, the widest rounding is halved, and that is noted. The full width is always allowed.
 
 Costs are made comparable between groups by dividing by the group's mean, except where a criterion's own unit already
-means the same everywhere: ``taylor`` (loss), ``lamp`` and ``bn_scale`` (made for global thresholds), ``random``.
+means the same everywhere: ``taylor`` (loss), ``lamp`` and ``bn_scale`` (made for global thresholds), ``random`` and
+learned gates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from prunecli.groups import Bundle, Graph, Group, Tie, common_parts
 from prunecli.recipe import PruneSettings
 
-_COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random"})
+_COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random", "gates"})
 _FEWEST_STEPS: Final = 4
 
 

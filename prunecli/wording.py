@@ -67,6 +67,7 @@ PHASE_AIMS: Final[dict[PhaseName, str]] = {
     "grow": "a small penalty grows on all channels, then they are picked",
     "push": "channels that leave are pushed towards zero",
     "regularise": "weights are made more orthogonal, then channels are picked",
+    "gate": "every channel has a gate that learns whether it is needed",
 }
 
 
@@ -77,7 +78,7 @@ def phase_line(phase: PhaseCost) -> str:
 
 
 def phase_outcome(done: PhaseReport) -> str:
-    """What a phase did to the channels it pushed and to what it penalised."""
+    """What a phase did to the channels it pushed, to what it penalised, and to its gates."""
     parts = []
     if done.norm_before is not None and done.norm_after is not None:
         whose = "pushed" if done.name == "push" else "all"
@@ -85,6 +86,8 @@ def phase_outcome(done: PhaseReport) -> str:
     if done.penalty_before is not None and done.penalty_after is not None:
         what = "Gram loss" if done.method == "tpp" else done.method
         parts.append(f"{what} {figure(done.penalty_before)} → {figure(done.penalty_after)}")
+    if done.open_before is not None and done.open_after is not None:
+        parts.append(f"open gates {100 * done.open_before:.1f} % → {100 * done.open_after:.1f} %")
     return "; ".join(parts)
 
 

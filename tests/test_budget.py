@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunecli.nets  # noqa: F401 (registers cifar_resnet56)
-from prunecli.budget import TOLERANCE, Choice, choose
+from prunecli.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph import build_graph
@@ -81,11 +81,11 @@ def rising(graph: Graph, scale=lambda i: 1.0) -> dict[str, torch.Tensor]:
     return {g.name: scale(i) * torch.arange(1.0, g.width + 1) for i, g in enumerate(graph.groups)}
 
 
-def run(graph: Graph, target: str, scores=None, **changes) -> Choice:
+def run(graph: Graph, target: str | Learned, scores=None, **changes) -> Choice:
     return choose(
         graph,
         scores if scores is not None else rising(graph),
-        Target.parse(target),
+        Target.parse(target) if isinstance(target, str) else target,
         PruneSettings(**({"round_to": 1} | changes)),
         parameters=list(graph.tensors),
         stored=list(graph.tensors),
@@ -208,6 +208,38 @@ def test_a_group_without_a_score_stays_and_is_named():
     choice = run(graph, "ratio=0.5", {"conv0": torch.arange(8.0)})
     assert set(choice.keep) == {"conv0"}
     assert any("conv1" in note for note in choice.notes)
+
+
+def learned(*needed: int) -> Learned:
+    return Learned(widths={f"conv{i}": width for i, width in enumerate(needed)})
+
+
+def test_learned_widths_are_kept_and_rounding_only_adds_to_them():
+    graph = chain([32, 32, 16])
+    choice = run(graph, learned(17, 32, 5), round_to=8)
+    assert widths(graph, choice) == [24, 32, 8]
+    assert choice.keep["conv0"] == tuple(range(8, 32))
+    assert (choice.asked, choice.reached) == (pytest.approx(1 - 54 / 80), pytest.approx(1 - 64 / 80))
+    assert choice.cost == costs(graph, {"conv0": 24, "conv2": 8})
+    assert widths(graph, run(graph, learned(17, 32, 5))) == [17, 32, 5]
+
+
+def test_a_group_that_needs_nothing_keeps_its_best_and_that_is_said():
+    graph = chain([8, 8])
+    choice = run(graph, learned(0, 8), min_width=2)
+    assert choice.keep == {"conv0": (6, 7)}
+    assert "conv0: every gate closed, the 2 that were nearest to open stay" in choice.notes
+
+
+def test_tied_groups_keep_what_the_neediest_of_them_needs():
+    graph = chain([16, 8], ties=(tie({"conv0 conv1": 8}),))
+    assert widths(graph, run(graph, learned(3, 5))) == [10, 5]
+    assert widths(graph, run(graph, learned(13, 1))) == [14, 7]
+
+
+def test_gates_that_close_nothing_prune_nothing():
+    with pytest.raises(NothingPrunedError, match=r"gates close 0.03125 of the channels.*no channel leaves"):
+        run(chain([32]), learned(31), round_to=8)
 
 
 def attention(heads: int = 4, head_dim: int = 8, **more) -> Graph:

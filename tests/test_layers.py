@@ -16,9 +16,9 @@ LEVELS = [
     "errors groups plan report recipe",
     "outputs axes channels score units budget recover penalty phase lanczos spectrum lr retraining files activations",
     "nets zoo graph graph_tp surgery check cost sources data"
-    " factory schedule objective checkpoint stopping trainer loop evaluation probe train push phase_loop"
+    " factory schedule objective checkpoint stopping trainer loop evaluation probe train push gates phase_loop"
     " reconstruction repair",
-    "store stages job phase_stage recovery recovery_steps summary catalog support trial",
+    "store stages gate_plan job phase_stage recovery recovery_steps summary catalog support trial",
     "wording",
     "plots",
     "render page pipeline progress",

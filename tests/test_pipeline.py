@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli import JOB, call, sentence
 from torch import Tensor, nn
 
 from prunecli import check, pipeline, store
+from prunecli.errors import TargetError
 from prunecli.files import write_json
+from prunecli.graph import build_graph
 from prunecli.recipe import Recipe
-from prunecli.stages import load_source
+from prunecli.stages import load_source, make_plan, open_images
 from prunecli.store import RunFolder
 from prunecli.zoo import load_model
 
@@ -203,6 +206,83 @@ def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
     assert stages["regularised"].loss == pytest.approx(stages["pruned"].loss, rel=1e-5)
     assert stages["regularised"].params == stages["dense"].params > stages["pruned"].params
     assert report.total_epochs == 16 / 8 + 1
+
+
+# ---------------------------------------------------------------------------------------------- learned gates
+
+ABP = [part for part in PHASES[: len(JOB) + 2] if not part.startswith("--target")]
+ABP += ["--method=abp", "phase.steps=12", "phase.lr=0.05", "prune.round_to=1", "--recover=none"]
+
+
+class GateJobs(Jobs):
+    job = ABP
+
+
+@pytest.fixture(scope="module")
+def gate_jobs(process: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return GateJobs(process, tmp_path_factory.mktemp("gate-jobs"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "os.rename checkpoints/.gate.safetensors.PID.tmp",  # the gates are written, the weights under them not yet
+        pytest.param("os.rename checkpoints/gate/.state-00001-00000003.safetensors.PID.tmp", marks=pytest.mark.slow),
+        pytest.param("os.rename .plan.json.PID.tmp", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_around_learning_gates_and_resumed_ends_the_same(gate_jobs: Jobs, tmp_path: Path, place: str) -> None:
+    killed_and_resumed(gate_jobs, tmp_path / "run", place)
+
+
+def test_without_a_target_closed_channels_leave_and_the_cut_net_is_the_gated_one(gate_jobs: Jobs) -> None:
+    folder = RunFolder(path=gate_jobs.whole)
+    report, plan = folder.report(), folder.plan()
+    (phase,) = report.phases
+    assert (phase.name, phase.steps, report.total_epochs) == ("gate", 12, 12 / 8 + 1)
+    assert (plan.criterion, plan.ranking) == ("gates", "learned")
+    for group in plan.groups:
+        assert group.score is not None
+        opened = tuple(at for at, magnitude in enumerate(group.score) if magnitude >= 0.5)
+        assert group.keep == opened or len(opened) == 0 < len(group.keep)
+    left = sum(len(group.keep) for group in plan.groups) / sum(group.width for group in plan.groups)
+    assert report.target is not None
+    assert (report.target.metric, report.target.reached) == ("ratio", pytest.approx(1 - left))
+    assert phase.open_after == pytest.approx(1 - report.target.asked)
+    stages = {stage.name: stage for stage in report.stages}
+    assert stages["regularised"].loss == pytest.approx(stages["pruned"].loss, rel=1e-5)
+    assert stages["regularised"].params == stages["dense"].params > stages["pruned"].params
+    assert any("of the channels; " in warning for warning in report.warnings)
+
+
+def test_with_a_target_gates_rank_the_channels() -> None:
+    recipe = Recipe.from_mapping({"model": "lenet5_relu", "pretrained": False, "target": "ratio=0.25"})
+    source = load_source(recipe)
+    graph = build_graph(source.model, source.spec.size)
+    generator = torch.Generator().manual_seed(0)
+    gates = {group.name: torch.rand(group.width, generator=generator) for group in graph.groups}
+    planned = make_plan(source, graph, recipe.model_copy(update={"method": "abp"}), None, gates)
+    closed = sum(int((values < 0.5).sum()) for values in gates.values()) / sum(map(len, gates.values()))
+    assert f"left to themselves, the gates would close {closed:.4g} of the channels" in planned.notes
+    assert (planned.target.asked, planned.plan.criterion) == (0.25, "gates")
+    for group in planned.plan.cut_groups:
+        gone = sorted(set(range(group.width)) - set(group.keep))
+        assert gates[group.name][gone].max() <= gates[group.name][list(group.keep)].min()
+
+
+def test_a_target_out_of_reach_is_refused_before_any_gate_is_learnt() -> None:
+    recipe = Recipe.from_mapping(
+        {
+            "model": "lenet5_relu",
+            "pretrained": False,
+            "method": "abp",
+            "target": "macs=0.01%",
+            "data": {"name": "digits"},
+        }
+    )
+    source = load_source(recipe)
+    with pytest.raises(TargetError, match="can be reached"):
+        pipeline.plan_and_prove(source, recipe, open_images(recipe, source))
 
 
 # ---------------------------------------------------------------------------------------------- the same twice

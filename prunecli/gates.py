@@ -1,0 +1,151 @@
+"""Adding before pruning: a learned gate, open or closed, on each channel of each coupled group, on any net with a plan.
+
+ABP (Tian et al., TNNLS 2021; the code "AAL-pruning" has the same mechanism) multiplies what a convolution puts out by
+``b = 1[|a| >= 0.5]``. ``a`` starts from N(0, 1), learns with a straight-through gradient (that of b is given to a) and
+is clamped to [-1, 1] after every step; how many channels stay is learnt with it.
+
+There every convolution has gates of its own, before its norm. Here a coupled group has one vector of gates, and they
+act where its channels are read: on the inputs of all layers that read them. Whatever lies before (norm, activation,
+depthwise convolution, the sum of a residual stream), a closed channel then reaches nothing: it is as good as removed.
+A closed gate still has a gradient, that of what the channel would have added, so it may open again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prunecli.groups import Member, module_of
+from prunecli.penalty import Penalty
+from prunecli.plan import PlannedGroup
+
+THRESHOLD: Final = 0.5  # of |a|, from which a gate is open
+_LIMIT: Final = 1.0  # of |a| after a step
+
+
+def straight_through(gate: Tensor) -> Tensor:
+    """``b = 1[|a| >= 0.5]`` of ``a``, exactly 0 or 1, whose gradient is given to ``a`` unchanged."""
+    return (gate.abs() >= THRESHOLD).to(gate.dtype) + (gate - gate.detach())
+
+
+def drawn_gates(groups: Sequence[PlannedGroup], *, seed: int) -> Tensor:
+    """``a ~ N(0, 1)``, one for each channel of all groups in order, ``[sum of the widths]``."""
+    return torch.randn(sum(group.width for group in groups), generator=torch.Generator().manual_seed(seed))
+
+
+def planned_gates(groups: Sequence[PlannedGroup]) -> Tensor:
+    """Gates that are open where the plan keeps a channel, in the layout of ``drawn_gates``."""
+    return torch.cat([torch.zeros(group.width).index_fill_(0, torch.tensor(group.keep), 1.0) for group in groups])
+
+
+class Gated(nn.Module):
+    """A net with gates on the channels of coupled groups; the weights under them stay what they are.
+
+    Args:
+        model: the net; it becomes a part of this one.
+        groups: whose channels get a gate each.
+        gates: ``a`` in the layout of ``drawn_gates``.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[PlannedGroup], gates: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.gate = nn.Parameter(gates)
+        self._widths = {group.name: group.width for group in groups}
+        self._gated: list[tuple[str, int, str]] = []
+        for (name, dim), owners in _owners(model, groups).items():
+            buffer = f"_owner{len(self._gated)}"
+            self.register_buffer(buffer, owners, persistent=False)
+            self._gated.append((name, dim, buffer))
+
+    def forward(self, images: Tensor) -> Any:
+        """What the net makes of images ``[B, C, H, W]`` with its closed channels left out."""
+        return functional_call(self.model, self.gated(), (images,))
+
+    def gated(self) -> dict[str, Tensor]:
+        """Parameter name -> its value times the gates of the channels that it reads."""
+        factors = torch.cat([straight_through(self.gate), self.gate.new_ones(1)])
+        found: dict[str, Tensor] = {}
+        for name, dim, buffer in self._gated:
+            tensor = found[name] if name in found else self.model.get_parameter(name)
+            shape = [1] * tensor.dim()
+            shape[dim] = -1
+            found[name] = tensor * factors[self.get_buffer(buffer)].view(shape).to(tensor.dtype)
+        return found
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Write the closed gates into the net's own weights: it then computes alone what it did behind them."""
+        for name, tensor in self.gated().items():
+            self.model.get_parameter(name).copy_(tensor)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """``|a|`` ``[width]`` by group name, on the CPU."""
+        parts = self.gate.detach().abs().cpu().split(list(self._widths.values()))
+        return {name: part.clone() for name, part in zip(self._widths, parts, strict=True)}
+
+
+def is_open(magnitudes: Tensor) -> Tensor:
+    """Bool, of the same shape: which gates of these ``|a|`` are open."""
+    return magnitudes >= THRESHOLD
+
+
+class GateSteps(Penalty):
+    """What a training step does to gates beside descending: an L1 push (``g_a += l1 sign(a)``), then the clamp."""
+
+    def __init__(self, gate: Tensor, l1: float) -> None:
+        self._gate, self._l1 = gate, l1
+
+    @torch.no_grad()
+    def add_gradients_(self, step: int) -> None:
+        if self._l1 and self._gate.grad is not None:
+            self._gate.grad.add_(self._gate.sign(), alpha=self._l1)
+
+    @torch.no_grad()
+    def project_(self, step: int) -> None:
+        self._gate.clamp_(-_LIMIT, _LIMIT)
+
+    def open_share(self) -> float:
+        """Open gates as a share of all."""
+        return float(is_open(self._gate.detach().abs()).float().mean())
+
+
+def _owners(model: nn.Module, groups: Sequence[PlannedGroup]) -> dict[tuple[str, int], Tensor]:
+    """For each gated dimension of a parameter the number of the gate at each position, one past the last for none.
+
+    A shared parameter is there under its first name.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    none = sum(group.width for group in groups)
+    found: dict[tuple[str, int], Tensor] = {}
+    start = 0
+    for group in groups:
+        for member in _gated_members(group):
+            if member.tensor not in tensors:
+                continue
+            tensor = tensors[member.tensor]
+            key = (first[id(tensor)], member.dim)
+            owners = found.setdefault(key, torch.full((tensor.shape[member.dim],), none))
+            for channel in range(group.width):
+                owners[member.index.positions([channel])] = start + channel
+        start += group.width
+    return found
+
+
+def _gated_members(group: PlannedGroup) -> tuple[Member, ...]:
+    """Where the gates act: on all that reads the channels; where nothing does, as in a product of queries and keys,
+    on the first weight that produces them and its bias. One factor only: if both were zero, neither had a gradient.
+    """
+    readers = tuple(member for member in group.members if member.role == "in")
+    if readers:
+        return readers
+    first = next((member for member in group.members if member.role == "out"), None)
+    if first is None:
+        return ()
+    place = (module_of(first.tensor), first.index)
+    return tuple(member for member in group.members if (module_of(member.tensor), member.index) == place)
