@@ -278,6 +278,8 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
 
 def _require_possible(command: Command, recipe: Recipe, images: data.Images | None) -> None:
     """Raises UsageError where a later stage would find that what it needs is not there."""
+    if recipe.init is not None:
+        _require_start(command, recipe, images)
     if command == "finetune" and recipe.finetune.schedule == "allr":
         raise UsageError(retraining.NEEDS_A_CUT)
     for step in recipe.recover.steps:
@@ -287,6 +289,19 @@ def _require_possible(command: Command, recipe: Recipe, images: data.Images | No
         raise UsageError(
             f"Data {recipe.data.name} has no training images to fine-tune with.",
             hint=f"Put them into {recipe.data.name}/train, one folder a class, or give --epochs 0.",
+        )
+
+
+def _require_start(command: Command, recipe: Recipe, images: data.Images | None) -> None:
+    """Raises UsageError where a new start makes no sense."""
+    if images is None:
+        raise UsageError(f"init {recipe.init} is the start of a training, so it needs data.", hint="Give --data.")
+    if store.is_run(str(recipe.model).removeprefix("local-dir:")):
+        raise UsageError(f"init {recipe.init} starts from a plain model, and {recipe.model} is a run folder.")
+    if command == "compress" and recipe.recover.steps:
+        raise UsageError(
+            f"init {recipe.init} starts anew after the cut, so there is nothing to recover.",
+            hint="Give --recover none.",
         )
 
 

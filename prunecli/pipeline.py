@@ -35,8 +35,9 @@ from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
 from prunecli.recovery import recover_stage
 from prunecli.recovery_steps import Subject
-from prunecli.report import Report, TargetResult
+from prunecli.report import RecoveryStep, Report, TargetResult
 from prunecli.stages import Magnitudes, Planned, Source, cut, make_plan, proven_plan
+from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise
 
 TARGET_TOLERANCE: Final = 0.01
@@ -106,6 +107,8 @@ def plan_and_prove(
         planned = make_plan(source, graph, recipe, images, gates)
         proof = "the equivalence check was switched off"
     phase.require_time(recipe, planned.plan.groups)
+    if recipe.init is not None:
+        start_anew_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
     return replace(planned, notes=(*notes, *planned.notes)), proof
 
 
@@ -167,9 +170,13 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     began = time.perf_counter()
     assert job.progress.lr is not None
     job.notify({"event": "start", "name": "recover"})
-    subject = Subject(job=job, dense=phase_stage.before_cut(job, planned.plan), plan=planned.plan)
-    model, steps = recover_stage(subject, smaller, learning_rate(job))
-    smaller.load_state_dict(model.state_dict())
+    steps: tuple[RecoveryStep, ...]
+    if job.recipe.init is not None:
+        steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
+    else:
+        subject = Subject(job=job, dense=phase_stage.before_cut(job, planned.plan), plan=planned.plan)
+        model, steps = recover_stage(subject, smaller, learning_rate(job))
+        smaller.load_state_dict(model.state_dict())
     if not any(step.kept for step in steps):
         pruned = job.progress.stage("pruned")
         assert pruned is not None
@@ -280,11 +287,13 @@ def finetune(
         raise UsageError("Fine-tuning for 0 epochs would change nothing.", hint="Give --epochs.")
     job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
+        model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
+        started = (start_anew_(model, recipe, job.source.spec.size),) if recipe.init is not None else ()
         job.begin()
         _dense(job)
-        model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
         if job.progress.lr is None:
-            job.save(job.progress.model_copy(update={"lr": recommended_lr(job, None, model, None)}))
+            recommended = recommended_lr(job, None, model, None)
+            job.save(job.progress.model_copy(update={"lr": recommended, "recovery": started}))
         return _finish(job, empty_plan(job.source, recipe.seed), _finetuned(job, model))
 
 

@@ -205,6 +205,26 @@ class PhaseSettings(Value):
     )
 
 
+class SaoSettings(Value):
+    """Of ``init: sao``. A layer's widths may not allow just this sparsity; it then gets the next lower one they do."""
+
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="share of channel pairs without a connection; none: 0.5, or by degree"
+    )
+    degree: int | None = Field(
+        default=None, gt=0, description="connections of each channel of a layer's narrow side, instead of sparsity"
+    )
+    activation: Literal["auto", "relu", "tanh"] = Field(
+        default="auto", description="auto: relu (mirrored matrices) for ReLU-like activations, else tanh (plain ones)"
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.sparsity is not None and self.degree is not None:
+            raise ValueError("sparsity and degree both say how sparse; leave one out")
+        return self
+
+
 class DistillSettings(Value):
     """Knowledge distillation from the dense model: loss = (1-alpha) CE + alpha T^2 KL(teacher_T, student_T)."""
 
@@ -342,6 +362,11 @@ class Recipe(Value):
         "channels leave, and how many where there is no target",
     )
     phase: PhaseSettings = PhaseSettings()
+    init: Literal["sao"] | None = Field(
+        default=None,
+        description="sao: what is trained starts from sparse orthogonal weights (section sao), with pretrained: false",
+    )
+    sao: SaoSettings = SaoSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     finetune: FinetuneSettings = FinetuneSettings()
@@ -366,6 +391,10 @@ class Recipe(Value):
     def _fits_together(self) -> Self:
         if self.weights is not None and not self.pretrained:
             raise ValueError("weights and pretrained: false contradict each other; leave one out")
+        if self.init is None and self.sao != SaoSettings():
+            raise ValueError("section sao is read by init: sao alone; leave it out, or set init")
+        if self.init is not None:
+            self._starts_anew(self.init)
         if self.data.input_size and (twice := {"img_size", "in_chans"} & self.model_args.keys()):
             raise ValueError(f"data.input_size and the model argument {min(twice)} both set the input; leave one out")
         if self.phase.variant == 2 and self.method != "greg":
@@ -381,6 +410,15 @@ class Recipe(Value):
                 f"method abp ranks channels by their gates; leave out prune.criterion {self.prune.criterion}"
             )
         return self
+
+    def _starts_anew(self, init: str) -> None:
+        """Raises ValueError where what the start forgets was asked for."""
+        if self.pretrained or self.weights is not None:
+            raise ValueError(f"init {init} trains from scratch, so it needs pretrained: false and no weights")
+        if self.method != "oneshot":
+            raise ValueError(f"init {init} would forget what method {self.method} trains; leave one out")
+        if self.finetune.epochs == 0:
+            raise ValueError(f"init {init} is the start of a training, and finetune.epochs is 0")
 
     # -------------------------------------------------------------------------------------------- reading
 

@@ -220,7 +220,7 @@ def orthogonalize_(
     for layer in chosen.values():
         if method == "delta":
             layer.weight.zero_()
-        part = _centre(layer) if method == "delta" else layer.weight
+        part = centre(layer) if method == "delta" else layer.weight
         matrices = _blocks(part, layer)
         if method in _STARTS:
             new = orthogonal(torch.randn(matrices.shape, generator=generator, dtype=torch.float64), "qr")
@@ -229,7 +229,7 @@ def orthogonalize_(
         part.copy_((factor * new).reshape(part.shape))
         residual = max(residual, orthogonality_residual(_blocks(part, layer).double() / factor))
     if method == "scratch":
-        _restart_(module, chosen.values())
+        restart_(module, chosen.values())
     return Orthogonalized(residual=residual, gain=factor, layers=tuple(chosen))
 
 
@@ -278,13 +278,13 @@ def _require_finite(layers: Mapping[str, nn.Conv2d | nn.Linear]) -> None:
             raise PruneError(f"Layer {name!r} has NaN or infinite weights and cannot be made orthogonal.")
 
 
-def _centre(layer: nn.Conv2d | nn.Linear) -> Tensor:
+def centre(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """The kernel's middle position ``[N, C]``, a view of the weight."""
     height, width = layer.weight.shape[2:]
     return layer.weight[:, :, height // 2, width // 2]
 
 
-def _restart_(module: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear]) -> None:
+def restart_(module: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear]) -> None:
     """Biases of the layers to 0, every BatchNorm as it is made."""
     for layer in layers:
         if layer.bias is not None:

@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "prunecli"
 # One line a level; modules import from lower levels, or sideways where that makes no cycle.
 LEVELS = [
     "errors groups plan report recipe",
-    "outputs axes channels score units budget recover penalty phase lanczos spectrum lr retraining files activations",
+    "outputs axes channels score units budget recover sao penalty phase lanczos spectrum lr retraining files"
+    " activations",
     "nets zoo graph graph_tp surgery check cost sources data"
     " factory schedule objective checkpoint stopping trainer loop evaluation probe train push gates phase_loop"
     " reconstruction repair",
     "store stages gate_plan job phase_stage recovery recovery_steps summary catalog support trial",
-    "wording",
+    "wording start",
     "plots",
     "render page pipeline progress",
     "console",

@@ -1,0 +1,51 @@
+"""A new start before training: what the recipe's ``init`` makes of a net, and what the report says of it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import nn
+
+from prunecli import recover, sao, wording
+from prunecli.recipe import Recipe
+from prunecli.report import RecoveryStep
+
+_SPARSITY = 0.5
+_NAMED = 3  # layers that a sentence lists
+
+
+def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
+    """Give ``model``, on the CPU, its start in place; the row of the report.
+
+    Raises UsageError where a layer cannot be as sparse as asked; nothing has been changed then.
+    """
+    began = time.perf_counter()
+    asked = recipe.sao
+    pattern = asked.activation
+    if pattern == "auto":
+        gain = recover.activation_gain(model, torch.zeros(1, *input_size))
+        pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
+    sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
+    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
+    return RecoveryStep(
+        name="init sao",
+        kept=True,
+        rule=_sentence(found, pattern),
+        residual=found.residual,
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+def _sentence(found: sao.Initialised, pattern: sao.Pattern) -> str:
+    shares = sorted(found.sparse.values())
+    total = len(found.sparse) + len(found.dense) + len(found.left)
+    parts = [f"{len(shares)} of {total} layers start sparse and orthogonal (for {pattern})"]
+    if shares:
+        span = f"{shares[0]:.1%}" if shares[0] == shares[-1] else f"{shares[0]:.1%} to {shares[-1]:.1%}"
+        parts = [f"{parts[0]}, {span} of their channel pairs unconnected until training connects them"]
+    for layers, how in ((found.dense, "dense and orthogonal"), (found.left, "grouped, left as they were")):
+        if layers:
+            parts.append(f"{how}: {wording.listed(layers, _NAMED)}")
+    return "; ".join(parts)
