@@ -61,8 +61,9 @@ def without_norms(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
         return graph, ()
     reason = "a norm takes its statistic over these channels, and a closed gate would not take part in that"
     left = graph.without(named, reason)
-    gone = len(graph.groups) - len(left.groups)
-    return left, (f"{gone} groups have no gates and stay whole, first {named[0]}: {reason}",)
+    total = len(graph.groups)
+    gone = total - len(left.groups)
+    return left, (f"{gone} of {total} coupled groups have no gates and stay whole, first {named[0]}: {reason}",)
 
 
 def _wrong(source: Source, groups: Sequence[PlannedGroup], *, seed: int) -> tuple[str, ...]:

@@ -580,6 +580,9 @@ def test_a_dry_run_says_how_long_the_phases_are():
     ]
     shown = call("compress", *job, "--method=tpp", "--dry-run").stdout
     assert "110,000 steps = 13750 epochs at LR 0.001" in " ".join(shown.split())
+    trial = call("compress", *(part for part in job if "target" not in part), "--method=abp", "--dry-run").stdout
+    assert "50,000 steps = 6250 epochs at LR 0.1 ! " in " ".join(trial.split())
+    assert "Which channels leave is yet to be learnt." in " ".join(trial.split())
     short = call("compress", *job, "--method=tpp", "phase.stabilise=399", "--dry-run")
     assert short.exit_code == 2
     assert "too few to set 4 groups to zero" in sentence(short)

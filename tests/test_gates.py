@@ -168,7 +168,8 @@ def test_a_stream_under_layer_norm_has_no_gates_and_that_is_said() -> None:
     source, graph, recipe = vit()
     found = gateable(source, graph, recipe)
     assert {group.name for group in graph.groups} - {group.name for group in found.graph.groups} == {"patch_embed.proj"}
-    assert found.notes[0].startswith("1 groups have no gates and stay whole, first patch_embed.proj: a norm takes")
+    said = f"1 of {len(graph.groups)} coupled groups have no gates and stay whole, first patch_embed.proj: a norm takes"
+    assert found.notes[0].startswith(said)
     cut = make_plan(source, found.graph, found.trial, None).plan.cut_groups
     assert {(group.width, len(group.keep)) for group in cut if group.kind == "channels"} == {(192, 96)}
 

@@ -226,7 +226,8 @@ def gate_jobs(process: subprocess.Popen[str], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     "place",
     [
-        "os.rename checkpoints/.gate.safetensors.PID.tmp",  # the gates are written, the weights under them not yet
+        # the gates are written, the weights under them not yet
+        pytest.param("os.rename checkpoints/.gate.safetensors.PID.tmp", marks=pytest.mark.slow),
         pytest.param("os.rename checkpoints/gate/.state-00001-00000003.safetensors.PID.tmp", marks=pytest.mark.slow),
         pytest.param("os.rename .plan.json.PID.tmp", marks=pytest.mark.slow),
     ],

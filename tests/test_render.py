@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from prunecli import render, wording
 from prunecli.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
-from prunecli.report import Accuracy, TargetResult, VerifyReport
+from prunecli.report import Accuracy, PhaseReport, TargetResult, VerifyReport
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -183,6 +183,15 @@ if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for view_name, view in views().items():
         (GOLDEN / f"{view_name}.txt").write_text(text(view), encoding="utf-8")
+
+
+def test_a_phase_of_gates_says_how_many_are_open():
+    gate = PhaseReport(
+        name="gate", method="abp", steps=400, epochs=10, lr=0.1, open_before=0.592, open_after=0.8025, seconds=593.0
+    )
+    told = " ".join(text(render.report_summary(sample.report(phases=(gate,)), Path("runs/a")), width=200).split())
+    assert "abp, every channel has a gate that learns whether it is needed: 400 steps = 10 epochs at LR 0.1; " in told
+    assert "open gates 59.2 % → 80.2 %" in told  # 80.25 is a shade below in binary
 
 
 def test_phases_before_the_cut_are_told_with_the_budget():
