@@ -23,13 +23,18 @@ from prunecli.groups import Member, module_of
 from prunecli.penalty import Penalty
 from prunecli.plan import PlannedGroup
 
-THRESHOLD: Final = 0.5  # of |a|, from which a gate is open
+_THRESHOLD: Final = 0.5  # of |a|, from which a gate is open
 _LIMIT: Final = 1.0  # of |a| after a step
+
+
+def is_open(magnitudes: Tensor) -> Tensor:
+    """Bool, of the same shape: which gates of these ``|a|`` are open."""
+    return magnitudes >= _THRESHOLD
 
 
 def straight_through(gate: Tensor) -> Tensor:
     """``b = 1[|a| >= 0.5]`` of ``a``, exactly 0 or 1, whose gradient is given to ``a`` unchanged."""
-    return (gate.abs() >= THRESHOLD).to(gate.dtype) + (gate - gate.detach())
+    return is_open(gate.abs()).to(gate.dtype) + (gate - gate.detach())
 
 
 def drawn_gates(groups: Sequence[PlannedGroup], *, seed: int) -> Tensor:
@@ -87,11 +92,6 @@ class Gated(nn.Module):
         """``|a|`` ``[width]`` by group name, on the CPU."""
         parts = self.gate.detach().abs().cpu().split(list(self._widths.values()))
         return {name: part.clone() for name, part in zip(self._widths, parts, strict=True)}
-
-
-def is_open(magnitudes: Tensor) -> Tensor:
-    """Bool, of the same shape: which gates of these ``|a|`` are open."""
-    return magnitudes >= THRESHOLD
 
 
 class GateSteps(Penalty):
