@@ -189,7 +189,7 @@ def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | N
     if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, plan, epochs=job.epochs)):
         return prescribed
     dense = job.progress.stage("dense")
-    return lr_report(job.recipe, job.source, model, plan, dense=dense, now=now, epochs=job.epochs)
+    return lr_report(job.recipe, job.source, model, plan, dense=dense, now=now, epochs=job.epochs, images=job.images)
 
 
 def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
@@ -219,8 +219,9 @@ def lr_report(
     dense: Stage | None,
     now: Stage | None,
     epochs: int,
+    images: data.Images | None,
 ) -> LRReport:
-    """Feed the measured damage to ``lr.recommend_lr``."""
+    """Feed the measured damage and the budget to ``lr.recommend_lr``."""
     cut_groups = plan.cut_groups if plan else ()
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
     ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
@@ -231,6 +232,7 @@ def lr_report(
         small_images=max(source.spec.size[1:]) <= _SMALL_IMAGE,
         removed_channels=sum(removed) / len(removed) if removed else 0.0,
         removed_params=1 - plan.predicted.params / plan.base.params if plan else 0.0,
+        steps=epochs * images.steps_per_epoch or None if images is not None else None,
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
     )
@@ -242,12 +244,13 @@ def lr_of_source(recipe: Recipe) -> LRReport:
     epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
     if epochs and (prescribed := _prescribed_lr(recipe, source, None, epochs=epochs)):
         return prescribed
+    images = open_images(recipe, source)
     folder = store.RunFolder(path=Path(str(recipe.model).removeprefix("local-dir:")))
     if not store.is_run(folder.path):
-        return lr_report(recipe, source, source.model, None, dense=None, now=None, epochs=epochs)
+        return lr_report(recipe, source, source.model, None, dense=None, now=None, epochs=epochs, images=images)
     stages = {stage.name: stage for stage in folder.report().stages}
     dense, now = stages.get("dense"), stages.get("recovered") or stages.get("pruned")
-    return lr_report(recipe, source, source.model, folder.plan(), dense=dense, now=now, epochs=epochs)
+    return lr_report(recipe, source, source.model, folder.plan(), dense=dense, now=now, epochs=epochs, images=images)
 
 
 def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:

@@ -2,7 +2,9 @@
 
 Rules in force, for nets trained with SGD:
 
-* **peak**: start from a tenth of the rate the base was trained at (1e-2 for the usual 0.1).
+* **short**: small images and at most 10,000 optimiser steps, the range that ``benchmarks/lr_regret.py`` measured:
+  3e-2, less where the steps are too few to anneal it: ``3e-2 * min(1, sqrt(steps / (600 * share of channels kept)))``.
+* **peak**: otherwise start from a tenth of the rate the base was trained at (1e-2 for the usual 0.1).
 * **damage**: the more is removed, the more the larger rate gains; at about 10 % and below a smaller one can win.
 * **end**: finish at 1e-4 or below on small images, at 1e-5 or below on ImageNet-sized ones.
 
@@ -11,6 +13,7 @@ None of them was measured on AdamW or on transformers, where the base's own peak
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Literal
 
 from prunecli.report import LRReport
@@ -19,6 +22,9 @@ SGD_BASE_PEAK: Final = 0.1
 ADAMW_PEAK_PER_512: Final = 5e-4
 SMALL_DAMAGE: Final = 0.10
 LARGE_DAMAGE: Final = 0.30
+SHORT_PEAK: Final = 0.03
+SHORT_STEPS: Final = 10_000  # above them nothing was measured
+ANNEALING_STEPS: Final = 600  # for a net that keeps all of its channels
 
 _CONFUSING = "Wang et al. 2023, arXiv 2301.05219"
 _TPP = "Wang and Fu 2023, arXiv 2207.12534"
@@ -36,6 +42,7 @@ def recommend_lr(
     small_images: bool,
     removed_channels: float,
     removed_params: float,
+    steps: int | None = None,
     narrowest_width: int | None = None,
     jsv_ratio: float | None = None,
     base_peak_lr: float | None = None,
@@ -49,6 +56,7 @@ def recommend_lr(
         small_images: CIFAR-like (64 px or less) rather than ImageNet-like.
         removed_channels: share of channels removed in the layers that were cut (the papers' pruning ratio), 0 to 1.
         removed_params: share of the parameters removed, 0 to 1.
+        steps: optimiser steps of the fine-tuning; none: not known, as where there is no data.
         narrowest_width: channels left in the narrowest cut layer; recorded, no rule reads it yet.
         jsv_ratio: mean Jacobian singular value now over the dense one; recorded, no rule reads it yet.
         base_peak_lr: highest rate the base was trained at; none: 0.1 is assumed for SGD, and said.
@@ -63,12 +71,15 @@ def recommend_lr(
         "small_images": small_images,
         "removed_channels": removed_channels,
         "removed_params": removed_params,
+        "steps": steps,
         "narrowest_width": narrowest_width,
         "jsv_ratio": jsv_ratio,
         "base_peak_lr": base_peak_lr,
     }
     _check(inputs)
-    if optimizer == "sgd":
+    if optimizer == "sgd" and small_images and steps and steps <= SHORT_STEPS and removed_channels > SMALL_DAMAGE:
+        fired = [_short(steps, removed_channels)]
+    elif optimizer == "sgd":
         peak = _sgd_peak(base_peak_lr)
         fired = [peak, _damage(peak["lr"], removed_channels)]
     else:
@@ -80,6 +91,30 @@ def recommend_lr(
         rule=" ".join(rule["says"] for rule in fired),
         evidence={**inputs, "final_lr": fired[-1]["lr"], "rules": fired},
     )
+
+
+def short_peak(steps: int, removed: float, *, peak: float = SHORT_PEAK, annealing: float = ANNEALING_STEPS) -> float:
+    """``peak * min(1, sqrt(steps / (annealing * (1 - removed))))``: few steps cannot anneal the noise of a large rate.
+
+    A net that lost much has more to gain from the rate than to fear from its noise. Form and both constants are fitted
+    to the cases of ``benchmarks/lr_regret.py``; no paper states it.
+    """
+    return peak * min(1.0, math.sqrt(steps / (annealing * max(1 - removed, 1e-9))))
+
+
+def _short(steps: int, removed: float) -> dict[str, Any]:
+    lr = float(f"{short_peak(steps, removed):.2g}")
+    says = f"Of seven rates, {SHORT_PEAK:g} was best or near it in short fine-tunings on small images"
+    if lr < SHORT_PEAK:
+        says += f"; {steps} steps are few to anneal it with {removed:.0%} of the channels removed, so it is {lr:g}."
+    else:
+        says += f", and {steps} steps are enough to anneal it."
+    return {
+        "name": "short",
+        "lr": lr,
+        "says": says,
+        "source": "benchmarks/lr_regret.py: 24 cases of MLP-7 on MNIST and ResNet-20/56 on CIFAR-10, 40 to 6,000 steps",
+    }
 
 
 def _sgd_peak(base_peak_lr: float | None) -> dict[str, Any]:
@@ -133,6 +168,6 @@ def _check(inputs: dict[str, Any]) -> None:
     for name in ("removed_channels", "removed_params"):
         if not 0 <= inputs[name] <= 1:
             raise ValueError(f"{name} must lie in [0, 1], not {inputs[name]}")
-    for name in ("batch_size", "narrowest_width", "base_peak_lr"):
+    for name in ("batch_size", "steps", "narrowest_width", "base_peak_lr"):
         if inputs[name] is not None and not inputs[name] > 0:
             raise ValueError(f"{name} must be above 0, not {inputs[name]}")

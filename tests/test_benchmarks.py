@@ -21,6 +21,7 @@ from prunecli.zoo import input_spec, load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import lr_regret
 import recoveries
 import resnet56
 from ledger import Ledger
@@ -219,3 +220,27 @@ def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its
         "| bn | 0.7 | 20.0 | 55.0 | not run |",
         "| lstsq+bn | 0.7 | not run | not run | not run |",
     ]
+
+
+def test_regret_is_what_the_nearest_rate_of_the_grid_gives_away() -> None:
+    case = lr_regret.Case(net="mlp7_relu", ratio=0.5, epochs=3, seeds=(0, 1))
+    accuracy = dict(zip(lr_regret.GRID, (10.0, 60.0, 90.0, 88.0, 80.0, 70.0, 50.0), strict=True))
+    records = {case.key(lr, seed): {"top1": accuracy[lr] + seed} for lr in lr_regret.GRID for seed in case.seeds}
+    assert lr_regret.top1(case, records)[0.03] == 90.5
+    assert lr_regret.regret(case, records, 0.02) == 0.0  # 0.03 / 0.02 is a smaller ratio than 0.02 / 0.01
+    assert lr_regret.regret(case, records, 0.015) == 2.0
+    assert lr_regret.regret(case, records, 5.0) == 80.0
+    assert lr_regret.noise(case, records) == pytest.approx(0.5)
+    assert not lr_regret.finished(case, records)
+    assert lr_regret.finished(case, {**records, str(case): {}})
+
+
+def test_a_net_that_is_left_out_has_no_say_in_the_fit() -> None:
+    """Both nets want another rate, whatever the steps: each must be given the other's."""
+    wanted = {"mlp7_relu": 0.1, "cifar_resnet20": 0.003}
+    cases = [lr_regret.Case(net=net, ratio=0.5, epochs=e, seeds=(0,)) for net in wanted for e in (1, 4)]
+    records: dict[str, Any] = {str(case): {"steps": 5000} for case in cases}
+    for case in cases:
+        records |= {case.key(lr, 0): {"top1": 90.0 if lr == wanted[case.net] else 50.0} for lr in lr_regret.GRID}
+    found = {case.net: rate for case, rate in lr_regret.left_out(cases, records).items()}
+    assert found == {"mlp7_relu": 0.003, "cifar_resnet20": 0.1}

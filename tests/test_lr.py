@@ -44,6 +44,31 @@ def test_little_damage_takes_a_smaller_rate(removed: float, expected: float) -> 
     assert ask(removed_channels=removed).recommended == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("steps", "removed", "expected"),
+    [
+        (40, 0.5, 0.011),  # 0.03 * sqrt(40 / 300)
+        (75, 0.75, 0.021),  # 0.03 * sqrt(75 / 150)
+        (150, 0.75, 0.03),
+        (300, 0.5, 0.03),
+        (10_000, 0.3, 0.03),
+        (40, 1.0, 0.03),
+    ],
+)
+def test_a_short_fine_tuning_takes_the_rate_it_can_anneal(steps: int, removed: float, expected: float) -> None:
+    report = ask(steps=steps, removed_channels=removed)
+    assert report.recommended == pytest.approx(expected)
+    assert fired(report) == ["short", "end"]
+    assert ("few to anneal" in report.rule) == (expected < 0.03)
+
+
+@pytest.mark.parametrize(
+    "beyond", [{"steps": 10_001}, {"steps": None}, {"small_images": False}, {"removed_channels": 0.1}]
+)
+def test_beyond_what_was_measured_the_published_rules_hold(beyond: dict[str, Any]) -> None:
+    assert fired(ask(**({"steps": 600} | beyond))) == ["peak", "damage", "end"]
+
+
 def test_damage_is_named_as_measured() -> None:
     assert "30%" in ask(removed_channels=0.3).rule
     assert "matters little" in ask(removed_channels=0.3).rule
@@ -74,11 +99,13 @@ def test_evidence_holds_every_input_and_names_papers() -> None:
         report.evidence.items()
     )
     assert all("arXiv" in rule["source"] for rule in report.evidence["rules"])
+    assert "lr_regret" in ask(steps=600).evidence["rules"][0]["source"]
     assert LRReport.model_validate(json.loads(json.dumps(report.model_dump(mode="json")))) == report
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"removed_channels": 1.2}, {"removed_params": -0.1}, {"batch_size": 0}, {"base_peak_lr": 0.0}]
+    "wrong",
+    [{"removed_channels": 1.2}, {"removed_params": -0.1}, {"batch_size": 0}, {"steps": 0}, {"base_peak_lr": 0.0}],
 )
 def test_impossible_measurements_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
