@@ -17,10 +17,11 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -37,9 +38,10 @@ WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/
 PAD = 4
 
 # One value each for the kinds of random numbers, so that none repeats another's.
-ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET = range(5)
+ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET, VIEW, PARTNER = range(7)
 
 Batch = tuple[Tensor, Tensor]
+Companion = Literal["none", "class", "view"]
 
 
 def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed: int) -> Images:
@@ -253,6 +255,26 @@ class Samples(Dataset[Batch]):
         return images if self.vary is None else self.vary(images, positions)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Companions(Dataset[Batch]):
+    """Positions of a split → ``[2B]``: each image, augmented, and then its companion, augmented by its own numbers.
+
+    ``partners``: for each position that of its companion.
+    """
+
+    samples: Samples
+    others: Samples
+    partners: Tensor
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        first, labels = self.samples.__getitems__(positions)
+        second, classes = self.others.__getitems__(self.partners[list(positions)].tolist())
+        return torch.stack([first, second], dim=1).flatten(0, 1), torch.stack([labels, classes], dim=1).flatten()
+
+
 def _as_it_is(batch: Any) -> Any:
     """``Samples`` makes whole batches, so there is nothing to collate."""
     return batch
@@ -261,7 +283,7 @@ def _as_it_is(batch: Any) -> Any:
 class Loader(DataLoader[Batch]):
     """A DataLoader that calls ``check`` after each batch and passes on no empty ones."""
 
-    def __init__(self, dataset: Samples, *, check: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(self, dataset: Samples | Companions, *, check: Callable[[], None], **kwargs: Any) -> None:
         # without its own generator each pass would draw a seed from the global one, and so change the run
         super().__init__(
             dataset,
@@ -325,13 +347,14 @@ class Images:
         """Training batches in one epoch; 0 where the source is for evaluation only."""
         return math.ceil(self.train_size / self._settings.batch_size) - self._drops_last
 
-    def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]:
+    def train_loader(self, *, epoch: int, skip_batches: int = 0, companion: Companion = "none") -> DataLoader[Any]:
         """The batches of one epoch from ``skip_batches`` on. A last batch of one image is left out.
 
-        An unreadable image is replaced by the next readable one.
+        An unreadable image is replaced by the next readable one. With companions a batch is twice as long: behind each
+        image another one of its class (``class``; itself, where there is no other) or another view of it (``view``).
 
         Raises:
-            UsageError: the source has no training images.
+            UsageError: the source has no training images, or does not say of what class they are.
             PruneError: (also while iterating) more images are unreadable than ``unreadable_limit``.
         """
         if self._train is None:
@@ -340,19 +363,10 @@ class Images:
                 hint=f"Put them into {self._settings.name}/train, one folder a class.",
             )
         order = epoch_order(self.train_size, seed=self._seed, epoch=epoch).tolist()
-        samples = Samples(
-            watched=self._train,
-            transform=TimmAugment(self._spec, seed=self._seed, epoch=epoch)
-            if self._augment == "timm"
-            else EvalTransform(self._spec),
-            vary=CropFlip(self._spec, count=self.train_size, seed=self._seed, epoch=epoch)
-            if self._augment == "crop_flip"
-            else None,
-            replace=True,
-            size=self._spec.size,
-        )
+        samples = self._training_samples(self._train, epoch=epoch, seed=self._seed)
+        pairs = None if companion == "none" else self._with_companions(self._train, samples, companion, epoch)
         skipped = skip_batches * self._settings.batch_size
-        return self._loader(samples, order[skipped:], drop_last=self._drops_last)
+        return self._loader(pairs or samples, order[skipped:], drop_last=self._drops_last)
 
     def val_loader(self) -> DataLoader[Any]:
         """All validation images, in the source's order, in evaluation preprocessing; unreadable ones are left out.
@@ -391,10 +405,35 @@ class Images:
         """BatchNorm cannot train on a single image, so a last batch of one is dropped; larger ones are kept."""
         return self._settings.batch_size > 1 and self.train_size % self._settings.batch_size == 1
 
+    def _with_companions(self, watched: Watched, samples: Samples, companion: Companion, epoch: int) -> Companions:
+        partners = torch.arange(self.train_size)
+        if companion == "class":
+            classes = watched.split.classes()
+            if classes is None:
+                raise UsageError(
+                    f"Data {self._settings.name} does not tell the classes of its images before they are read, and "
+                    "loss cskd pairs images by class.",
+                    hint="Use finetune.loss=pskd or dlb.",
+                )
+            partners = partners_of_class(classes, seed=self._seed, epoch=epoch)
+        other_seed = int(np.random.SeedSequence((VIEW, self._seed)).generate_state(1)[0])
+        others = self._training_samples(watched, epoch=epoch, seed=other_seed)
+        return Companions(samples=samples, others=others, partners=partners)
+
+    def _training_samples(self, watched: Watched, *, epoch: int, seed: int) -> Samples:
+        timm, crop_flip = self._augment == "timm", self._augment == "crop_flip"
+        return Samples(
+            watched=watched,
+            transform=TimmAugment(self._spec, seed=seed, epoch=epoch) if timm else EvalTransform(self._spec),
+            vary=CropFlip(self._spec, count=self.train_size, seed=seed, epoch=epoch) if crop_flip else None,
+            replace=True,
+            size=self._spec.size,
+        )
+
     def _plain_samples(self, watched: Watched) -> Samples:
         return Samples(watched=watched, transform=EvalTransform(self._spec), replace=False, size=self._spec.size)
 
-    def _loader(self, samples: Samples, order: Sequence[int], *, drop_last: bool) -> Loader:
+    def _loader(self, samples: Samples | Companions, order: Sequence[int], *, drop_last: bool) -> Loader:
         self._check_unreadable()
         return Loader(
             samples,
@@ -424,6 +463,20 @@ class Images:
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     """The order ``[count]`` in which an epoch goes through the training images: a function of (seed, epoch)."""
     return torch.randperm(count, generator=_generator(ORDER, seed, epoch))
+
+
+def partners_of_class(classes: NDArray[np.int64], *, seed: int, epoch: int) -> Tensor:
+    """For each of the images ``[count]`` another one of its class, uniformly; itself, where it is the only one.
+
+    A function of (seed, epoch).
+    """
+    draw = np.random.default_rng((PARTNER, seed, epoch))
+    partners = np.arange(len(classes))
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        if (count := len(members)) > 1:
+            partners[members] = members[(np.arange(count) + draw.integers(1, count, size=count)) % count]
+    return torch.from_numpy(partners)
 
 
 def _augmentation(settings: DataSettings, spec: InputSpec) -> str:

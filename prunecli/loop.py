@@ -112,7 +112,8 @@ class Loop(ABC):
         steps = self._steps_of_epoch
         seconds, began, shown = self.progress.seconds, time.monotonic(), -math.inf
         held = _LOSSES_HELD if self.trainer.device.type == "cuda" else 1
-        loader = self.trainer.shared(self.images.train_loader(epoch=epoch, skip_batches=first))
+        companion = self.trainer.objective.companion
+        loader = self.trainer.shared(self.images.train_loader(epoch=epoch, skip_batches=first, companion=companion))
         batches = until(self.stop, loader) if first < steps else iter(())
         for images, labels in batches:
             loss, lr = self.trainer.step_(images, labels, epoch=epoch, step=self.progress.step)

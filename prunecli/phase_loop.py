@@ -75,7 +75,7 @@ def train_phase_(
             steps_per_epoch=images.steps_per_epoch,
             device=device,
             seed=seed,
-            make_objective=lambda _: build_objective(plain, num_classes=images.num_classes, teacher=None),
+            make_objective=lambda _: build_objective(plain, num_classes=images.num_classes),
             make_penalty=lambda trained: _penalty(trained, groups, phase),
         )
         run = Run(

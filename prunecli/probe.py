@@ -74,7 +74,7 @@ def probe_loss(
         raise PruneError("A trial fine-tuning needs at least two training images.")
     losses: list[float] = []
     plain = settings.model_copy(
-        update={"schedule": "constant", "warmup_epochs": 0.0, "ema": None, "distill": DistillSettings()}
+        update={"schedule": "constant", "warmup_epochs": 0.0, "ema": None, "distill": DistillSettings(), "loss": "ce"}
     )
     with own_randomness(device):
         if steps:
@@ -86,7 +86,7 @@ def probe_loss(
                 steps_per_epoch=steps,
                 device=device,
                 seed=seed,
-                make_objective=lambda _: build_objective(plain, num_classes=images.num_classes, teacher=None),
+                make_objective=lambda _: build_objective(plain, num_classes=images.num_classes),
             )
             losses = _train(
                 trainer, inputs[held:], labels[held:], batch_size=min(batch_size, len(labels) - held), seed=seed

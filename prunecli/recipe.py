@@ -22,7 +22,8 @@ from prunecli.errors import UsageError, nearest
 from prunecli.plan import Value
 
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
-Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv", "abp"]
+Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv", "abp", "epsd"]
+Loss = Literal["ce", "cskd", "pskd", "dlb"]
 Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
@@ -166,7 +167,7 @@ class RecoverSettings(Value):
 
 
 class PhaseSettings(Value):
-    """The training phase before the cut: every method but oneshot. Counts are optimiser steps.
+    """The training phase before the cut: every method but oneshot and epsd. Counts are optimiser steps.
 
     The defaults are the papers' for CIFAR; for ImageNet reg_every is 5 and stabilise 40000.
     """
@@ -203,6 +204,13 @@ class PhaseSettings(Value):
     gate_l1: float = Field(
         default=0.0, ge=0, description="abp: pushes the gates towards closing; 1e-4 is the authors' figure"
     )
+
+
+class EpsdSettings(Value):
+    """Of ``method: epsd``: the few training steps whose outcome says what each channel is worth."""
+
+    steps: int = Field(default=3, gt=0, description="plain SGD steps, a batch each; one more batch is judged on")
+    lr: float = Field(default=0.1, gt=0, description="of these steps")
 
 
 class SaoSettings(Value):
@@ -287,6 +295,15 @@ class FinetuneSettings(Value):
     cutmix: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     distill: DistillSettings = DistillSettings()
+    loss: Loss = Field(
+        default="ce",
+        description="cskd, pskd, dlb: the net learns from itself too, from its answers to another image of the class, "
+        "of the epoch before, or to another view one step before; cskd and dlb look at two images for one",
+    )
+    loss_weight: float | None = Field(
+        default=None, gt=0, description="of that part; none: 1, with pskd 0.8 (the share it reaches in the last epoch)"
+    )
+    loss_temperature: float | None = Field(default=None, gt=0, description="cskd, dlb; none: 4 and 3")
     regulariser: Literal["none", "kernorth", "orthconv"] = Field(
         default="none", description="orthogonality of the weights, added to the loss in all of fine-tuning"
     )
@@ -302,6 +319,27 @@ class FinetuneSettings(Value):
         if isinstance(value, float) and value <= 0:
             raise ValueError("must be above zero")
         return value
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.loss == "ce":
+            if self.loss_weight is not None or self.loss_temperature is not None:
+                raise ValueError("loss_weight and loss_temperature are of the losses cskd, pskd and dlb; loss is ce")
+            return self
+        if self.distill.alpha:
+            raise ValueError(
+                f"distill learns from the dense model, loss {self.loss} from the net itself; leave one out"
+            )
+        if self.mixup or self.cutmix:
+            raise ValueError(f"loss {self.loss} needs images as they are; leave mixup and cutmix out")
+        if self.loss == "pskd":
+            if self.label_smoothing:
+                raise ValueError("loss pskd softens the targets itself; leave label_smoothing out")
+            if self.loss_temperature is not None:
+                raise ValueError("loss pskd has no temperature; leave loss_temperature out")
+            if self.loss_weight is not None and self.loss_weight > 1:
+                raise ValueError("the loss_weight of pskd is a share, at most 1")
+        return self
 
     @model_validator(mode="after")
     def _schedule_knows_its_rates(self) -> Self:
@@ -358,9 +396,11 @@ class Recipe(Value):
     target: Target | None = None
     method: Method = Field(
         default="oneshot",
-        description="what happens before the cut; all but oneshot: a training phase (section phase); abp learns which "
-        "channels leave, and how many where there is no target",
+        description="what happens before the cut: a training phase (section phase), with oneshot nothing; abp learns "
+        "which channels leave, and how many where there is no target; epsd ranks them by what they are worth to the "
+        "first steps of the fine-tuning to come (section epsd)",
     )
+    epsd: EpsdSettings = EpsdSettings()
     phase: PhaseSettings = PhaseSettings()
     init: Literal["sao"] | None = Field(
         default=None,
@@ -405,10 +445,13 @@ class Recipe(Value):
             raise ValueError("phase.pick_ceiling must be below phase.reg_ceiling")
         if self.phase.gate_l1 and self.method != "abp":
             raise ValueError(f"phase.gate_l1 is of method abp, not of {self.method}")
-        if self.method == "abp" and self.prune.criterion != "l1":
+        ranked_by = {"abp": "their gates", "epsd": "the steps it takes"}.get(self.method)
+        if ranked_by and self.prune.criterion != "l1":
             raise ValueError(
-                f"method abp ranks channels by their gates; leave out prune.criterion {self.prune.criterion}"
+                f"method {self.method} ranks channels by {ranked_by}; leave out prune.criterion {self.prune.criterion}"
             )
+        if self.method != "epsd" and self.epsd != EpsdSettings():
+            raise ValueError(f"section epsd is read by method epsd alone; leave it out, method is {self.method}")
         return self
 
     def _starts_anew(self, init: str) -> None:

@@ -48,6 +48,9 @@ class Split(Protocol):
     def subset(self, positions: Sequence[int]) -> Self:
         """Only these images, in this order."""
 
+    def classes(self) -> NDArray[np.int64] | None:
+        """The class ``[N]`` of every image; None where that is not known before it is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSplit:
@@ -71,6 +74,9 @@ class FolderSplit:
     def subset(self, positions: Sequence[int]) -> Self:
         return replace(self, files=tuple(self.files[i] for i in positions))
 
+    def classes(self) -> NDArray[np.int64]:
+        return np.array([label for _, label in self.files], dtype=np.int64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySplit:
@@ -91,6 +97,9 @@ class ArraySplit:
 
     def subset(self, positions: Sequence[int]) -> Self:
         return replace(self, pixels=self.pixels[list(positions)], labels=self.labels[list(positions)])
+
+    def classes(self) -> NDArray[np.int64]:
+        return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,10 @@ class TimmSplit:
     def subset(self, positions: Sequence[int]) -> Self:
         return replace(self, positions=tuple(self.positions[i] for i in positions))
 
+    def classes(self) -> NDArray[np.int64] | None:
+        targets = getattr(self.dataset, "targets", None)
+        return None if targets is None else np.asarray(targets, dtype=np.int64)[list(self.positions)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSplit:
@@ -146,6 +159,9 @@ class ShardSplit:
 
     def subset(self, positions: Sequence[int]) -> Self:
         return replace(self, samples=tuple(self.samples[i] for i in positions))
+
+    def classes(self) -> NDArray[np.int64]:
+        return np.array([sample.label for sample in self.samples], dtype=np.int64)
 
 
 class ShardSample(NamedTuple):

@@ -82,7 +82,7 @@ def finetune(
             device=device,
             seed=seed,
             make_objective=lambda where: build_objective(
-                settings, num_classes=images.num_classes, teacher=_frozen(teacher, where)
+                settings, num_classes=images.num_classes, epochs=epochs, teacher=_frozen(teacher, where)
             ),
             make_penalty=lambda trained: _penalty(trained, settings),
         )
@@ -122,6 +122,7 @@ class _Finetuning(Loop):
         entry = {"lr": lr, "train_loss": mean_loss, "loss": accuracy.loss, "top1": accuracy.top1, **top5}
         if self.settings.export == "best" and _best((*self.progress.history, entry)) is entry:
             self.best = _snapshot(self.trainer.exported)
+        self.trainer.objective.end_epoch_(self.trainer.model)
         return entry
 
     def _validated(self) -> Accuracy:
@@ -135,12 +136,14 @@ class _Finetuning(Loop):
 
     def own_tensors(self) -> dict[str, Tensor]:
         tensors = checkpoint.prefixed("best", self.best)
+        tensors |= checkpoint.prefixed("objective", self.trainer.objective.state())
         if self.trainer.ema is not None:
             tensors |= checkpoint.prefixed("ema", self.trainer.ema.module.state_dict())
         return tensors
 
     def restore_own_(self, tensors: Mapping[str, Tensor]) -> None:
         self.best = checkpoint.unprefixed("best", tensors)
+        self.trainer.objective.restore_(checkpoint.unprefixed("objective", tensors), self.trainer.model)
         if self.trainer.ema is not None:
             self.trainer.ema.module.load_state_dict(checkpoint.unprefixed("ema", tensors))
 

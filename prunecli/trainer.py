@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from prunecli.data import Companion
 from prunecli.errors import PruneError
 from prunecli.objective import Objective
 from prunecli.outputs import logits_of
@@ -37,7 +38,7 @@ class TrainingImages(Protocol):
     def num_classes(self) -> int: ...
     @property
     def steps_per_epoch(self) -> int: ...
-    def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]: ...
+    def train_loader(self, *, epoch: int, skip_batches: int = 0, companion: Companion = "none") -> DataLoader[Any]: ...
     def val_loader(self) -> DataLoader[Any]: ...
     def calibration(self, count: int) -> tuple[Tensor, Tensor]: ...
 
@@ -94,7 +95,7 @@ class Trainer:
         The loss is that before the step, on the device; the penalty is not in it.
 
         Args:
-            images: ``[B, C, H, W]`` on any device.
+            images: ``[B, C, H, W]`` on any device, with companions where the objective has them.
             labels: ``[B]`` class numbers.
             epoch: epochs completed before this one.
             step: steps taken in this epoch; with ``epoch`` it names the step's random numbers.
@@ -105,11 +106,10 @@ class Trainer:
         layout = torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=layout)
         labels = labels.to(self.device, non_blocking=True)
-        images, targets = self.objective.mix(images, labels)
         self.shell.train()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.objective(self.shell(images), targets, images)
+            loss = self.objective.loss(self.shell, images, labels)
         extra = self.penalty.loss(total)
         self.accelerator.backward(loss if extra is None else loss + extra)
         self.penalty.add_gradients_(total)

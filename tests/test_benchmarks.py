@@ -45,7 +45,7 @@ class Noise:
         self.labels = torch.randint(0, 10, (20,), generator=generator)
         self.seed = seed
 
-    def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]:
+    def train_loader(self, *, epoch: int, skip_batches: int = 0, companion: str = "none") -> DataLoader[Any]:
         order = epoch_order(20, seed=self.seed, epoch=epoch)[8 * skip_batches :].tolist()
         return DataLoader(TensorDataset(self.images, self.labels), sampler=order, batch_size=8)
 

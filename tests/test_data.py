@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
-from prunecli.data import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data
+from prunecli.data import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
 from prunecli.errors import PruneError, UsageError
 from prunecli.recipe import DataSettings
 from prunecli.sources import ArraySplit, FolderSplit, open_source
@@ -117,6 +117,59 @@ def test_an_epoch_holds_every_image_once_and_augmentation_varies(folder: Path) -
         first, second = (batches(images.train_loader(epoch=e))[0] for e in (0, 1))
         order = [first[0].flatten(1).mean(1).sort()[0], second[0].flatten(1).mean(1).sort()[0]]
         assert not torch.equal(*order)
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "timm", "none"])
+def test_companions_are_of_the_class_or_another_view_and_the_images_stay_what_they_were(
+    folder: Path, augment: str
+) -> None:
+    images = opened(folder, augment=augment)
+    plain = batches(images.train_loader(epoch=3))
+    for companion in ("class", "view"):
+        pairs = batches(images.train_loader(epoch=3, companion=companion))
+        assert same([(x[0::2], y[0::2]) for x, y in pairs], plain)
+        assert all(torch.equal(y[0::2], y[1::2]) for _, y in pairs)
+        assert same(pairs, batches(images.train_loader(epoch=3, companion=companion)))
+        assert same(pairs[2:], batches(images.train_loader(epoch=3, skip_batches=2, companion=companion)))
+        equal = [torch.equal(first, second) for x, _ in pairs for first, second in zip(x[0::2], x[1::2], strict=True)]
+        assert all(equal) if (companion, augment) == ("view", "none") else not any(equal)
+
+
+def test_partners_are_others_of_the_class_all_alike_and_differ_by_epoch() -> None:
+    classes = np.array([0, 1, 0, 0, 2, 1, 0])
+    drawn = torch.stack([partners_of_class(classes, seed=1, epoch=epoch) for epoch in range(3000)])
+    assert (drawn[:, 4] == 4).all()  # the only one of its class
+    assert (drawn[:, 1] == 5).all()
+    assert (drawn[:, 5] == 1).all()
+    counts = torch.bincount(drawn[:, 0], minlength=7)
+    assert counts[[0, 1, 4, 5]].sum() == 0
+    assert counts[[2, 3, 6]].min() > 900
+    assert torch.equal(drawn[7], partners_of_class(classes, seed=1, epoch=7))
+
+
+def test_processes_share_pairs_not_images(folder: Path) -> None:
+    images = opened(folder, train_limit=8)
+    whole = batches(images.train_loader(epoch=0, companion="class"))
+    loaders = [
+        prepare_data_loader(
+            images.train_loader(epoch=0, companion="class"),
+            num_processes=2,
+            process_index=k,
+            split_batches=True,
+            put_on_device=False,
+        )
+        for k in range(2)
+    ]
+    parts = [batches(loader) for loader in loaders]
+    for k, part in enumerate(parts):
+        assert same(part, [(x[4 * k : 4 * k + 4], y[4 * k : 4 * k + 4]) for x, y in whole])
+
+
+def test_data_that_does_not_tell_classes_cannot_be_paired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FolderSplit, "classes", lambda _: None)
+    with pytest.raises(UsageError, match="pairs images by class"):
+        opened(folder).train_loader(epoch=0, companion="class")
+    assert opened(folder).train_loader(epoch=0, companion="view")
 
 
 def test_two_processes_share_each_batch(folder: Path) -> None:

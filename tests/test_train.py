@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from toy_training import ADAMW, CPU, RUN, SGD, ToyImages, toy_net
+from toy_training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, ToyImages, toy_net
 
 from prunecli import checkpoint, nets, train
 from prunecli.data import open_data
@@ -192,6 +192,16 @@ def test_distillation_needs_a_teacher() -> None:
         train.finetune(toy_net(), ToyImages(), settings, **RUN)
 
 
+@pytest.mark.parametrize("settings", [CSKD, PSKD, DLB])
+def test_the_losses_that_learn_from_the_net_itself_train_it(settings: FinetuneSettings) -> None:
+    images, model = ToyImages(), toy_net()
+    report = train.finetune(model, images, settings, **(RUN | {"epochs": 6}))
+    assert report.last_top1 > 60
+    plain = toy_net()
+    train.finetune(plain, images, settings.model_copy(update={"loss": "ce"}), **(RUN | {"epochs": 6}))
+    assert not same(weights(plain), weights(model))
+
+
 # ----------------------------------------------------------------------------------------------------- resume
 
 
@@ -219,14 +229,20 @@ def test_killed_run_resumes_to_the_same_bits(
     assert states(tmp_path / "run") == ["state-00003-00000000.safetensors"]
 
 
-@pytest.mark.parametrize("stop_at", range(1, 36, 5))
-def test_interrupted_anywhere_resumes_to_the_same_bits(tmp_path: Path, stop_at: int) -> None:
-    settings = SGD.model_copy(update={"checkpoint_every": None})
+@pytest.mark.parametrize(
+    ("settings", "stop_at"),
+    [(SGD, stop_at) for stop_at in range(1, 36, 5)]
+    + [(settings, stop_at) for settings in (CSKD, PSKD, DLB) for stop_at in (12, 30)],
+)
+def test_interrupted_anywhere_resumes_to_the_same_bits(tmp_path: Path, settings: Any, stop_at: int) -> None:
+    settings = settings.model_copy(update={"checkpoint_every": None})
     whole = toy_net()
     train.finetune(whole, ToyImages(), settings, **RUN)
 
     images = ToyImages()
-    images.train = Interrupting(images.train, stop_at * images.batch_size)
+    images.train = Interrupting(
+        images.train, stop_at * images.batch_size * (2 if settings.loss in ("cskd", "dlb") else 1)
+    )
     with pytest.raises(InterruptedRunError, match="saved") as caught:
         train.finetune(toy_net(), images, settings, folder=tmp_path, **RUN)
     assert caught.value.exit_code == 130

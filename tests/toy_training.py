@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 SGD = FinetuneSettings(
     optimizer="sgd", ema=0.9, mixup=0.4, label_smoothing=0.1, warmup_epochs=0.5, checkpoint_every=4, export="best"
 )
+CSKD = FinetuneSettings(optimizer="sgd", loss="cskd", label_smoothing=0.1, checkpoint_every=4)
+PSKD = FinetuneSettings(optimizer="sgd", loss="pskd", checkpoint_every=4)
+DLB = FinetuneSettings(optimizer="sgd", loss="dlb", channels_last="on", checkpoint_every=4)
 ADAMW = FinetuneSettings(optimizer="adamw", schedule="step", clip_grad=1.0, checkpoint_every=5)
 RUN: dict[str, Any] = {"lr": 0.05, "epochs": 3, "device": CPU, "seed": 7}
 
@@ -48,13 +51,17 @@ class ToyImages:
         self.steps_per_epoch = train // batch_size
         self.val_loads = 0
 
-    def train_loader(self, *, epoch: int, skip_batches: int = 0) -> DataLoader[Any]:
+    def train_loader(self, *, epoch: int, skip_batches: int = 0, companion: str = "none") -> DataLoader[Any]:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(epoch))
         order = order[: self.steps_per_epoch * self.batch_size]
         step = -1 if self.kill_at is None else self.kill_at - epoch * self.steps_per_epoch
         fatal = int(order[step * self.batch_size]) if 0 <= step < self.steps_per_epoch else None
         left = order[skip_batches * self.batch_size :].tolist()
-        return DataLoader(_Deadly(self.train, fatal), sampler=left, batch_size=self.batch_size)
+        if companion == "none":
+            return DataLoader(_Deadly(self.train, fatal), sampler=left, batch_size=self.batch_size)
+        shift = self.num_classes if companion == "class" else 0  # labels go round
+        pairs = [at for first in left for at in (first, (first + shift) % len(self.train))]
+        return DataLoader(_Deadly(self.train, fatal), sampler=pairs, batch_size=2 * self.batch_size)
 
     def val_loader(self) -> DataLoader[Any]:
         self.val_loads += 1
