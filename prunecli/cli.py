@@ -80,7 +80,9 @@ def compress(
     target: Annotated[
         str | None, typer.Option("--target", metavar="METRIC=VALUE", help="macs=50%, speedup=2 …")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="oneshot, tpp, greg, kernorth, orthconv, abp")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="oneshot, tpp, greg, kernorth, orthconv, abp, epsd")
+    ] = None,
     criterion: Annotated[str | None, typer.Option("--criterion", help="l1, l2, group_norm, bn_scale, lamp …")] = None,
     recover: Annotated[str | None, typer.Option("--recover", help="auto, none, or steps: lstsq,bn")] = None,
     round_to: Annotated[int | None, typer.Option("--round-to", help="widths are multiples of this; 1 is off")] = None,
@@ -196,9 +198,8 @@ def spectrum(
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
         from prunecli import render
-        from prunecli.job import resolve_device
         from prunecli.spectrum import weight_spectra
-        from prunecli.stages import jacobian_spectrum, load_source, open_images
+        from prunecli.stages import jacobian_spectrum, load_source, open_images, resolve_device
 
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
@@ -267,9 +268,8 @@ def evaluate(
     """Top-1, top-5 and loss on the validation split."""
     with reported():
         from prunecli import render, train
-        from prunecli.job import resolve_device
         from prunecli.recipe import layered
-        from prunecli.stages import load_source, open_images
+        from prunecli.stages import load_source, open_images, resolve_device
 
         flags = _flags(
             weights=weights,

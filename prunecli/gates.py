@@ -12,14 +12,14 @@ A closed gate still has a gradient, that of what the channel would have added, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prunecli.groups import Member, module_of
+from prunecli.groups import Group, Member, module_of
 from prunecli.penalty import Penalty
 from prunecli.plan import PlannedGroup
 
@@ -62,9 +62,9 @@ class Gated(nn.Module):
         self.gate = nn.Parameter(gates)
         self._widths = {group.name: group.width for group in groups}
         self._gated: list[tuple[str, int, str]] = []
-        for (name, dim), owners in _owners(model, groups).items():
-            buffer = f"_owner{len(self._gated)}"
-            self.register_buffer(buffer, owners, persistent=False)
+        for name, dim, numbers in gate_places(model, groups):
+            buffer = f"_gates{len(self._gated)}"
+            self.register_buffer(buffer, numbers, persistent=False)
             self._gated.append((name, dim, buffer))
 
     def forward(self, images: Tensor) -> Any:
@@ -73,14 +73,9 @@ class Gated(nn.Module):
 
     def gated(self) -> dict[str, Tensor]:
         """Parameter name -> its value times the gates of the channels that it reads."""
-        factors = torch.cat([straight_through(self.gate), self.gate.new_ones(1)])
-        found: dict[str, Tensor] = {}
-        for name, dim, buffer in self._gated:
-            tensor = found[name] if name in found else self.model.get_parameter(name)
-            shape = [1] * tensor.dim()
-            shape[dim] = -1
-            found[name] = tensor * factors[self.get_buffer(buffer)].view(shape).to(tensor.dtype)
-        return found
+        places = [(name, dim, self.get_buffer(buffer)) for name, dim, buffer in self._gated]
+        parameters = {name: self.model.get_parameter(name) for name, _, _ in places}
+        return gated_weights(parameters, places, straight_through(self.gate))
 
     @torch.no_grad()
     def fold_(self) -> None:
@@ -114,30 +109,49 @@ class GateSteps(Penalty):
         return float(is_open(self._gate.detach().abs()).float().mean())
 
 
-def _owners(model: nn.Module, groups: Sequence[PlannedGroup]) -> dict[tuple[str, int], Tensor]:
-    """For each gated dimension of a parameter the number of the gate at each position, one past the last for none.
+Gates = tuple[str, int, Tensor]  # a parameter, its dimension, and the number of the gate at each position of that
 
-    A shared parameter is there under its first name.
+
+def gated_weights(parameters: Mapping[str, Tensor], places: Sequence[Gates], gates: Tensor) -> dict[str, Tensor]:
+    """Name -> the value of each parameter that has ``places`` times its ``gates [n]``, differentiable in both."""
+    factors = torch.cat([gates, gates.new_ones(1)])
+    found: dict[str, Tensor] = {}
+    for name, dim, numbers in places:
+        tensor = found[name] if name in found else parameters[name]
+        shape = [1] * tensor.dim()
+        shape[dim] = -1
+        found[name] = tensor * factors[numbers].view(shape).to(tensor.dtype)
+    return found
+
+
+def gate_places(model: nn.Module, groups: Sequence[Group] | Sequence[PlannedGroup]) -> list[Gates]:
+    """Where the gates of all groups act; their numbers run on from group to group, one past the last is no gate.
+
+    A shared parameter is there under its first name. A dimension that is there twice is read by two groups at the same
+    positions (heads, and the widths within them), and has both gates.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     none = sum(group.width for group in groups)
-    found: dict[tuple[str, int], Tensor] = {}
+    found: dict[tuple[str, int], list[Tensor]] = {}
     start = 0
     for group in groups:
         for member in _gated_members(group):
             if member.tensor not in tensors:
                 continue
             tensor = tensors[member.tensor]
-            key = (first[id(tensor)], member.dim)
-            owners = found.setdefault(key, torch.full((tensor.shape[member.dim],), none))
-            for channel in range(group.width):
-                owners[member.index.positions([channel])] = start + channel
+            layers = found.setdefault((first[id(tensor)], member.dim), [])
+            at = torch.tensor(member.index.positions(range(group.width)))
+            free = next((layer for layer in layers if bool((layer[at] == none).all())), None)
+            if free is None:
+                free = torch.full((tensor.shape[member.dim],), none)
+                layers.append(free)
+            free[at] = torch.arange(start, start + group.width).repeat_interleave(member.index.repeats)
         start += group.width
-    return found
+    return [(name, dim, layer) for (name, dim), layers in found.items() for layer in layers]
 
 
-def _gated_members(group: PlannedGroup) -> tuple[Member, ...]:
+def _gated_members(group: Group | PlannedGroup) -> tuple[Member, ...]:
     """Where the gates act: on all that reads the channels; where nothing does, as in a product of queries and keys,
     on the first weight that produces them and its bias. One factor only: if both were zero, neither had a gradient.
     """

@@ -30,13 +30,12 @@ from prunecli.report import (
     StageName,
     TargetResult,
 )
-from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images
+from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
 
 DEFAULT_EPOCHS: Final = 10
-_DEVICES: Final = ("cpu", "cuda")
 _NEEDS_IMAGES: Final = {
     "lstsq": "solves from what layers read on images",
     "repair": "measures what layers make of images",
@@ -353,21 +352,6 @@ def interruptible(job: Job) -> Iterator[None]:
             f"Interrupted; {job.folder.path} keeps what was finished.",
             hint=f"`prunecli {job.progress.command} --resume --out {shlex.quote(str(job.folder.path))}` continues.",
         ) from None
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists. Raises UsageError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.") from None
-    if device.type not in _DEVICES:
-        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"Device {name} was asked for, but {torch.cuda.device_count()} CUDA devices are visible.")
-    return device
 
 
 def _progress_file(folder: store.RunFolder) -> Path:

@@ -89,10 +89,10 @@ class Phase:
 
 
 def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the recipe's method, in order; none for ``oneshot``."""
+    """The phases of the recipe's method, in order; none for ``oneshot`` and ``epsd``."""
     asked = recipe.phase
     lr = asked.lr or (_GATE_LR if recipe.method == "abp" else _LR)
-    if recipe.method == "oneshot":
+    if recipe.method in ("oneshot", "epsd"):
         return ()
     if recipe.method == "abp":
         return (Phase(name="gate", steps=asked.steps, lr=lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)

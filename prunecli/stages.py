@@ -22,10 +22,12 @@ from prunecli.graph import build_graph
 from prunecli.groups import Graph
 from prunecli.outputs import logits_of
 from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
+from prunecli.prospect import prospect_scores
 from prunecli.recipe import Recipe, Target
 from prunecli.report import TargetResult
 
 EQUIVALENCE_TOLERANCE: Final = 1e-9
+_DEVICES: Final = ("cpu", "cuda")
 _MOST_SPARED: Final = 4  # times that a group is left whole for the proof's sake; a model that needs more is unsupported
 # Exact Jacobians cost K backward passes an image, a Lanczos step two; `auto` takes as many images as this many
 # multiply-adds buy (about a minute on two CPU cores), and Lanczos where they buy no exact one.
@@ -101,6 +103,21 @@ class Inspection:
         }
 
 
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.") from None
+    if device.type not in _DEVICES:
+        raise UsageError(f"Unknown device {name!r}.", hint="Known: auto, cpu, cuda, cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Device {name} was asked for, but {torch.cuda.device_count()} CUDA devices are visible.")
+    return device
+
+
 def load_source(recipe: Recipe) -> Source:
     """Load the model that a recipe names: a timm name, a hub or local folder, a function, or a run folder.
 
@@ -167,7 +184,7 @@ def make_plan(
         TargetError: out of reach, with the reachable range.
         NothingPrunedError: nothing would be removed.
     """
-    settings = recipe.prune if gates is None else recipe.prune.model_copy(update={"criterion": "gates"})
+    criterion = "gates" if gates is not None else "epsd" if recipe.method == "epsd" else recipe.prune.criterion
     needed = None if gates is None else {name: int(is_open(values).sum()) for name, values in gates.items()}
     target = recipe.target or (budget.Learned(widths=needed) if needed is not None else None)
     if target is None:
@@ -175,7 +192,7 @@ def make_plan(
     scores = dict(gates) if gates is not None else _scores(source, graph, recipe, images)
     names = [name for name, _ in source.model.named_parameters()]
     stored = list(source.model.state_dict())
-    choice = budget.choose(graph, scores, target, settings, parameters=names, stored=stored, base=source.cost)
+    choice = budget.choose(graph, scores, target, recipe.prune, parameters=names, stored=stored, base=source.cost)
     notes = choice.notes
     if needed is not None and recipe.target is not None:
         closed = 1 - sum(needed.values()) / sum(len(values) for values in scores.values())
@@ -196,8 +213,8 @@ def make_plan(
     plan = Plan(
         model=source.ref,
         engine=graph.engine,
-        criterion=settings.criterion,
-        ranking=settings.ranking if recipe.target else "learned",
+        criterion=criterion,
+        ranking=recipe.prune.ranking if recipe.target else "learned",
         seed=recipe.seed,
         groups=groups,
         attributes=graph.solve(kept),
@@ -215,8 +232,22 @@ def make_plan(
 
 
 def _scores(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> dict[str, Tensor]:
-    """What the recipe's criterion says of every group. Raises UsageError."""
+    """What the recipe's method or criterion says of every group. Raises UsageError, and as ``prospect_scores``."""
     settings = recipe.prune
+    if recipe.method == "epsd":
+        if images is None or images.train_size == 0:
+            raise UsageError(
+                "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
+            )
+        return prospect_scores(
+            source.model,
+            graph.groups,
+            images,
+            recipe.epsd,
+            recipe.finetune,
+            device=resolve_device(recipe.device),
+            seed=recipe.seed,
+        )
     gradients = None
     if settings.criterion == "taylor":
         if images is None:
