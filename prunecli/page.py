@@ -231,9 +231,11 @@ def _recovery(steps: Sequence[RecoveryStep]) -> str:
 def _learning_rate(report: Report) -> str:
     if not report.lr:
         return ""
+    candidates = wording.candidate_rows(report.lr)
     return _section(
         f"Learning rate {report.lr.recommended:g}, and why",
         _paragraph(report.lr.rule),
+        _table(("candidate", "LR", "", "what is known of it"), candidates, words=(0, 2, 3)) if candidates else "",
         _table(("measurement", "value"), wording.evidence_rows(report.lr), words=(0, 1)),
     )
 

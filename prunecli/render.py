@@ -291,7 +291,11 @@ def lr_table(found: LRReport) -> RenderableType:
     table = _table("Evidence", "measurement", "value")
     for name, value in wording.evidence_rows(found):
         _row(table, name, value)
-    return Group(_fields(("LR", f"{found.recommended:g}"), ("why", found.rule)), table)
+    candidates = _table("Candidates", "candidate", "LR", "", "what is known of it", numeric=("LR",))
+    for row in wording.candidate_rows(found):
+        _row(candidates, *row)
+    parts: list[RenderableType] = [_fields(("LR", f"{found.recommended:g}"), ("why", found.rule))]
+    return Group(*parts, *([candidates] if candidates.row_count else []), table)
 
 
 def accuracy_table(model: str, data: str, found: Accuracy, notes: Sequence[str]) -> RenderableType:

@@ -174,10 +174,18 @@ def headline(report: Report) -> str:
 
 def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
     """What a learning rate rests on, as label and text: the measured inputs, then each rule with its source."""
-    inputs = {label: value for label, value in found.evidence.items() if label != "rules"}
+    inputs = {label: value for label, value in found.evidence.items() if label not in ("rules", "candidates")}
     rows = [(label.replace("_", " "), _text(value)) for label, value in inputs.items()]
     rules = found.evidence.get("rules", ())
     return rows + [(f"rule: {rule['name']}", f"{_text(rule['lr'])} ({rule['source']})") for rule in rules]
+
+
+def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
+    """The rates that were weighed up: name, rate, whether it was taken, what is known of it."""
+    return [
+        (row["name"], _text(row["lr"]), "taken" if row["taken"] else "", row["says"])
+        for row in found.evidence.get("candidates", ())
+    ]
 
 
 def _text(value: object) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prunecli.data import Images, epoch_order
 from prunecli.files import write_tensors
+from prunecli.lr import REGRET
 from prunecli.recipe import DataSettings, FinetuneSettings
 from prunecli.sources import ArraySplit
 from prunecli.train import finetune
@@ -244,3 +245,14 @@ def test_a_net_that_is_left_out_has_no_say_in_the_fit() -> None:
         records |= {case.key(lr, 0): {"top1": 90.0 if lr == wanted[case.net] else 50.0} for lr in lr_regret.GRID}
     found = {case.net: rate for case, rate in lr_regret.left_out(cases, records).items()}
     assert found == {"mlp7_relu": 0.003, "cifar_resnet20": 0.1}
+
+
+def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured() -> None:
+    lines = lr_regret.table(Ledger(lr_regret.RESULTS).records).splitlines()
+    header = [cell.strip() for cell in lines[0].split("|")]
+    means, worst = ([cell.strip() for cell in line.split("|")] for line in (lines[-3], lines[-1]))
+    assert (means[1], worst[1]) == ("mean", "worst")
+    quoted = {"short": "prunecli, fitted to other nets", "published": "published rules", "1e-3": "fixed 1e-3"}
+    for name, column in quoted.items():
+        at = header.index(column)
+        assert (float(means[at]), float(worst[at])) == REGRET[name]

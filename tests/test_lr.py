@@ -110,3 +110,30 @@ def test_evidence_holds_every_input_and_names_papers() -> None:
 def test_impossible_measurements_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ask(**wrong)
+
+
+def candidates(report: LRReport) -> dict[str, tuple[float | None, bool]]:
+    return {row["name"]: (row["lr"], row["taken"]) for row in report.evidence["candidates"]}
+
+
+def test_candidates_stand_side_by_side_and_the_taken_one_is_the_recommendation() -> None:
+    short = ask(steps=40)
+    assert candidates(short) == {"short": (0.011, True), "published": (0.01, False), "a tenth of it": (0.001, False)}
+    assert candidates(ask(steps=20_000)) == {"short": (None, False), "published": (0.01, True)}
+    assert candidates(ask(optimizer="adamw")) == {"published": (pytest.approx(1.25e-4), True)}
+    for report in (short, ask(steps=20_000), ask(small_images=False), ask(optimizer="adamw"), ask(removed_channels=0)):
+        (taken,) = (lr for lr, is_taken in candidates(report).values() if is_taken)
+        assert taken == report.recommended
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({"steps": 10_001}, "10001 steps are more than"),
+        ({"steps": None}, "not known without data"),
+        ({"small_images": False}, "up to 64 px only"),
+        ({"removed_channels": 0.1}, "more than 10%"),
+    ],
+)
+def test_why_a_candidate_does_not_hold_is_said(case: dict[str, Any], reason: str) -> None:
+    assert reason in ask(**({"steps": 600} | case)).evidence["candidates"][0]["says"]
