@@ -36,6 +36,7 @@ Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
 
 DEFAULT_EPOCHS: Final = 10
+DISTILL_SHARE: Final = 0.9
 _NEEDS_IMAGES: Final = {
     "lstsq": "solves from what layers read on images",
     "repair": "measures what layers make of images",
@@ -175,12 +176,27 @@ def learning_rate(job: Job) -> float:
 
 
 def finetune_settings(job: Job) -> FinetuneSettings:
-    """The settings of the recipe, where it is silent with the last rate that the recommendation names."""
-    asked = job.recipe.finetune
-    found = job.progress.lr
-    if asked.min_lr is not None or found is None or "final_lr" not in found.evidence:
-        return asked
-    return asked.model_copy(update={"min_lr": found.evidence["final_lr"]})
+    """The settings of the recipe; where it leaves it to the tool, with the last rate that the recommendation names and
+    with distillation from a dense model that is worth learning from.
+    """
+    asked, found = job.recipe.finetune, job.progress.lr
+    decided: dict[str, Any] = {"distill": asked.distill.model_copy(update={"alpha": _distill_share(job)})}
+    if asked.min_lr is None and found is not None and "final_lr" in found.evidence:
+        decided["min_lr"] = found.evidence["final_lr"]
+    return asked.model_copy(update=decided)
+
+
+def _distill_share(job: Job) -> float:
+    """What ``distill.alpha: auto`` means here: the dense model teaches where it makes less than half of the mistakes
+    that guessing makes on the validation images, and where nothing else teaches already.
+    """
+    asked, dense = job.recipe.finetune, job.progress.stage("dense")
+    if asked.distill.alpha != "auto":
+        return asked.distill.share
+    if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
+        return 0.0
+    guessing = 100 / job.images.num_classes
+    return DISTILL_SHARE if dense.top1 > (100 + guessing) / 2 else 0.0
 
 
 def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:

@@ -204,12 +204,12 @@ def build_objective(
         settings: of fine-tuning.
         num_classes: K.
         epochs: of the whole run; PS-KD goes by it.
-        teacher: used only where ``distill.alpha`` is above 0.
+        teacher: used only where ``distill.share`` is above 0.
 
     Raises:
         UsageError: distillation is asked for and there is no teacher.
     """
-    alpha = settings.distill.alpha
+    alpha = settings.distill.share
     if alpha > 0 and teacher is None:
         raise UsageError(
             f"finetune.distill.alpha is {alpha:g}, but there is no dense model to learn from.",

@@ -236,8 +236,16 @@ class SaoSettings(Value):
 class DistillSettings(Value):
     """Knowledge distillation from the dense model: loss = (1-alpha) CE + alpha T^2 KL(teacher_T, student_T)."""
 
-    alpha: float = Field(default=0.0, ge=0, le=1)
+    alpha: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        default="auto",
+        description="auto: 0.9 in `compress` where the dense model is a good teacher for the data, else 0",
+    )
     temperature: float = Field(default=4.0, gt=0)
+
+    @property
+    def share(self) -> float:
+        """Alpha as a number; what is still to be decided counts as none."""
+        return 0.0 if self.alpha == "auto" else self.alpha
 
 
 class OriginalSchedule(Value):
@@ -326,7 +334,7 @@ class FinetuneSettings(Value):
             if self.loss_weight is not None or self.loss_temperature is not None:
                 raise ValueError("loss_weight and loss_temperature are of the losses cskd, pskd and dlb; loss is ce")
             return self
-        if self.distill.alpha:
+        if self.distill.share:
             raise ValueError(
                 f"distill learns from the dense model, loss {self.loss} from the net itself; leave one out"
             )

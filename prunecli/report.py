@@ -143,6 +143,7 @@ class FinetuneReport(Value):
     steps: int
     lr: float
     schedule: str
+    distill: float = Field(default=0.0, description="share of the loss that is distillation from the dense model")
     best_epoch: int | None = None
     best_top1: float | None = None
     last_top1: float | None = None

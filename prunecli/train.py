@@ -59,7 +59,7 @@ def finetune(
         device: where to train.
         seed: of all random numbers but the loader's own.
         folder: where checkpoints go; none: no resuming.
-        teacher: the dense model, needed where ``settings.distill.alpha`` is above 0.
+        teacher: the dense model, needed where ``settings.distill.share`` is above 0.
         on_event: called between steps.
 
     Raises:
@@ -162,6 +162,7 @@ class _Finetuning(Loop):
             steps=self.steps,
             lr=lr,
             schedule=self.settings.schedule,
+            distill=self.settings.distill.share,
             best_epoch=int(best["epoch"]),
             best_top1=best["top1"],
             last_top1=history[-1]["top1"],
@@ -189,7 +190,7 @@ def _job(
         "steps_per_epoch": images.steps_per_epoch,
         "num_classes": images.num_classes,
         "weights": state_digest(model.state_dict()),
-        "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.alpha > 0 else None,
+        "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.share > 0 else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

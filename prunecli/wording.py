@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from prunecli.report import LRReport, PhaseCost, PhaseName, PhaseReport, Report, SpectrumSummary, Stage, TargetResult
+from prunecli.report import (
+    FinetuneReport,
+    LRReport,
+    PhaseCost,
+    PhaseName,
+    PhaseReport,
+    Report,
+    SpectrumSummary,
+    Stage,
+    TargetResult,
+)
 
 DASH = "-"
 STAGE_NAMES = {
@@ -96,6 +106,11 @@ def budget_line(report: Report) -> str | None:
     if not report.phases or report.total_epochs is None:
         return None
     return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
+
+
+def taught(done: FinetuneReport) -> str:
+    """What fine-tuning learnt from beside the labels, with a comma before it; empty where from nothing."""
+    return f", {done.distill:g} of the loss distilled from the dense model" if done.distill else ""
 
 
 def percent(value: float | None) -> str:

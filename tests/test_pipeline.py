@@ -450,6 +450,40 @@ def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkey
     assert taught == [True]
 
 
+TEACHES = ["cifar_resnet20.digits", "--data=digits", "--target=ratio=0.25", "--epochs=1", "--recover=none"]
+TEACHES += ["data.train_limit=128", "data.val_limit=64", "spectrum.samples=0", "--device=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ([], 0.9),
+        (["finetune.distill.alpha=0"], 0.0),
+        (["finetune.distill.alpha=0.25"], 0.25),
+        (["finetune.loss=pskd"], 0.0),
+        (["--no-pretrained"], 0.0),  # it knows nothing that could be taught
+    ],
+)
+def test_a_dense_model_that_knows_its_data_teaches_the_cut_one(
+    tmp_path: Path, change: list[str], expected: float
+) -> None:
+    done = call("compress", *TEACHES, *change, f"--out={tmp_path / 'run'}")
+    assert done.exit_code == 0, done.stderr
+    report = RunFolder(path=tmp_path / "run").report()
+    assert report.finetune is not None
+    assert report.finetune.distill == expected
+    assert ("of the loss distilled from the dense model" in " ".join(done.stdout.split())) == (expected > 0)
+
+
+def test_a_model_that_is_fine_tuned_alone_has_no_teacher(tmp_path: Path) -> None:
+    job = [part for part in TEACHES if not part.startswith(("--target", "--recover"))]
+    done = call("finetune", *job, f"--out={tmp_path / 'run'}")
+    assert done.exit_code == 0, done.stderr
+    report = RunFolder(path=tmp_path / "run").report()
+    assert report.finetune is not None
+    assert report.finetune.distill == 0
+
+
 ALLR = ["finetune.schedule=allr", "finetune.original={lr: 0.1, epochs: 50}", "spectrum.samples=0"]
 
 
