@@ -250,6 +250,7 @@ def lr_report(
         steps=epochs * images.steps_per_epoch or None if images is not None else None,
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
+        from_scratch=not recipe.pretrained,
     )
 
 

@@ -6,6 +6,7 @@ Rules in force, for nets trained with SGD:
   3e-2, less where the steps are too few to anneal it: ``3e-2 * min(1, sqrt(steps / (600 * share of channels kept)))``.
 * **peak**: otherwise start from a tenth of the rate the base was trained at (1e-2 for the usual 0.1).
 * **damage**: the more is removed, the more the larger rate gains; at about 10 % and below a smaller one can win.
+* **scratch**: random weights are no fine-tuning; they get the usual peak of training, 0.1.
 * **end**: finish at 1e-4 or below on small images, at 1e-5 or below on ImageNet-sized ones.
 
 None of them was measured on AdamW or on transformers, where the base's own peak is the published practice.
@@ -50,6 +51,7 @@ def recommend_lr(
     narrowest_width: int | None = None,
     jsv_ratio: float | None = None,
     base_peak_lr: float | None = None,
+    from_scratch: bool = False,
 ) -> LRReport:
     """The peak learning rate of the fine-tuning, the rule behind it and every input that was at hand.
 
@@ -64,6 +66,7 @@ def recommend_lr(
         narrowest_width: channels left in the narrowest cut layer; recorded, no rule reads it yet.
         jsv_ratio: mean Jacobian singular value now over the dense one; recorded, no rule reads it yet.
         base_peak_lr: highest rate the base was trained at; none: 0.1 is assumed for SGD, and said.
+        from_scratch: the weights are random.
 
     Raises:
         ValueError: a share outside [0, 1], or a count or rate that is not positive.
@@ -79,9 +82,13 @@ def recommend_lr(
         "narrowest_width": narrowest_width,
         "jsv_ratio": jsv_ratio,
         "base_peak_lr": base_peak_lr,
+        "from_scratch": from_scratch,
     }
     _check(inputs)
-    if optimizer == "sgd":
+    if optimizer == "sgd" and from_scratch:
+        fired = [_scratch()]
+        candidates = [_candidate("usual peak", fired[-1]["lr"], "what nets with BatchNorm are trained at", taken=True)]
+    elif optimizer == "sgd":
         peak = _sgd_peak(base_peak_lr)
         published = [peak, _damage(peak["lr"], removed_channels)]
         beyond = _beyond(steps, removed_channels, small_images=small_images)
@@ -171,6 +178,15 @@ def _sgd_peak(base_peak_lr: float | None) -> dict[str, Any]:
         "lr": lr,
         "says": f"A tenth of the base's peak rate {peak:g} ({origin}) is {lr:g}.",
         "source": f"{_TPP}; {_CONFUSING}; {_GREG}; {_DEPGRAPH}: all fine-tune bases trained at 0.1 from 0.01",
+    }
+
+
+def _scratch() -> dict[str, Any]:
+    return {
+        "name": "scratch",
+        "lr": SGD_BASE_PEAK,
+        "says": f"The weights are random, so this is a training from scratch: the usual peak is {SGD_BASE_PEAK:g}.",
+        "source": "He et al. 2016, arXiv 1512.03385, section 4.2: 0.1 for 128 images of CIFAR-10",
     }
 
 

@@ -137,3 +137,10 @@ def test_candidates_stand_side_by_side_and_the_taken_one_is_the_recommendation()
 )
 def test_why_a_candidate_does_not_hold_is_said(case: dict[str, Any], reason: str) -> None:
     assert reason in ask(**({"steps": 600} | case)).evidence["candidates"][0]["says"]
+
+
+def test_random_weights_are_trained_at_the_usual_peak() -> None:
+    report = ask(from_scratch=True, steps=40)
+    assert (report.recommended, fired(report)) == (0.1, ["scratch", "end"])
+    assert candidates(report) == {"usual peak": (0.1, True)}
+    assert fired(ask(from_scratch=True, optimizer="adamw")) == ["adamw", "end"]
