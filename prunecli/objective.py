@@ -246,6 +246,11 @@ def build_objective(
     )
 
 
+def frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
+    """A teacher where it is to answer, in evaluation mode; what there is of one."""
+    return None if teacher is None else teacher.to(device).eval()
+
+
 def _exact(logits: Tensor) -> Tensor:
     """At least in float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -16,7 +16,7 @@ from torch import nn
 from prunecli.errors import PruneError
 from prunecli.gates import Gated, GateSteps
 from prunecli.loop import Event, Loop, Run, settle_
-from prunecli.objective import build_objective
+from prunecli.objective import build_objective, frozen
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
 from prunecli.plan import PlannedGroup
@@ -39,9 +39,10 @@ def train_phase_(
     device: torch.device,
     seed: int,
     folder: Path | None = None,
+    teacher: nn.Module | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> PhaseReport:
-    """Train ``model`` through one phase, in place: SGD at a constant rate on plain cross-entropy and the penalty.
+    """Train ``model`` through one phase, in place: SGD at a constant rate on cross-entropy and the penalty.
 
     Killed at any moment and called again with the same arguments, it goes on from the newest checkpoint in ``folder``
     to the same weights, on a CPU bit for bit. Events are those of `train.finetune`.
@@ -51,11 +52,12 @@ def train_phase_(
         phase: what to do.
         groups: of the plan.
         images: training images; validation is not looked at.
-        settings: weight decay, precision, memory format and checkpoints of it hold for the phase too.
+        settings: weight decay, precision, memory format, distillation and checkpoints of it hold for the phase too.
         method: for the report.
         device: where to train.
         seed: of all random numbers but the loader's own.
         folder: where checkpoints go; none: no resuming.
+        teacher: the dense model, needed where ``settings.distill.share`` is above 0.
         on_event: called between steps.
 
     Raises:
@@ -75,7 +77,9 @@ def train_phase_(
             steps_per_epoch=images.steps_per_epoch,
             device=device,
             seed=seed,
-            make_objective=lambda _: build_objective(plain, num_classes=images.num_classes),
+            make_objective=lambda where: build_objective(
+                plain, num_classes=images.num_classes, teacher=frozen(teacher, where)
+            ),
             make_penalty=lambda trained: _penalty(trained, groups, phase),
         )
         run = Run(
@@ -163,8 +167,8 @@ _PLAIN: Final = FinetuneSettings(optimizer="sgd", schedule="constant")
 
 
 def _plain(settings: FinetuneSettings, phase: Phase) -> FinetuneSettings:
-    """The papers' plain SGD, with what the recipe says of weight decay, precision and memory."""
-    shared = ("weight_decay", "decay_norms", "amp", "channels_last")
+    """The papers' plain SGD, with what the recipe says of weight decay, precision, memory and the dense teacher."""
+    shared = ("weight_decay", "decay_norms", "amp", "channels_last", "distill")
     return _PLAIN.model_copy(update={"momentum": phase.momentum} | {name: getattr(settings, name) for name in shared})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunecli.files import read_tensors, write_tensors
 from prunecli.gates import Gated, drawn_gates
-from prunecli.job import Job, reload_
+from prunecli.job import Job, finetune_settings, reload_
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
 from prunecli.plan import Plan
@@ -59,16 +59,18 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
     job.notify({"event": "start", "name": phase.name})
     gated = plan.cut_groups if phase.name == "gate" else ()
     net = Gated(model, gated, drawn_gates(gated, seed=job.recipe.seed)) if gated else model
+    settings = finetune_settings(job)
     report = train_phase_(
         net,
         phase,
         plan.groups,
         job.images,
-        job.recipe.finetune,
+        settings,
         method=job.recipe.method,
         device=job.device,
         seed=job.recipe.seed,
         folder=job.folder.checkpoints / phase.name,
+        teacher=job.source.model if settings.distill.share else None,
         on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
     if isinstance(net, Gated):

@@ -16,7 +16,7 @@ from prunecli import checkpoint
 from prunecli.errors import PruneError, UsageError
 from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.loop import Event, Loop, Run, settle_
-from prunecli.objective import build_objective
+from prunecli.objective import build_objective, frozen
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe import FinetuneSettings
@@ -82,7 +82,7 @@ def finetune(
             device=device,
             seed=seed,
             make_objective=lambda where: build_objective(
-                settings, num_classes=images.num_classes, epochs=epochs, teacher=_frozen(teacher, where)
+                settings, num_classes=images.num_classes, epochs=epochs, teacher=frozen(teacher, where)
             ),
             make_penalty=lambda trained: _penalty(trained, settings),
         )
@@ -199,10 +199,6 @@ def _penalty(model: nn.Module, settings: FinetuneSettings) -> Penalty:
     if settings.regulariser == "none":
         return Penalty()
     return Orthogonality(model, settings.regulariser, settings.regulariser_weight)
-
-
-def _frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
-    return None if teacher is None else teacher.to(device).eval()
 
 
 def _best(history: Iterable[Mapping[str, float]]) -> Mapping[str, float]:

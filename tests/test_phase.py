@@ -15,6 +15,7 @@ from test_train import Interrupting, same, weights
 from timm.layers import SwiGLUPacked
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net, train_toy_phase
 
 from prunecli import nets  # noqa: F401 - registers the papers' networks
@@ -27,7 +28,7 @@ from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_
 from prunecli.plan import PlannedGroup
 from prunecli.push import Push
-from prunecli.recipe import FinetuneSettings, Recipe
+from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.surgery import cut_
 
 # ------------------------------------------------------------------------------------------------- length
@@ -356,3 +357,18 @@ def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
     train_toy_phase(decayed, ToyImages(), settings=FinetuneSettings(weight_decay=0.1))
     assert same(weights(plain), weights(decorated))
     assert not same(weights(plain), weights(decayed))
+
+
+def test_a_phase_learns_from_the_dense_model_where_fine_tuning_does() -> None:
+    """With nothing but distillation the labels have no say; without a teacher there is nothing to learn from."""
+    taught = ADAMW.model_copy(update={"distill": DistillSettings(alpha=1.0)})
+    pair, images = [toy_net(), toy_net()], [ToyImages(), ToyImages()]
+    images[1].train = TensorDataset(images[1].train.tensors[0], images[1].train.tensors[1].flip(0))
+    for net, shown in zip(pair, images, strict=True):
+        train_toy_phase(net, shown, settings=taught, teacher=toy_net())
+    assert same(weights(pair[0]), weights(pair[1]))
+    plain = toy_net()
+    train_toy_phase(plain, images[0])
+    assert not same(weights(plain), weights(pair[0]))
+    with pytest.raises(UsageError, match="no dense model"):
+        train_toy_phase(toy_net(), images[0], settings=taught)
