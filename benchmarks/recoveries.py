@@ -1,9 +1,12 @@
-"""Which recovery is worth most after the same short fine-tuning: recovery x pruning ratio x learning rate x seed.
+"""What to do about a cut before fine-tuning: recovery or TPP x pruning ratio x learning rate x seed, one budget.
 
 ResNet-20 on CIFAR-10, L1 on the first convolution of each block, the tool's own steps, cosine SGD (batch 128, weight
-decay 5e-4, crop and flip). A row is written as soon as it is measured, so a run that was stopped goes on where it was:
+decay 5e-4, crop and flip). ``tpp`` trains half of the epochs before the cut, by the phase of the packaged recipe
+``cifar10_resnet20_tpp_cpu``; ``+kd`` fine-tunes with distillation from the dense net (share 0.9, temperature 4). A row
+is written as soon as it is measured, so a run that was stopped goes on where it was:
 
-    python benchmarks/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR --out recoveries.json
+    python benchmarks/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR
+    python benchmarks/recoveries.py --table
 
 ``--data-dir`` is a folder that torchvision's CIFAR-10 reads. The figures of ``before`` are those behind the recovery.
 """
@@ -16,75 +19,108 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from ledger import Ledger
+from torch import nn
 
-from prunecli import stages, train
+from prunecli import catalog, phase_stage, stages, train
 from prunecli.evaluation import evaluate
 from prunecli.graph import build_graph
 from prunecli.job import Job, open_job
 from prunecli.plan import Plan
-from prunecli.recipe import Recipe
+from prunecli.recipe import DistillSettings, Recipe, layered
 from prunecli.recovery_steps import Subject, apply_steps
 
-RECOVERIES = ("none", "bn", "repair", "orthp+bn", "blend+bn", "lstsq", "lstsq+bn", "lstsq+blend+bn")
-Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, recovery
+RESULTS = Path(__file__).parent / "results" / "recoveries.json"
+ARMS = (
+    "bn",
+    "repair",
+    "orthp+bn",
+    "blend+bn",
+    "lstsq+bn",
+    "lstsq+blend+bn",
+    "bn+kd",
+    "lstsq+bn+kd",
+    "tpp",
+    "tpp+kd",
+)
+DISTILLED = DistillSettings(alpha=0.9, temperature=4.0)
+Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, arm
 
 
 def recipe_for(options: argparse.Namespace, ratio: float, seed: int) -> Recipe:
     """One job; its own recovery and learning rate are not read."""
-    return Recipe.from_mapping(
-        {
-            "model": "cifar_resnet20",
-            "weights": str(options.weights),
-            "data": {
-                "name": "torch/cifar10",
-                "dir": str(options.data_dir),
-                "train_limit": options.train_images,
-                "val_limit": options.test_images,
-            },
-            "target": f"ratio={ratio}",
-            "prune": {"select": ["layer*.*.conv1"], "round_to": 1},
-            "device": options.device,
-            "seed": seed,
-        }
-    )
+    values = {
+        "model": "cifar_resnet20",
+        "weights": str(options.weights),
+        "data": {
+            "name": "torch/cifar10",
+            "dir": str(options.data_dir),
+            "train_limit": options.train_images,
+            "val_limit": options.test_images,
+        },
+        "target": f"ratio={ratio}",
+        "device": options.device,
+        "seed": seed,
+    }
+    return Recipe.from_mapping(layered(catalog.read("cifar10_resnet20_tpp_cpu"), values))
 
 
 def key(options: argparse.Namespace, row: Row) -> str:
     """The name of a row, budget included."""
-    ratio, lr, seed, recovery = row
+    ratio, lr, seed, arm = row
     budget = f"{options.epochs} epochs of {options.train_images}, judged on {options.test_images}"
-    return f"{recovery} | PR {ratio:g} | LR {lr:g} | seed {seed} | {budget}"
+    return f"{arm} | PR {ratio:g} | LR {lr:g} | seed {seed} | {budget}"
+
+
+def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
+    """The net that fine-tuning starts from, and the epochs it has had."""
+    steps = tuple(step for step in arm.split("+") if step not in ("tpp", "kd"))
+    if "tpp" not in arm:
+        subject = Subject(job=job, dense=job.source.model, plan=plan)
+        return apply_steps(subject, stages.cut(job.source.model, plan), steps).model, 0
+    trained = phase_stage.before_cut(job, plan)
+    (phase,) = job.progress.phases
+    return stages.cut(trained, plan), round(phase.epochs)
 
 
 def measure(job: Job, plan: Plan, row: Row, epochs: int) -> dict[str, Any]:
     """Cut, recover, fine-tune, judge."""
-    _, lr, seed, recovery = row
+    _, lr, seed, arm = row
     assert job.images is not None
     began = time.perf_counter()
-    model = stages.cut(job.source.model, plan)
-    steps = () if recovery == "none" else tuple(recovery.split("+"))
-    model = apply_steps(Subject(job=job, dense=job.source.model, plan=plan), model, steps).model
+    model, spent = started(job, plan, arm)
     seconds = time.perf_counter() - began
     before = evaluate(model, job.images.val_loader(), device=job.device)
-    done = train.finetune(model, job.images, job.recipe.finetune, lr=lr, epochs=epochs, device=job.device, seed=seed)
+    settings = job.recipe.finetune
+    done = train.finetune(
+        model,
+        job.images,
+        settings.model_copy(update={"distill": DISTILLED}) if arm.endswith("kd") else settings,
+        lr=lr,
+        epochs=epochs - spent,
+        device=job.device,
+        seed=seed,
+        teacher=job.source.model,
+    )
     return {
         "before": before.top1,
         "top1": done.last_top1,
         "best": done.best_top1,
         "loss": done.history[-1]["loss"],
+        "epochs_before_cut": spent,
         "recovery_seconds": round(seconds, 2),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what the ledger lacks, ratio by ratio."""
+    """Measure what the ledger lacks, rate by rate and ratio by ratio."""
     ledger = Ledger(options.out)
-    for ratio, seed in itertools.product(options.ratios, options.seeds):
-        rows = [(ratio, lr, seed, name) for lr in options.lrs for name in options.recoveries]
+    for lr, ratio, seed in itertools.product(options.lrs, options.ratios, options.seeds):
+        rows = [(ratio, lr, seed, arm) for arm in options.arms]
         rows = [row for row in rows if key(options, row) not in ledger.records]
         if not rows:
             continue
@@ -93,6 +129,7 @@ def run(options: argparse.Namespace) -> None:
             job = open_job(
                 "compress", recipe, out=Path(scratch) / "run", resume=False, force=False, notify=lambda _: None
             )
+            job.begin()
             graph = build_graph(job.source.model, job.source.spec.size)
             plan = stages.make_plan(job.source, graph, recipe, job.images).plan
             for row in rows:
@@ -102,43 +139,54 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> str:
-    """Markdown: a line for each recovery and ratio; before, then top-1 after each rate, mean over the seeds there."""
+    """Markdown: a line for each arm and ratio; top-1 before and after, mean(standard deviation) over the seeds."""
     records = Ledger(options.out).records
-    rates = "".join(f" LR {lr:g} |" for lr in options.lrs)
-    lines = [f"| recovery | PR | before |{rates}", "|---|---|---|" + "---|" * len(options.lrs)]
-    for ratio, name in itertools.product(options.ratios, options.recoveries):
+    rates = "".join(f" LR {lr:g}: last | best |" for lr in options.lrs)
+    lines = [f"| PR | recovery | seeds | before |{rates}", "|---|---|---|---|" + "---|---|" * len(options.lrs)]
+    for ratio, arm in itertools.product(options.ratios, options.arms):
         per_rate = [
-            [records[k] for seed in options.seeds if (k := key(options, (ratio, lr, seed, name))) in records]
+            [records[k] for seed in options.seeds if (k := key(options, (ratio, lr, seed, arm))) in records]
             for lr in options.lrs
         ]
-        before = _mean([found["before"] for rows in per_rate for found in rows])
-        cells = "".join(f" {_mean([found['top1'] for found in rows])} |" for rows in per_rate)
-        lines.append(f"| {name} | {ratio:g} | {before} |{cells}")
+        if not any(per_rate):
+            continue
+        counts = "/".join(str(len(rows)) for rows in per_rate)
+        before = _spread([found["before"] for found in per_rate[0]])
+        cells = "".join(
+            f" {_spread([found['top1'] for found in rows])} | {_spread([found['best'] for found in rows])} |"
+            for rows in per_rate
+        )
+        lines.append(f"| {ratio:g} | {arm} | {counts} | {before} |{cells}")
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.1f}" if values else "not run"
+def _spread(values: Sequence[float]) -> str:
+    """Mean, and the sample standard deviation where there are two."""
+    if not values:
+        return "not run"
+    return f"{fmean(values):.2f}" + (f"({stdev(values):.2f})" if len(values) > 1 else "")
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; the defaults are the budget of the first look in the methods' notes."""
+    """The options; the defaults are the budget of the table in the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=RECOVERIES)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.7, 0.9])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 1e-2, 3e-2])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--train-images", type=int, default=10_000)
-    parser.add_argument("--test-images", type=int, default=4_000)
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-2, 3e-2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--train-images", type=int, default=5_120)
+    parser.add_argument("--test-images", type=int, default=2_000)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="only print the table")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     chosen = parsed()
-    run(chosen)
+    if not chosen.table:
+        run(chosen)
     print(table(chosen))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Final
 
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def apply_steps(subject: Subject, model: nn.Module, steps: Sequence[str]) -> App
     job = subject.job
     model = copy.deepcopy(model).to(job.device)
     residuals, said = [], []
-    for step, then in zip(steps, (*steps[1:], None), strict=True):
+    for step, then in zip_longest(steps, steps[1:]):
         residual, words = _STEPS[step](subject, model)
         residuals += [] if residual is None else [residual]
         said += [words] if words else []
