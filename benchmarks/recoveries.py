@@ -1,9 +1,10 @@
 """What to do about a cut before fine-tuning: recovery or TPP x pruning ratio x learning rate x seed, one budget.
 
 ResNet-20 on CIFAR-10, L1 on the first convolution of each block, the tool's own steps, cosine SGD (batch 128, weight
-decay 5e-4, crop and flip). ``tpp`` trains half of the epochs before the cut, by the phase of the packaged recipe
-``cifar10_resnet20_tpp_cpu``; ``+kd`` fine-tunes with distillation from the dense net (share 0.9, temperature 4). A row
-is written as soon as it is measured, so a run that was stopped goes on where it was:
+decay 5e-4, crop and flip). ``tpp`` and ``greg`` train half of the epochs before the cut, by the phase of the packaged
+recipe ``cifar10_resnet20_tpp_cpu``; ``+kd`` fine-tunes with distillation from the dense net (share 0.9, temperature 4),
+``kd+`` lets it teach in the phase too. A row is written as soon as it is measured, so a run that was stopped goes on
+where it was:
 
     python benchmarks/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR
     python benchmarks/recoveries.py --table
@@ -45,12 +46,14 @@ ARMS = (
     "lstsq+bn+kd",
     "tpp",
     "tpp+kd",
+    "kd+tpp+kd",
+    "kd+greg+kd",
 )
-DISTILLED = DistillSettings(alpha=0.9, temperature=4.0)
+DISTILLED = {"alpha": 0.9, "temperature": 4.0}
 Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, arm
 
 
-def recipe_for(options: argparse.Namespace, ratio: float, seed: int) -> Recipe:
+def recipe_for(options: argparse.Namespace, ratio: float, seed: int, arm: str) -> Recipe:
     """One job; its own recovery and learning rate are not read."""
     values = {
         "model": "cifar_resnet20",
@@ -62,6 +65,8 @@ def recipe_for(options: argparse.Namespace, ratio: float, seed: int) -> Recipe:
             "val_limit": options.test_images,
         },
         "target": f"ratio={ratio}",
+        "method": next((method for method in ("tpp", "greg") if method in arm), "oneshot"),
+        "finetune": {"distill": DISTILLED if arm.startswith("kd") else {"alpha": 0.0}},
         "device": options.device,
         "seed": seed,
     }
@@ -77,8 +82,8 @@ def key(options: argparse.Namespace, row: Row) -> str:
 
 def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
     """The net that fine-tuning starts from, and the epochs it has had."""
-    steps = tuple(step for step in arm.split("+") if step not in ("tpp", "kd"))
-    if "tpp" not in arm:
+    if job.recipe.method == "oneshot":
+        steps = tuple(step for step in arm.split("+") if step != "kd")
         subject = Subject(job=job, dense=job.source.model, plan=plan)
         return apply_steps(subject, stages.cut(job.source.model, plan), steps).model, 0
     trained = phase_stage.before_cut(job, plan)
@@ -98,7 +103,7 @@ def measure(job: Job, plan: Plan, row: Row, epochs: int) -> dict[str, Any]:
     done = train.finetune(
         model,
         job.images,
-        settings.model_copy(update={"distill": DISTILLED}) if arm.endswith("kd") else settings,
+        settings.model_copy(update={"distill": DistillSettings(**DISTILLED)}) if arm.endswith("kd") else settings,
         lr=lr,
         epochs=epochs - spent,
         device=job.device,
@@ -119,23 +124,22 @@ def measure(job: Job, plan: Plan, row: Row, epochs: int) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> None:
     """Measure what the ledger lacks, rate by rate and ratio by ratio."""
     ledger = Ledger(options.out)
-    for lr, ratio, seed in itertools.product(options.lrs, options.ratios, options.seeds):
-        rows = [(ratio, lr, seed, arm) for arm in options.arms]
-        rows = [row for row in rows if key(options, row) not in ledger.records]
-        if not rows:
+    for lr, ratio, seed, arm in itertools.product(options.lrs, options.ratios, options.seeds, options.arms):
+        name = key(options, row := (ratio, lr, seed, arm))
+        if name in ledger.records:
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            recipe = recipe_for(options, ratio, seed)
+            recipe = recipe_for(options, ratio, seed, arm)
             job = open_job(
                 "compress", recipe, out=Path(scratch) / "run", resume=False, force=False, notify=lambda _: None
             )
-            job.begin()
-            graph = build_graph(job.source.model, job.source.spec.size)
-            plan = stages.make_plan(job.source, graph, recipe, job.images).plan
-            for row in rows:
+            with job.closing:
+                job.begin()
+                graph = build_graph(job.source.model, job.source.spec.size)
+                plan = stages.make_plan(job.source, graph, recipe, job.images).plan
                 found = measure(job, plan, row, options.epochs)
-                ledger.add({key(options, row): found}, device=job.device)
-                print(f"{key(options, row)}: {found}", flush=True)
+        ledger.add({name: found}, device=job.device)
+        print(f"{name}: {found}", flush=True)
 
 
 def table(options: argparse.Namespace) -> str:

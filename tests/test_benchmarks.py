@@ -208,19 +208,31 @@ def test_a_table_fills_over_several_occasions(
 def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its_budget(tmp_path):
     """Two seeds are averaged, another budget is another row, and what is missing is said."""
     where = ["--weights=w", "--data-dir=d", f"--out={tmp_path / 'rows.json'}"]
-    common = [*where, "--ratios", "0.7", "--lrs", "0.01", "0.03", "--seeds", "0", "1", "--recoveries", "bn", "lstsq+bn"]
+    common = [*where, "--ratios", "0.7", "--lrs", "0.01", "0.03", "--seeds", "0", "1", "--arms", "bn", "lstsq+bn"]
     options = recoveries.parsed([*common, "--epochs=1"])
     ledger = Ledger(options.out)
     for seed, top1 in ((0, 50.0), (1, 60.0)):
-        ledger.add({recoveries.key(options, (0.7, 0.01, seed, "bn")): {"before": 20.0, "top1": top1}}, device=CPU)
+        found = {"before": 20.0, "top1": top1, "best": top1 + 1}
+        ledger.add({recoveries.key(options, (0.7, 0.01, seed, "bn")): found}, device=CPU)
     longer = recoveries.parsed([*common, "--epochs=2"])
-    ledger.add({recoveries.key(longer, (0.7, 0.03, 0, "bn")): {"before": 20.0, "top1": 99.0}}, device=CPU)
+    found = {"before": 20.0, "top1": 99.0, "best": 99.0}
+    ledger.add({recoveries.key(longer, (0.7, 0.03, 0, "bn")): found}, device=CPU)
     assert recoveries.table(options).splitlines() == [
-        "| recovery | PR | before | LR 0.01 | LR 0.03 |",
-        "|---|---|---|---|---|",
-        "| bn | 0.7 | 20.0 | 55.0 | not run |",
-        "| lstsq+bn | 0.7 | not run | not run | not run |",
+        "| PR | recovery | seeds | before | LR 0.01: last | best | LR 0.03: last | best |",
+        "|---|---|---|---|---|---|---|---|",
+        "| 0.7 | bn | 2/0 | 20.00(0.00) | 55.00(7.07) | 56.00(7.07) | not run | not run |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arm", "method", "taught"),
+    [("lstsq+bn+kd", "oneshot", 0.0), ("tpp+kd", "tpp", 0.0), ("kd+tpp+kd", "tpp", 0.9), ("kd+greg+kd", "greg", 0.9)],
+)
+def test_an_arm_says_what_happens_before_the_cut(arm: str, method: str, taught: float) -> None:
+    options = recoveries.parsed(["--weights=w.safetensors", "--data-dir=d"])
+    recipe = recoveries.recipe_for(options, 0.7, 3, arm)
+    assert (recipe.method, recipe.finetune.distill.share) == (method, taught)
+    assert (recipe.seed, recipe.prune.select, recipe.target.value) == (3, ("layer*.*.conv1",), 0.7)
 
 
 def test_regret_is_what_the_nearest_rate_of_the_grid_gives_away() -> None:
