@@ -93,7 +93,7 @@ def train_phase_(
         training = _PhaseTraining(trainer, images, run, phase)
         try:
             training.run()
-            return training.finished(method)
+            return training.finished(method, distill=plain.distill.share)
         finally:
             model.to(memory_format=torch.contiguous_format)
 
@@ -131,7 +131,7 @@ class _PhaseTraining(Loop):
         figures = {"reg": self._phase.reg(max(self.done - 1, 0)), "norm": penalty.norm()}
         return figures | ({"penalty": float(penalty.gram())} if self._phase.gram_weight else {})
 
-    def finished(self, method: str) -> PhaseReport:
+    def finished(self, method: str, *, distill: float) -> PhaseReport:
         """Leave the model in evaluation mode and report."""
         settle_(self.trainer)
         history = self.progress.history
@@ -149,6 +149,7 @@ class _PhaseTraining(Loop):
             norm_after=last.get("norm"),
             open_before=first.get("open"),
             open_after=last.get("open"),
+            distill=distill,
             seconds=round(math.fsum(entry.get("seconds", 0.0) for entry in history), 3),
             history=history,
         )

@@ -132,6 +132,7 @@ class PhaseReport(PhaseCost):
     norm_after: float | None = None
     open_before: float | None = Field(default=None, description="abp: open gates as a share of all")
     open_after: float | None = None
+    distill: float = Field(default=0.0, description="share of the loss that is distillation from the dense model")
     seconds: float
     history: tuple[dict[str, float], ...] = ()
 

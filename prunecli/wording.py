@@ -88,8 +88,8 @@ def phase_line(phase: PhaseCost) -> str:
 
 
 def phase_outcome(done: PhaseReport) -> str:
-    """What a phase did to the channels it pushed, to what it penalised, and to its gates."""
-    parts = []
+    """What a phase learnt from, what it did to the channels it pushed, to what it penalised, and to its gates."""
+    parts = [taught(done).removeprefix(", ")] if done.distill else []
     if done.norm_before is not None and done.norm_after is not None:
         whose = "pushed" if done.name == "push" else "all"
         parts.append(f"norm of {whose} channels {figure(done.norm_before)} → {figure(done.norm_after)}")
@@ -108,8 +108,8 @@ def budget_line(report: Report) -> str | None:
     return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
 
 
-def taught(done: FinetuneReport) -> str:
-    """What fine-tuning learnt from beside the labels, with a comma before it; empty where from nothing."""
+def taught(done: FinetuneReport | PhaseReport) -> str:
+    """What training learnt from beside the labels, with a comma before it; empty where from nothing."""
     return f", {done.distill:g} of the loss distilled from the dense model" if done.distill else ""
 
 

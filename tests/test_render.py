@@ -194,6 +194,12 @@ def test_a_phase_of_gates_says_how_many_are_open():
     assert "open gates 59.2 % → 80.2 %" in told  # 80.25 is a shade below in binary
 
 
+def test_a_phase_that_was_taught_says_so():
+    phase = PhaseReport(name="push", method="tpp", steps=400, epochs=10, lr=0.01, distill=0.9, seconds=1.0)
+    told = " ".join(text(render.report_summary(sample.report(phases=(phase,)), Path("runs/a")), width=200).split())
+    assert "at LR 0.01; 0.9 of the loss distilled from the dense model" in told
+
+
 def test_phases_before_the_cut_are_told_with_the_budget():
     grow, push = sample.phases()
     told = text(render.report_summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
