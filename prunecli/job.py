@@ -204,7 +204,17 @@ def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | N
     if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, plan, epochs=job.epochs)):
         return prescribed
     dense = job.progress.stage("dense")
-    return lr_report(job.recipe, job.source, model, plan, dense=dense, now=now, epochs=job.epochs, images=job.images)
+    return lr_report(
+        job.recipe,
+        job.source,
+        model,
+        plan,
+        dense=dense,
+        now=now,
+        epochs=job.epochs,
+        images=job.images,
+        distill_share=_distill_share(job),
+    )
 
 
 def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
@@ -235,6 +245,7 @@ def lr_report(
     now: Stage | None,
     epochs: int,
     images: data.Images | None,
+    distill_share: float = 0.0,
 ) -> LRReport:
     """Feed the measured damage and the budget to ``lr.recommend_lr``."""
     cut_groups = plan.cut_groups if plan else ()
@@ -251,6 +262,8 @@ def lr_report(
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
         from_scratch=not recipe.pretrained,
+        distill_share=distill_share,
+        distill_temperature=recipe.finetune.distill.temperature,
     )
 
 

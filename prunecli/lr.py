@@ -3,7 +3,8 @@
 Rules in force, for nets trained with SGD:
 
 * **short**: small images and at most 10,000 optimiser steps, the range that ``benchmarks/lr_regret.py`` measured:
-  3e-2, less where the steps are too few to anneal it: ``3e-2 * min(1, sqrt(steps / (600 * share of channels kept)))``.
+  3e-2, less where the steps are too few to anneal it: ``3e-2 * min(1, sqrt(steps / (600 * share of channels kept)))``,
+  divided by ``1 - a + a T`` where a share a of the loss is distillation at temperature T.
 * **peak**: otherwise start from a tenth of the rate the base was trained at (1e-2 for the usual 0.1).
 * **damage**: the more is removed, the more the larger rate gains; at about 10 % and below a smaller one can win.
 * **scratch**: random weights are no fine-tuning; they get the usual peak of training, 0.1.
@@ -52,6 +53,8 @@ def recommend_lr(
     jsv_ratio: float | None = None,
     base_peak_lr: float | None = None,
     from_scratch: bool = False,
+    distill_share: float = 0.0,
+    distill_temperature: float = 1.0,
 ) -> LRReport:
     """The peak learning rate of the fine-tuning, the rule behind it and every input that was at hand.
 
@@ -67,6 +70,8 @@ def recommend_lr(
         jsv_ratio: mean Jacobian singular value now over the dense one; recorded, no rule reads it yet.
         base_peak_lr: highest rate the base was trained at; none: 0.1 is assumed for SGD, and said.
         from_scratch: the weights are random.
+        distill_share: share of the loss that is distillation, 0 to 1.
+        distill_temperature: T of it.
 
     Raises:
         ValueError: a share outside [0, 1], or a count or rate that is not positive.
@@ -83,6 +88,8 @@ def recommend_lr(
         "jsv_ratio": jsv_ratio,
         "base_peak_lr": base_peak_lr,
         "from_scratch": from_scratch,
+        "distill_share": distill_share,
+        "distill_temperature": distill_temperature,
     }
     _check(inputs)
     if optimizer == "sgd" and from_scratch:
@@ -92,7 +99,8 @@ def recommend_lr(
         peak = _sgd_peak(base_peak_lr)
         published = [peak, _damage(peak["lr"], removed_channels)]
         beyond = _beyond(steps, removed_channels, small_images=small_images)
-        fired = published if steps is None or beyond else [_short(steps, removed_channels)]
+        pull = distillation_pull(distill_share, distill_temperature)
+        fired = published if steps is None or beyond else [_short(steps, removed_channels, pull)]
         candidates = _candidates(published[-1]["lr"], fired[-1], beyond)
     else:
         fired = [_adamw_peak(base_peak_lr, batch_size)]
@@ -142,7 +150,9 @@ def _candidate(name: str, lr: float | None, says: str, *, taken: bool) -> dict[s
 
 def _regret(which: str) -> str:
     mean, worst = REGRET[which]
-    return f"{mean:g} points below the best of seven rates on average, {worst:g} at worst, in 24 short fine-tunings"
+    return (
+        f"{mean:g} points below the best of seven rates on average, {worst:g} at worst, in 24 cases without a teacher"
+    )
 
 
 def short_peak(steps: int, removed: float, *, peak: float = SHORT_PEAK, annealing: float = ANNEALING_STEPS) -> float:
@@ -154,13 +164,27 @@ def short_peak(steps: int, removed: float, *, peak: float = SHORT_PEAK, annealin
     return peak * min(1.0, math.sqrt(steps / (annealing * max(1 - removed, 1e-9))))
 
 
-def _short(steps: int, removed: float) -> dict[str, Any]:
-    lr = float(f"{short_peak(steps, removed):.2g}")
+def distillation_pull(share: float, temperature: float) -> float:
+    """``1 - a + a T``: how much larger gradients can be than those of the labels alone.
+
+    That of ``a T^2 KL(p_T || q_T)`` in the logits is ``a T (q_T - p_T)``, that of cross-entropy ``q - p``, and both
+    differences are at most 1 in each class.
+    """
+    return 1 - share + share * temperature
+
+
+def _short(steps: int, removed: float, pull: float) -> dict[str, Any]:
+    alone = short_peak(steps, removed)
+    lr = float(f"{alone / pull:.2g}")
     says = f"Of seven rates, {SHORT_PEAK:g} was best or near it in short fine-tunings on small images"
-    if lr < SHORT_PEAK:
-        says += f"; {steps} steps are few to anneal it with {removed:.0%} of the channels removed, so it is {lr:g}."
+    if alone < SHORT_PEAK:
+        says += (
+            f"; {steps} steps are few to anneal it with {removed:.0%} of the channels removed, so it is {alone:.2g}."
+        )
     else:
         says += f", and {steps} steps are enough to anneal it."
+    if pull > 1:
+        says += f" Distillation can pull {pull:.2g} times as hard as labels alone, so it is {lr:g}."
     return {
         "name": "short",
         "lr": lr,
@@ -226,9 +250,9 @@ def _end(lr: float, *, small_images: bool) -> dict[str, Any]:
 
 
 def _check(inputs: dict[str, Any]) -> None:
-    for name in ("removed_channels", "removed_params"):
+    for name in ("removed_channels", "removed_params", "distill_share"):
         if not 0 <= inputs[name] <= 1:
             raise ValueError(f"{name} must lie in [0, 1], not {inputs[name]}")
-    for name in ("batch_size", "steps", "narrowest_width", "base_peak_lr"):
+    for name in ("batch_size", "steps", "narrowest_width", "base_peak_lr", "distill_temperature"):
         if inputs[name] is not None and not inputs[name] > 0:
             raise ValueError(f"{name} must be above 0, not {inputs[name]}")

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
-from prunecli.lr import recommend_lr
+from prunecli.lr import distillation_pull, recommend_lr
+from prunecli.objective import distillation_loss
 from prunecli.report import LRReport
 
 
@@ -144,3 +146,22 @@ def test_random_weights_are_trained_at_the_usual_peak() -> None:
     assert (report.recommended, fired(report)) == (0.1, ["scratch", "end"])
     assert candidates(report) == {"usual peak": (0.1, True)}
     assert fired(ask(from_scratch=True, optimizer="adamw")) == ["adamw", "end"]
+
+
+def test_distillation_takes_a_rate_as_much_smaller_as_it_can_pull_harder() -> None:
+    alone = ask(steps=600)
+    taught = ask(steps=600, distill_share=0.9, distill_temperature=4.0)
+    assert (alone.recommended, taught.recommended) == (0.03, pytest.approx(0.0081))  # 0.03 / (0.1 + 0.9 * 4)
+    assert "3.7 times as hard" in taught.rule
+    assert "times as hard" not in alone.rule
+    assert ask(steps=20_000, distill_share=0.9, distill_temperature=4.0).recommended == pytest.approx(0.01)
+
+
+def test_the_gradient_of_distillation_stays_within_its_pull() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (10 * torch.randn(64, 10, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(64 * distillation_loss(student, teacher, temperature=4.0), student)
+    expected = 4 * ((student / 4).softmax(1) - (teacher / 4).softmax(1))
+    torch.testing.assert_close(gradient, expected.detach())
+    assert float(gradient.abs().max()) <= distillation_pull(1.0, 4.0)
