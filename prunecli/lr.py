@@ -150,9 +150,7 @@ def _candidate(name: str, lr: float | None, says: str, *, taken: bool) -> dict[s
 
 def _regret(which: str) -> str:
     mean, worst = REGRET[which]
-    return (
-        f"{mean:g} points below the best of seven rates on average, {worst:g} at worst, in 24 cases without a teacher"
-    )
+    return f"{mean:g} points below the best of seven rates (mean; worst {worst:g}) in 24 cases without a teacher"
 
 
 def short_peak(steps: int, removed: float, *, peak: float = SHORT_PEAK, annealing: float = ANNEALING_STEPS) -> float:
