@@ -272,6 +272,8 @@ class Companions(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         first, labels = self.samples.__getitems__(positions)
         second, classes = self.others.__getitems__(self.partners[list(positions)].tolist())
+        if len(labels) != len(classes):  # more images are unreadable than may be, which the loader will say
+            return first[:0], labels[:0]
         return torch.stack([first, second], dim=1).flatten(0, 1), torch.stack([labels, classes], dim=1).flatten()
 
 

@@ -142,11 +142,14 @@ def gate_places(model: nn.Module, groups: Sequence[Group] | Sequence[PlannedGrou
             tensor = tensors[member.tensor]
             layers = found.setdefault((first[id(tensor)], member.dim), [])
             at = torch.tensor(member.index.positions(range(group.width)))
+            numbers = torch.arange(start, start + group.width).repeat_interleave(member.index.repeats)
+            if any(torch.equal(layer[at], numbers) for layer in layers):
+                continue  # a shared parameter, reached by another of its names
             free = next((layer for layer in layers if bool((layer[at] == none).all())), None)
             if free is None:
                 free = torch.full((tensor.shape[member.dim],), none)
                 layers.append(free)
-            free[at] = torch.arange(start, start + group.width).repeat_interleave(member.index.repeats)
+            free[at] = numbers
         start += group.width
     return [(name, dim, layer) for (name, dim), layers in found.items() for layer in layers]
 

@@ -138,7 +138,7 @@ class Progressive(Objective):
 
     def end_epoch_(self, net: nn.Module) -> None:
         self.epoch += 1
-        self.before = _constant(net)
+        self.before = constant(net)
 
     def state(self) -> dict[str, Tensor]:
         before = {} if self.before is None else self.before.state_dict()
@@ -147,7 +147,7 @@ class Progressive(Objective):
     def restore_(self, state: Mapping[str, Tensor], net: nn.Module) -> None:
         self.epoch = int(state["epoch"])
         if self.epoch:
-            self.before = _constant(net)
+            self.before = constant(net)
             self.before.load_state_dict({name: state[f"before.{name}"] for name in self.before.state_dict()})
 
 
@@ -256,9 +256,10 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _constant(net: nn.Module) -> nn.Module:
-    """A copy that does not learn, in evaluation mode."""
-    held = copy.deepcopy(net).eval()
+def constant(net: nn.Module) -> nn.Module:
+    """A copy that does not learn, in evaluation mode; of what the net keeps of its last pass, the values alone."""
+    kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    held = copy.deepcopy(net, {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}).eval()
     for parameter in held.parameters():
         parameter.requires_grad, parameter.grad = False, None
     return held

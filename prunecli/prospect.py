@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.gates import gate_places, gated_weights
 from prunecli.groups import Group
-from prunecli.objective import Net, Objective, build_objective
+from prunecli.objective import Net, Objective, build_objective, constant
 from prunecli.recipe import DistillSettings, EpsdSettings, FinetuneSettings
 from prunecli.trainer import TrainingImages, own_randomness
 
@@ -58,6 +58,8 @@ def prospect_scores(
         UnsupportedError: the model has an operation that cannot be differentiated twice.
         PruneError: the steps diverge.
     """
+    if not groups:
+        return {}
     net = copy.deepcopy(model).to(device).train()
     places = [(name, dim, numbers.to(device)) for name, dim, numbers in gate_places(net, groups)]
     masks = torch.ones(sum(group.width for group in groups), device=device, requires_grad=True)
@@ -72,7 +74,7 @@ def prospect_scores(
             for _ in range(settings.steps):
                 weights = _step(net, objective, weights, next(batches), lr=settings.lr)
             loss = objective.loss(_with(net, weights), *next(batches))
-            (gradient,) = torch.autograd.grad(loss, [masks])
+            (gradient,) = torch.autograd.grad(loss, [masks], materialize_grads=True)
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("derivative", "differentiate", "double backward")):
                 raise
@@ -94,10 +96,11 @@ def _step(
 ) -> dict[str, Tensor]:
     """The weights after one plain SGD step, as a function of those before it."""
     loss = objective.loss(_with(net, weights), *batch)
-    trained = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    trained = {name: tensor for name, tensor in weights.items() if name in learning}
     gradients = torch.autograd.grad(loss, list(trained.values()), create_graph=True, materialize_grads=True)
     moved = {name: tensor - lr * step for (name, tensor), step in zip(trained.items(), gradients, strict=True)}
-    held = copy.deepcopy(net)
+    held = constant(net)
     with torch.no_grad():
         for name, parameter in held.named_parameters():
             parameter.copy_(moved.get(name, parameter))

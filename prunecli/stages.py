@@ -235,7 +235,7 @@ def _scores(source: Source, graph: Graph, recipe: Recipe, images: data.Images | 
     """What the recipe's method or criterion says of every group. Raises UsageError, and as ``prospect_scores``."""
     settings = recipe.prune
     if recipe.method == "epsd":
-        if images is None or images.train_size == 0:
+        if images is None or images.steps_per_epoch < 1:
             raise UsageError(
                 "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
             )

@@ -165,6 +165,14 @@ def test_processes_share_pairs_not_images(folder: Path) -> None:
         assert same(part, [(x[4 * k : 4 * k + 4], y[4 * k : 4 * k + 4]) for x, y in whole])
 
 
+def test_pairs_of_images_that_cannot_be_read_are_said_as_single_ones_are(folder: Path) -> None:
+    for file in (folder / "train" / "cat").iterdir():
+        file.write_bytes(b"no image")
+    for companion in ("class", "view"):
+        with pytest.raises(PruneError, match="cannot be read"):
+            batches(opened(folder, unreadable_limit=0).train_loader(epoch=0, companion=companion))
+
+
 def test_data_that_does_not_tell_classes_cannot_be_paired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FolderSplit, "classes", lambda _: None)
     with pytest.raises(UsageError, match="pairs images by class"):

@@ -20,7 +20,15 @@ from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net
 from prunecli.check import gating_error
 from prunecli.errors import InterruptedRunError, UsageError
 from prunecli.gate_plan import gateable, without_norms
-from prunecli.gates import Gated, GateSteps, drawn_gates, planned_gates, straight_through
+from prunecli.gates import (
+    Gated,
+    GateSteps,
+    drawn_gates,
+    gate_places,
+    gated_weights,
+    planned_gates,
+    straight_through,
+)
 from prunecli.graph import build_graph
 from prunecli.groups import Graph, Member
 from prunecli.phase import Phase, phases_of
@@ -32,6 +40,30 @@ from prunecli.stages import load_source, make_plan
 from prunecli.surgery import cut_
 
 # ------------------------------------------------------------------------------------------------- one gate
+
+
+def tied_readers() -> tuple[nn.Module, PlannedGroup]:
+    """Two layers that read the same two channels by one shared weight."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("a", "b", "c")})
+    model["c"].weight = model["b"].weight
+    readers = tuple(Member(tensor=f"{name}.weight", dim=1, role="in") for name in ("b", "c"))
+    members = (Member(tensor="a.weight", dim=0, role="out"), *readers)
+    return model, PlannedGroup(name="hidden", kind="channels", width=2, keep=(0,), members=members)
+
+
+def test_a_shared_weight_has_each_gate_once() -> None:
+    model, group = tied_readers()
+    ((name, dim, numbers),) = gate_places(model, [group])
+    assert (name, dim, numbers.tolist()) == ("b.weight", 1, [0, 1])
+
+
+def test_two_groups_on_the_same_positions_have_both_gates() -> None:
+    model, group = tied_readers()
+    other = group.model_copy(update={"name": "other"})
+    weights = gated_weights(
+        dict(model.named_parameters()), gate_places(model, [group, other]), torch.tensor([1.0, 2, 3, 5])
+    )
+    torch.testing.assert_close(weights["b.weight"], model["b"].weight * torch.tensor([3.0, 10.0]))
 
 
 def test_a_gate_is_open_from_the_threshold_on_and_hands_its_gradient_on_unchanged() -> None:

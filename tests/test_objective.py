@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from prunecli.errors import UsageError
-from prunecli.objective import Supervised, build_objective, distillation_loss
+from prunecli.objective import Progressive, Supervised, build_objective, distillation_loss
 from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
 
 
@@ -117,6 +117,33 @@ def test_pskd_moves_its_targets_towards_the_net_of_the_epoch_before() -> None:
     again = build_objective(FinetuneSettings(loss="pskd", loss_weight=0.6), num_classes=3, epochs=4)
     again.restore_(objective.state(), net)
     torch.testing.assert_close(again.loss(net, images, labels), expected)
+
+
+class Keeps(nn.Module):
+    """Normalises, and keeps what it made of its last images, as nets do whose features somebody wants to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.features = self.norm(x)
+        logits: torch.Tensor = self.head(self.features)
+        return logits
+
+
+def test_the_net_of_the_epoch_before_answers_in_evaluation_mode_and_remembers_no_gradient() -> None:
+    torch.manual_seed(0)
+    net, images, labels = Keeps(), 3 + 2 * torch.randn(8, 5), torch.arange(8) % 3
+    objective = build_objective(FinetuneSettings(loss="pskd", loss_weight=1.0), num_classes=3, epochs=2)
+    objective.loss(net, images, labels).backward()
+    objective.end_epoch_(net)
+    expected = net.eval()(images).softmax(1).detach()
+    found = objective.loss(net.train(), images, labels)
+    torch.testing.assert_close(found, functional.cross_entropy(net(images), expected))
+    assert isinstance(objective, Progressive)
+    assert objective.before is not None
+    assert all(not value.requires_grad and value.grad is None for value in objective.before.parameters())
 
 
 def test_dlb_learns_from_what_it_said_of_the_other_view_one_step_before() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,41 @@ def test_attention_is_differentiated_through_its_plain_kernel() -> None:
     assert all(bool((values > 0).any()) for values in found.values())
 
 
+def test_frozen_weights_take_no_step() -> None:
+    """Behind a frozen reader the first layer moves alone: as if the steps were those of the first layer."""
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight.requires_grad = False
+    how = (Doubled(OneImage()), EpsdSettings(steps=1, lr=0.3), FinetuneSettings())
+    found = prospect_scores(model.double(), [HIDDEN], *how, device=CPU, seed=0)["hidden"]
+    u, w = model[0].weight.detach().flatten(), model[1].weight.detach()
+
+    def after(c: Tensor) -> Tensor:
+        v = w[1] * c - w[0] * c
+        moved = u + 0.3 * torch.sigmoid(-v @ u) * v
+        return functional.softplus(-v @ moved)
+
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(after, torch.ones(2).double()).abs())
+
+
+def test_without_groups_there_are_no_scores() -> None:
+    how = (OneImage(), EpsdSettings(), FinetuneSettings())
+    assert prospect_scores(nn.Linear(1, 2), [], *how, device=CPU, seed=0) == {}
+
+
+def test_dropout_draws_by_the_seed_and_leaves_the_callers_numbers_alone() -> None:
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Dropout(0.5), nn.Linear(2, 2, bias=False))
+    reader = Member(tensor="2.weight", dim=1, role="in")
+    group = replace(HIDDEN, members=(HIDDEN.members[0], reader))
+    state = torch.get_rng_state()
+    found = [
+        prospect_scores(model, [group], OneImage(), EpsdSettings(steps=2), FinetuneSettings(), device=CPU, seed=seed)
+        for seed in (1, 1, 2, 3, 4, 5)
+    ]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(found[0]["hidden"], found[1]["hidden"])
+    assert any(not torch.equal(found[0]["hidden"], other["hidden"]) for other in found[2:])
+
+
 class Backward(torch.autograd.Function):
     """A derivative that has none itself, and says so as torch's own do."""
 
@@ -250,11 +286,12 @@ def test_the_plan_keeps_the_channels_that_score_best() -> None:
     assert pipeline.plan_and_prove(source, recipe, images)[0].plan == plan
 
 
-def test_without_training_images_it_is_refused() -> None:
-    recipe = epsd_recipe(data={})
+@pytest.mark.parametrize("data", [{}, {"name": "digits", "train_limit": 1}])  # one image alone is no batch
+def test_without_training_images_it_is_refused(data: dict[str, Any]) -> None:
+    recipe = epsd_recipe(data=data)
     source = load_source(recipe)
     with pytest.raises(UsageError, match="needs training images"):
-        make_plan(source, build_graph(source.model, source.spec.size), recipe, None)
+        make_plan(source, build_graph(source.model, source.spec.size), recipe, open_images(recipe, source))
 
 
 @pytest.mark.parametrize(
