@@ -20,6 +20,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunecli import checkpoint
 from prunecli.data import Companion
 from prunecli.errors import UsageError
 from prunecli.outputs import logits_of
@@ -138,17 +139,17 @@ class Progressive(Objective):
 
     def end_epoch_(self, net: nn.Module) -> None:
         self.epoch += 1
-        self.before = constant(net)
+        self.before = _constant(net)
 
     def state(self) -> dict[str, Tensor]:
         before = {} if self.before is None else self.before.state_dict()
-        return {"epoch": torch.tensor(self.epoch)} | {f"before.{name}": tensor for name, tensor in before.items()}
+        return {"epoch": torch.tensor(self.epoch)} | checkpoint.prefixed("before", before)
 
     def restore_(self, state: Mapping[str, Tensor], net: nn.Module) -> None:
         self.epoch = int(state["epoch"])
         if self.epoch:
-            self.before = constant(net)
-            self.before.load_state_dict({name: state[f"before.{name}"] for name in self.before.state_dict()})
+            self.before = _constant(net)
+            self.before.load_state_dict(checkpoint.unprefixed("before", state))
 
 
 class LastBatch(Objective):
@@ -196,7 +197,12 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: fl
 
 
 def build_objective(
-    settings: FinetuneSettings, *, num_classes: int, epochs: int = 1, teacher: nn.Module | None = None
+    settings: FinetuneSettings,
+    *,
+    num_classes: int,
+    epochs: int = 1,
+    teacher: nn.Module | None = None,
+    device: torch.device | None = None,
 ) -> Objective:
     """The loss the settings ask for.
 
@@ -204,7 +210,8 @@ def build_objective(
         settings: of fine-tuning.
         num_classes: K.
         epochs: of the whole run; PS-KD goes by it.
-        teacher: used only where ``distill.share`` is above 0.
+        teacher: used only where ``distill.share`` is above 0; then moved to ``device`` and set to evaluation mode.
+        device: where the teacher is to answer; none: where it is.
 
     Raises:
         UsageError: distillation is asked for and there is no teacher.
@@ -216,7 +223,7 @@ def build_objective(
             hint="Set it to 0, or run `compress`, which has the dense model.",
         )
     if settings.loss == "pskd":
-        return Progressive(weight=_or(settings.loss_weight, 0.8), epochs=epochs)
+        return Progressive(weight=settings.loss_weight or 0.8, epochs=epochs)
     mixing = settings.mixup > 0 or settings.cutmix > 0
     criterion: Callable[[Tensor, Tensor], Tensor]
     if mixing:
@@ -225,11 +232,11 @@ def build_objective(
         criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
     else:
         criterion = nn.CrossEntropyLoss()
-    weight = _or(settings.loss_weight, 1.0)
+    weight = settings.loss_weight or 1.0
     if settings.loss == "cskd":
-        return ClassWise(criterion=criterion, weight=weight, temperature=_or(settings.loss_temperature, 4.0))
+        return ClassWise(criterion=criterion, weight=weight, temperature=settings.loss_temperature or 4.0)
     if settings.loss == "dlb":
-        return LastBatch(criterion, weight=weight, temperature=_or(settings.loss_temperature, 3.0))
+        return LastBatch(criterion, weight=weight, temperature=settings.loss_temperature or 3.0)
     return Supervised(
         criterion=criterion,
         mixup=Mixup(
@@ -240,15 +247,10 @@ def build_objective(
         )
         if mixing
         else None,
-        teacher=teacher if alpha > 0 else None,
+        teacher=teacher.to(device).eval() if teacher is not None and alpha > 0 else None,
         alpha=alpha,
         temperature=settings.distill.temperature,
     )
-
-
-def frozen(teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
-    """A teacher where it is to answer, in evaluation mode; what there is of one."""
-    return None if teacher is None else teacher.to(device).eval()
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -256,14 +258,10 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def constant(net: nn.Module) -> nn.Module:
+def _constant(net: nn.Module) -> nn.Module:
     """A copy that does not learn, in evaluation mode; of what the net keeps of its last pass, the values alone."""
     kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     held = copy.deepcopy(net, {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}).eval()
     for parameter in held.parameters():
         parameter.requires_grad, parameter.grad = False, None
     return held
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

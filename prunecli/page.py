@@ -244,8 +244,8 @@ def _finetuning(report: Report) -> str:
     done = report.finetune
     if not done:
         return ""
-    text = f"{done.epochs} epochs, {done.steps} steps, learning rate {done.lr:g}, {done.schedule} schedule"
-    text += f"{wording.taught(done)}."
+    how = (f"{done.epochs} epochs", f"{done.steps} steps", f"learning rate {done.lr:g}", f"{done.schedule} schedule")
+    text = ", ".join((*how, *wording.taught(done))) + "."
     if done.best_epoch is not None:
         last = wording.percent(done.last_top1)
         text += f" Best top-1 {wording.percent(done.best_top1)} after epoch {done.best_epoch}, last {last}."

@@ -16,7 +16,7 @@ from torch import nn
 from prunecli.errors import PruneError
 from prunecli.gates import Gated, GateSteps
 from prunecli.loop import Event, Loop, Run, settle_
-from prunecli.objective import build_objective, frozen
+from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
 from prunecli.plan import PlannedGroup
@@ -78,7 +78,7 @@ def train_phase_(
             device=device,
             seed=seed,
             make_objective=lambda where: build_objective(
-                plain, num_classes=images.num_classes, teacher=frozen(teacher, where)
+                plain, num_classes=images.num_classes, teacher=teacher, device=where
             ),
             make_penalty=lambda trained: _penalty(trained, groups, phase),
         )

@@ -59,18 +59,17 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
     job.notify({"event": "start", "name": phase.name})
     gated = plan.cut_groups if phase.name == "gate" else ()
     net = Gated(model, gated, drawn_gates(gated, seed=job.recipe.seed)) if gated else model
-    settings = finetune_settings(job)
     report = train_phase_(
         net,
         phase,
         plan.groups,
         job.images,
-        settings,
+        finetune_settings(job),
         method=job.recipe.method,
         device=job.device,
         seed=job.recipe.seed,
         folder=job.folder.checkpoints / phase.name,
-        teacher=job.source.model if settings.distill.share else None,
+        teacher=job.source.model,
         on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
     if isinstance(net, Gated):

@@ -207,17 +207,16 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     assert job.images is not None
     began = time.perf_counter()
     job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
-    settings = finetune_settings(job)
     result = train.finetune(
         model,
         job.images,
-        settings,
+        finetune_settings(job),
         lr=learning_rate(job),
         epochs=job.epochs,
         device=job.device,
         seed=job.recipe.seed,
         folder=job.folder.checkpoints / "finetune",
-        teacher=job.source.model if settings.distill.share else None,
+        teacher=job.source.model,
         on_event=job.relay,
     )
     stage, values = measured_stage(job, "finetuned", model, began)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.gates import gate_places, gated_weights
 from prunecli.groups import Group
-from prunecli.objective import Net, Objective, build_objective, constant
+from prunecli.objective import Net, Objective, build_objective
 from prunecli.recipe import DistillSettings, EpsdSettings, FinetuneSettings
 from prunecli.trainer import TrainingImages, own_randomness
 
@@ -68,11 +68,14 @@ def prospect_scores(
     plain = finetune.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "distill": DistillSettings()})
     objective = build_objective(plain, num_classes=images.num_classes, epochs=settings.steps + 1)
     batches = _batches(images, objective, device)
+    moved = copy.deepcopy(net)  # stands for the net behind each step
     with own_randomness(device), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         torch.manual_seed(seed)
         try:
             for _ in range(settings.steps):
                 weights = _step(net, objective, weights, next(batches), lr=settings.lr)
+                moved.load_state_dict(dict(net.named_buffers()) | weights, strict=False)
+                objective.end_epoch_(moved)  # so few steps that each is an epoch: PS-KD has something to learn from
             loss = objective.loss(_with(net, weights), *next(batches))
             (gradient,) = torch.autograd.grad(loss, [masks], materialize_grads=True)
         except (RuntimeError, NotImplementedError) as error:
@@ -100,11 +103,6 @@ def _step(
     trained = {name: tensor for name, tensor in weights.items() if name in learning}
     gradients = torch.autograd.grad(loss, list(trained.values()), create_graph=True, materialize_grads=True)
     moved = {name: tensor - lr * step for (name, tensor), step in zip(trained.items(), gradients, strict=True)}
-    held = constant(net)
-    with torch.no_grad():
-        for name, parameter in held.named_parameters():
-            parameter.copy_(moved.get(name, parameter))
-    objective.end_epoch_(held)  # so few steps that each stands for an epoch: PS-KD has something to learn from
     return {**weights, **moved}
 
 

@@ -93,7 +93,8 @@ def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
 def _finetuning(report: Report) -> str:
     done = report.finetune
     assert done is not None
-    text = f"{done.epochs} epochs, {done.steps} steps, LR {done.lr:g}, {done.schedule}{wording.taught(done)}"
+    how = (f"{done.epochs} epochs", f"{done.steps} steps", f"LR {done.lr:g}", done.schedule)
+    text = ", ".join((*how, *wording.taught(done)))
     if done.best_top1 is None or done.best_epoch is None:
         return text
     return (

@@ -16,7 +16,7 @@ from prunecli import checkpoint
 from prunecli.errors import PruneError, UsageError
 from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.loop import Event, Loop, Run, settle_
-from prunecli.objective import build_objective, frozen
+from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe import FinetuneSettings
@@ -82,7 +82,7 @@ def finetune(
             device=device,
             seed=seed,
             make_objective=lambda where: build_objective(
-                settings, num_classes=images.num_classes, epochs=epochs, teacher=frozen(teacher, where)
+                settings, num_classes=images.num_classes, epochs=epochs, teacher=teacher, device=where
             ),
             make_penalty=lambda trained: _penalty(trained, settings),
         )

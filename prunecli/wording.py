@@ -89,7 +89,7 @@ def phase_line(phase: PhaseCost) -> str:
 
 def phase_outcome(done: PhaseReport) -> str:
     """What a phase learnt from, what it did to the channels it pushed, to what it penalised, and to its gates."""
-    parts = [taught(done).removeprefix(", ")] if done.distill else []
+    parts = [*taught(done)]
     if done.norm_before is not None and done.norm_after is not None:
         whose = "pushed" if done.name == "push" else "all"
         parts.append(f"norm of {whose} channels {figure(done.norm_before)} → {figure(done.norm_after)}")
@@ -108,9 +108,9 @@ def budget_line(report: Report) -> str | None:
     return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
 
 
-def taught(done: FinetuneReport | PhaseReport) -> str:
-    """What training learnt from beside the labels, with a comma before it; empty where from nothing."""
-    return f", {done.distill:g} of the loss distilled from the dense model" if done.distill else ""
+def taught(done: FinetuneReport | PhaseReport) -> tuple[str, ...]:
+    """What training learnt from beside the labels, if from anything."""
+    return (f"{done.distill:g} of the loss distilled from the dense model",) if done.distill else ()
 
 
 def percent(value: float | None) -> str:
