@@ -3,13 +3,14 @@
 ResNet-20 on CIFAR-10, L1 on the first convolution of each block, the tool's own steps, cosine SGD (batch 128, weight
 decay 5e-4, crop and flip). ``tpp`` and ``greg`` train half of the epochs before the cut, by the phase of the packaged
 recipe ``cifar10_resnet20_tpp_cpu``; ``+kd`` fine-tunes with distillation from the dense net (share 0.9, temperature 4),
-``kd+`` lets it teach in the phase too. A row is written as soon as it is measured, so a run that was stopped goes on
-where it was:
+``kd+`` lets it teach in the phase too; ``scratch`` is the cut net with random weights. A row is written as soon as it
+is measured, so a run that was stopped goes on where it was:
 
     python benchmarks/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR
     python benchmarks/recoveries.py --table
 
-``--data-dir`` is a folder that torchvision's CIFAR-10 reads. The figures of ``before`` are those behind the recovery.
+``--data-dir`` is a folder that torchvision's CIFAR-10 reads. The figures of ``before`` are those behind the recovery;
+``jsv`` is the mean singular value of the Jacobian there. ``--set`` changes keys of the recipe; such rows stand apart.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ledger import Ledger
+from papers import fresh
 from torch import nn
 
 from prunecli import catalog, phase_stage, stages, train
@@ -31,8 +33,9 @@ from prunecli.evaluation import evaluate
 from prunecli.graph import build_graph
 from prunecli.job import Job, open_job
 from prunecli.plan import Plan
-from prunecli.recipe import DistillSettings, Recipe, layered
+from prunecli.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovery_steps import Subject, apply_steps
+from prunecli.spectrum import jacobian_spectrum
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"
 ARMS = (
@@ -48,8 +51,10 @@ ARMS = (
     "tpp+kd",
     "kd+tpp+kd",
     "kd+greg+kd",
+    "scratch",
 )
-DISTILLED = {"alpha": 0.9, "temperature": 4.0}
+TEACHER = (0.9, 4.0)  # share and temperature of the distillation
+JSV_IMAGES = 64
 Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, arm
 
 
@@ -66,22 +71,33 @@ def recipe_for(options: argparse.Namespace, ratio: float, seed: int, arm: str) -
         },
         "target": f"ratio={ratio}",
         "method": next((method for method in ("tpp", "greg") if method in arm), "oneshot"),
-        "finetune": {"distill": DISTILLED if arm.startswith("kd") else {"alpha": 0.0}},
+        "finetune": {"distill": teacher(options) if arm.startswith("kd") else {"alpha": 0.0}},
         "device": options.device,
         "seed": seed,
     }
-    return Recipe.from_mapping(layered(catalog.read("cifar10_resnet20_tpp_cpu"), values))
+    recipe = layered(catalog.read("cifar10_resnet20_tpp_cpu"), values, parse_assignments(options.set))
+    return Recipe.from_mapping(recipe)
 
 
 def key(options: argparse.Namespace, row: Row) -> str:
     """The name of a row, budget included."""
     ratio, lr, seed, arm = row
     budget = f"{options.epochs} epochs of {options.train_images}, judged on {options.test_images}"
-    return f"{arm} | PR {ratio:g} | LR {lr:g} | seed {seed} | {budget}"
+    changed = [*options.set]
+    if tuple(options.teacher) != TEACHER and "kd" in arm:
+        changed.append("teacher {:g} {:g}".format(*options.teacher))
+    return " | ".join([arm, f"PR {ratio:g}", f"LR {lr:g}", f"seed {seed}", budget, *changed])
+
+
+def teacher(options: argparse.Namespace) -> dict[str, float]:
+    """Share and temperature of the distillation, as a recipe says them."""
+    return dict(zip(("alpha", "temperature"), options.teacher, strict=True))
 
 
 def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
     """The net that fine-tuning starts from, and the epochs it has had."""
+    if arm == "scratch":
+        return fresh(stages.cut(job.source.model, plan), job.recipe.seed), 0
     if job.recipe.method == "oneshot":
         steps = tuple(step for step in arm.split("+") if step != "kd")
         subject = Subject(job=job, dense=job.source.model, plan=plan)
@@ -91,27 +107,31 @@ def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
     return stages.cut(trained, plan), round(phase.epochs)
 
 
-def measure(job: Job, plan: Plan, row: Row, epochs: int) -> dict[str, Any]:
+def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Cut, recover, fine-tune, judge."""
     _, lr, seed, arm = row
     assert job.images is not None
     began = time.perf_counter()
     model, spent = started(job, plan, arm)
     seconds = time.perf_counter() - began
+    spectrum = jacobian_spectrum(model.eval(), job.images.calibration(JSV_IMAGES)[0]).summary
     before = evaluate(model, job.images.val_loader(), device=job.device)
     settings = job.recipe.finetune
+    distill = DistillSettings.model_validate(teacher(options) if arm.endswith("kd") else {"alpha": 0.0})
     done = train.finetune(
         model,
         job.images,
-        settings.model_copy(update={"distill": DistillSettings(**DISTILLED)}) if arm.endswith("kd") else settings,
+        settings.model_copy(update={"distill": distill}),
         lr=lr,
-        epochs=epochs - spent,
+        epochs=options.epochs - spent,
         device=job.device,
         seed=seed,
         teacher=job.source.model,
     )
     return {
         "before": before.top1,
+        "jsv": float(f"{spectrum.mean:.4g}"),
+        "condition": spectrum.condition and float(f"{spectrum.condition:.4g}"),
         "top1": done.last_top1,
         "best": done.best_top1,
         "loss": done.history[-1]["loss"],
@@ -137,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
                 job.begin()
                 graph = build_graph(job.source.model, job.source.spec.size)
                 plan = stages.make_plan(job.source, graph, recipe, job.images).plan
-                found = measure(job, plan, row, options.epochs)
+                found = measure(job, plan, row, options)
         ledger.add({name: found}, device=job.device)
         print(f"{name}: {found}", flush=True)
 
@@ -184,6 +204,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--train-images", type=int, default=5_120)
     parser.add_argument("--test-images", type=int, default=2_000)
+    parser.add_argument("--teacher", nargs=2, type=float, default=TEACHER, metavar=("SHARE", "TEMPERATURE"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="only print the table")
     return parser.parse_args(arguments)
