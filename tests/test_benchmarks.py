@@ -235,28 +235,80 @@ def test_an_arm_says_what_happens_before_the_cut(arm: str, method: str, taught: 
     assert (recipe.seed, recipe.prune.select, recipe.target.value) == (3, ("layer*.*.conv1",), 0.7)
 
 
+def test_a_changed_recipe_or_teacher_is_a_row_of_its_own() -> None:
+    common = ["--weights=w.safetensors", "--data-dir=d", "--teacher", "0.5", "2", "--set", "phase.reg_every=3"]
+    changed = recoveries.parsed(common)
+    recipe = recoveries.recipe_for(changed, 0.7, 0, "kd+tpp+kd")
+    distill = recipe.finetune.distill
+    assert (recipe.phase.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
+    row = (0.7, 0.01, 0, "kd+tpp+kd")
+    assert recoveries.key(changed, row).endswith("judged on 2000 | phase.reg_every=3 | teacher 0.5 2")
+    assert recoveries.key(recoveries.parsed(common[:2]), row).endswith("judged on 2000")
+
+
 def test_regret_is_what_the_nearest_rate_of_the_grid_gives_away() -> None:
     case = lr_regret.Case(net="mlp7_relu", ratio=0.5, epochs=3, seeds=(0, 1))
-    accuracy = dict(zip(lr_regret.GRID, (10.0, 60.0, 90.0, 88.0, 80.0, 70.0, 50.0), strict=True))
-    records = {case.key(lr, seed): {"top1": accuracy[lr] + seed} for lr in lr_regret.GRID for seed in case.seeds}
+    accuracy = dict(zip(case.grid, (10.0, 60.0, 90.0, 88.0, 80.0, 70.0, 50.0), strict=True))
+    records = {case.key(lr, seed): {"top1": accuracy[lr] + seed} for lr in case.grid for seed in case.seeds}
     assert lr_regret.top1(case, records)[0.03] == 90.5
     assert lr_regret.regret(case, records, 0.02) == 0.0  # 0.03 / 0.02 is a smaller ratio than 0.02 / 0.01
     assert lr_regret.regret(case, records, 0.015) == 2.0
     assert lr_regret.regret(case, records, 5.0) == 80.0
     assert lr_regret.noise(case, records) == pytest.approx(0.5)
     assert not lr_regret.finished(case, records)
-    assert lr_regret.finished(case, {**records, str(case): {}})
+    assert not lr_regret.finished(case, {**records, str(case): {}})
+    assert lr_regret.finished(case, {**records, str(case): {"trials": {}}})
 
 
 def test_a_net_that_is_left_out_has_no_say_in_the_fit() -> None:
     """Both nets want another rate, whatever the steps: each must be given the other's."""
     wanted = {"mlp7_relu": 0.1, "cifar_resnet20": 0.003}
     cases = [lr_regret.Case(net=net, ratio=0.5, epochs=e, seeds=(0,)) for net in wanted for e in (1, 4)]
-    records: dict[str, Any] = {str(case): {"steps": 5000} for case in cases}
+    known = {"steps": 5000, "distill_share": 0.0, "distill_temperature": 4.0}
+    records: dict[str, Any] = {str(case): known for case in cases}
     for case in cases:
-        records |= {case.key(lr, 0): {"top1": 90.0 if lr == wanted[case.net] else 50.0} for lr in lr_regret.GRID}
+        records |= {case.key(lr, 0): {"top1": 90.0 if lr == wanted[case.net] else 50.0} for lr in case.grid}
     found = {case.net: rate for case, rate in lr_regret.left_out(cases, records).items()}
     assert found == {"mlp7_relu": 0.003, "cifar_resnet20": 0.1}
+    assert lr_regret.left_out(cases[:2], records) == {}  # nothing to fit to
+
+
+@pytest.mark.parametrize(
+    ("net", "taught", "kind", "rates"),
+    [
+        ("mlp7_relu", False, "sgd", (0.3, 0.0003)),
+        ("test_vit", False, "adamw", (0.01, 0.00001)),
+        ("cifar_resnet20", True, "sgd, with a teacher", (0.3, 0.0003)),
+    ],
+)
+def test_a_case_trains_with_the_optimiser_of_its_net(
+    net: str, taught: bool, kind: str, rates: tuple[float, float]
+) -> None:
+    case = lr_regret.Case(net=net, ratio=0.5, epochs=1, taught=taught)
+    settings = case.settings(rates[0])
+    assert (case.kind, case.grid[0], case.grid[-1]) == (kind, *rates)
+    assert (settings.optimizer, settings.min_lr, settings.distill.share) == (
+        kind.partition(",")[0],
+        rates[0] / 100,
+        0.9 * taught,
+    )
+
+
+def test_trials_choose_among_the_recommended_rate_and_the_two_below_it() -> None:
+    case = {
+        **dict.fromkeys(("removed_params", "removed_channels"), 0.5),
+        "steps": 6000,
+        "epochs": 30,
+        "batch_size": 100,
+        "optimizer": "sgd",
+        "distill_share": 0.0,
+        "distill_temperature": 4.0,
+    }
+    ends: dict[str, float | None] = {"0.1": 0.1, "0.03": 0.5, "0.01": 0.4, "0.003": 0.6, "0.001": 0.2}
+    assert lr_regret.prunecli(case) == pytest.approx(0.03)
+    assert lr_regret.trials({**case, "trials": {"losses": ends}}) == 0.01
+    assert lr_regret.trials({**case, "trials": {"losses": {**ends, "0.01": None}}}) == 0.03
+    assert lr_regret.trials({**case, "trials": {"losses": {}}}) == pytest.approx(0.03)
 
 
 def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured() -> None:
