@@ -371,9 +371,11 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
         for seed, lr in itertools.product(case.seeds, case.grid):
             if case.key(lr, seed) in ledger.records:
                 continue
+            shuffled = stages.open_images(recipe.model_copy(update={"seed": seed}), job.source)
+            assert shuffled is not None
             done = train.finetune(
                 copy.deepcopy(net),
-                images,
+                shuffled,
                 case.settings(lr),
                 lr=lr,
                 epochs=case.epochs,

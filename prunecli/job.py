@@ -261,6 +261,7 @@ def lr_report(
         steps=epochs * images.steps_per_epoch or None if images is not None else None,
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
+        base_peak_lr=recipe.finetune.original.lr if recipe.finetune.original else None,
         from_scratch=not recipe.pretrained,
         distill_share=distill_share,
         distill_temperature=recipe.finetune.distill.temperature,

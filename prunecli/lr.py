@@ -193,7 +193,7 @@ def _short(steps: int, removed: float, pull: float) -> dict[str, Any]:
 
 def _sgd_peak(base_peak_lr: float | None) -> dict[str, Any]:
     peak = SGD_BASE_PEAK if base_peak_lr is None else base_peak_lr
-    origin = "assumed, since the base's own rate is not recorded" if base_peak_lr is None else "recorded"
+    origin = "assumed, as finetune.original does not say it" if base_peak_lr is None else "given"
     lr = peak / 10
     return {
         "name": "peak",

@@ -28,7 +28,7 @@ Ranking = Literal["local", "global", "isomorphic"]
 Count = Annotated[int, Field(gt=0)]
 Metric = Literal["ratio", "macs", "speedup", "params", "size"]
 RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
-_RETRAINING = ("rewind", "slr", "clr", "allr")
+RETRAINING = ("rewind", "slr", "clr", "allr")
 _LATER = {"latency": "a latency target needs `bench`, which this version does not have"}
 _COUNTS = {"": 1.0, "%": 0.01, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _UNITS_OF: dict[str, dict[str, float]] = {
@@ -284,7 +284,7 @@ class FinetuneSettings(Value):
         "allr: a climb to a peak by how much of the weights was cut, then linear to 0",
     )
     original: OriginalSchedule | None = Field(
-        default=None, description="rewind, slr, clr, allr: how the base was trained"
+        default=None, description="how the base was trained: for lr: auto (its peak) and rewind, slr, clr, allr"
     )
     milestones: tuple[float, ...] = Field(
         default=(0.5, 0.75), description="step: where LR drops, as shares of the epochs"
@@ -351,9 +351,12 @@ class FinetuneSettings(Value):
 
     @model_validator(mode="after")
     def _schedule_knows_its_rates(self) -> Self:
-        if self.schedule not in _RETRAINING:
-            if self.original is not None:
-                raise ValueError(f"original is read by {', '.join(_RETRAINING)}, and schedule is {self.schedule}")
+        if self.schedule not in RETRAINING:
+            if self.original is not None and self.lr != "auto":
+                raise ValueError(
+                    f"original is read by lr: auto and by {', '.join(RETRAINING)}; here schedule is {self.schedule} "
+                    f"and lr is {self.lr:g}"
+                )
             return self
         if self.original is None and (self.lr == "auto" or self.schedule == "rewind"):
             raise ValueError(f"schedule {self.schedule} needs original, the schedule that the base was trained with")

@@ -9,7 +9,7 @@ import math
 from typing import Any, Final
 
 from prunecli.errors import UsageError
-from prunecli.recipe import FinetuneSettings, OriginalSchedule
+from prunecli.recipe import RETRAINING, FinetuneSettings, OriginalSchedule
 from prunecli.report import LRReport
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."
@@ -64,7 +64,7 @@ def prescribed_lr(
         UsageError: ALLR where nothing was cut.
     """
     original = settings.original
-    if original is None:
+    if original is None or settings.schedule not in RETRAINING:
         return None
     given: dict[str, Any] = {
         "schedule": settings.schedule,

@@ -173,6 +173,15 @@ def test_eval_spectrum_lr_and_inspect_answer_in_json(run):
     assert {group["width"] for group in groups} == {6, 16, 120, 84}
 
 
+def test_the_rate_follows_from_the_base_s_own_where_that_is_told(run):
+    known = json.loads(call("lr", str(run), "finetune.original={lr: 0.4, epochs: 200}", "--json").stdout)
+    assert known["recommended"] == pytest.approx(0.04)
+    assert "A tenth of the base's peak rate 0.4 (given)" in known["rule"]
+    unknown = json.loads(call("lr", str(run), "--json").stdout)
+    assert unknown["recommended"] == pytest.approx(0.01)
+    assert "0.1 (assumed" in unknown["rule"]
+
+
 def test_tables_are_for_people(run):
     for arguments in (["inspect", "lenet5_relu"], ["lr", str(run)], ["verify", str(run)], ["recipes", "ls"]):
         result = call(*arguments)

@@ -127,8 +127,8 @@ def test_preprocessing_is_what_was_given():
         ({"schedule": "slr", "original": ORIGINAL, "min_lr": 1e-4}, "slr has its own start and end"),
         ({"schedule": "rewind", "original": ORIGINAL, "epochs": 201}, "cannot replay 201 of 200 epochs"),
         (
-            {"schedule": "step", "original": ORIGINAL},
-            "original is read by rewind, slr, clr, allr",
+            {"schedule": "step", "original": ORIGINAL, "lr": 0.01},
+            "original is read by lr: auto and by rewind, slr, clr, allr; here schedule is step and lr is 0.01",
         ),
     ],
 )
