@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/lr_regret.py --data-dir DIR --checkpoints DIR --work DIR
     python benchmarks/lr_regret.py --table
 
-A case is a net, a pruning ratio and a budget of epochs, fine-tuned from each of the seven rates (SGD, momentum 0.9,
-cosine to a hundredth of the peak). Regret of a rule: top-1 of the best of the seven, last epoch, mean over the seeds,
-minus that of the grid's rate nearest to its pick. What a rule may look at lies beside the grid, and never comes from
-test images: the damage, the budget, the losses of a range test. So a new rule is scored without any training.
+A case is a net, a pruning ratio and a budget of epochs, fine-tuned from each of the seven rates (cosine to a hundredth
+of the peak; SGD with momentum 0.9, or AdamW). Regret of a rule: top-1 of the best of the seven, last epoch, mean over
+the seeds, minus that of the grid's rate nearest to its pick. What a rule may look at lies beside the grid: the damage,
+the budget, the losses of a range test; nothing of test images but the accuracy before any fine-tuning, dense and
+pruned. So a new rule is scored without any training.
+
 Finished runs are in the results file and not run again. ``--data-dir`` is a folder that torchvision reads MNIST and
 CIFAR-10 from, ``--checkpoints`` holds cifar10_resnet20.safetensors and cifar10_resnet56.safetensors.
 
@@ -37,10 +39,12 @@ from torch import Tensor, nn
 
 from prunecli import stages, train
 from prunecli.data import Images, epoch_order
+from prunecli.errors import DivergedError
+from prunecli.evaluation import lost_top1
 from prunecli.files import write_tensors
 from prunecli.graph import build_graph
 from prunecli.job import Job, open_job
-from prunecli.lr import distillation_pull, recommend_lr, short_peak
+from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
 from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.recovery_steps import Subject, apply_steps, has_batch_norm
 from prunecli.retraining import adaptive_peak
@@ -57,6 +61,7 @@ BATCH, MNIST_IMAGES = 100, 20_000
 CIFAR_IMAGES, CIFAR_TEST = 5_000, 4_000
 RANGE_STEPS = 100
 TRIAL_SHARE = 0.05  # of the fine-tuning's steps, for three trials
+TRIAL_STEPS = 10  # a shorter trial says nothing
 SETTINGS = {
     "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine"),
     "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05, schedule="cosine"),
@@ -79,7 +84,7 @@ class CifarNet:
     """A net on CIFAR-10: which layers are cut, what trains it, and where its base comes from."""
 
     select: str
-    optimizer: str = "sgd"
+    optimizer: Optimizer = "sgd"
     peak: float = 0.1
     args: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
@@ -89,7 +94,7 @@ CIFAR = {
     "cifar_resnet20": CifarNet(select="layer*.*.conv1"),
     "cifar_resnet56": CifarNet(select="layer*.*.conv1"),
     "vgg11_bn": CifarNet(
-        select="features.*", args={"mlp_ratio": 0.0625}, peak=0.05, base=Base(epochs=5, images=20_000)
+        select="features.*", args={"mlp_ratio": 0.0625}, peak=0.01, base=Base(epochs=4, images=20_000)
     ),
     "test_convnext": CifarNet(
         select="stages.*.mlp.fc1",
@@ -118,17 +123,18 @@ class Case:
     epochs: int
     seeds: tuple[int, ...] = (0, 1, 2)
     taught: bool = False  # distilled from the dense net, as ``compress`` does by default
+    solved: bool = False  # by least squares (recovery step ``lstsq``) before the fine-tuning
 
     def __str__(self) -> str:
-        return f"{self.net}/PR {self.ratio:g}/{self.epochs} epochs" + "/taught" * self.taught
+        return f"{self.net}/PR {self.ratio:g}/{self.epochs} epochs" + "/taught" * self.taught + "/lstsq" * self.solved
 
     @property
     def kind(self) -> str:
         """Cases of one kind share a table."""
-        return self.optimizer + ", with a teacher" * self.taught
+        return kind_of(self.optimizer, taught=self.taught)
 
     @property
-    def optimizer(self) -> str:
+    def optimizer(self) -> Optimizer:
         """What trains it."""
         return CIFAR[self.net].optimizer if self.net in CIFAR else "sgd"
 
@@ -141,6 +147,16 @@ class Case:
     def base_peak(self) -> float:
         """The highest rate that the base was trained at."""
         return CIFAR[self.net].peak if self.net in CIFAR else MNIST_PEAK
+
+    @property
+    def base_epochs(self) -> float:
+        """How long the base was trained, in epochs of the case's own images: those of MNIST 90 of 60,000 images, the
+        published CIFAR checkpoints 200 of 50,000.
+        """
+        if self.net not in CIFAR:
+            return 90 * 60_000 / MNIST_IMAGES
+        base = CIFAR[self.net].base or Base(epochs=200, images=50_000)
+        return base.epochs * base.images / CIFAR_IMAGES
 
     def settings(self, lr: float) -> FinetuneSettings:
         """Of the run that starts at ``lr``."""
@@ -164,7 +180,19 @@ CASES = (
     *(Case(net=net, ratio=r, epochs=1) for net in ("test_convnext", "test_vit") for r in (0.5, 0.9)),
     *(Case(net=net, ratio=r, epochs=4, seeds=(0,)) for net in ("test_convnext", "test_vit") for r in (0.5, 0.9)),
     *(Case(net="test_convnext", ratio=r, epochs=16, seeds=(0,)) for r in (0.5, 0.9)),
+    *(
+        Case(net=net, ratio=r, epochs=e, seeds=(0,), solved=True)
+        for net in ("test_convnext", "test_vit")
+        for e in (1, 4)
+        for r in (0.5, 0.9)
+    ),
     *(Case(net="cifar_resnet20", ratio=r, epochs=e, seeds=(0,), taught=True) for e in (1, 4) for r in RATIOS),
+    *(
+        Case(net=net, ratio=r, epochs=e, seeds=(0,), taught=True)
+        for net in ("test_convnext", "test_vit")
+        for e in (1, 4)
+        for r in (0.5, 0.9)
+    ),
 )
 
 
@@ -236,7 +264,7 @@ def narrowest(dense: nn.Module, net: nn.Module) -> int:
 def inputs(
     case: Case, dense: nn.Module, net: nn.Module, calibration: Tensor, batches: Batches, *, steps: int
 ) -> dict[str, Any]:
-    """Budget, damage and trials of a case: all that a rule may look at, none of it from test images."""
+    """Budget, damage and trials of a case, from weights and training images."""
     return {
         "steps": steps,
         "epochs": case.epochs,
@@ -248,6 +276,7 @@ def inputs(
         "distill_share": case.settings(1.0).distill.share,
         "distill_temperature": TEACHER.temperature,
         "base_peak_lr": case.base_peak,
+        "base_epochs": case.base_epochs,
         "range_test": range_losses(net, batches, SETTINGS[case.optimizer]),
         "trials": trial_losses(case, net, batches, steps),
     }
@@ -364,7 +393,7 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
         assert job.images is not None
         images, dense = job.images, job.source.model
         plan = stages.make_plan(job.source, build_graph(dense, job.source.spec.size), recipe, images).plan
-        steps = ("bn",) if has_batch_norm(dense) else ()
+        steps = ("lstsq",) * case.solved + ("bn",) * has_batch_norm(dense)
         net = apply_steps(Subject(job=job, dense=dense, plan=plan), stages.cut(dense, plan), steps).model
         if not inputs_known(case, ledger.records):
             ledger.add({str(case): cifar_inputs(case, images, dense, net)}, device=job.device)
@@ -373,18 +402,27 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
                 continue
             shuffled = stages.open_images(recipe.model_copy(update={"seed": seed}), job.source)
             assert shuffled is not None
-            done = train.finetune(
-                copy.deepcopy(net),
-                shuffled,
-                case.settings(lr),
-                lr=lr,
-                epochs=case.epochs,
+            ledger.add(
+                {case.key(lr, seed): cifar_run(case, job, copy.deepcopy(net), shuffled, dense, lr, seed)},
                 device=job.device,
-                seed=seed,
-                teacher=dense,
             )
-            ledger.add({case.key(lr, seed): {"top1": done.last_top1, "best": done.best_top1}}, device=job.device)
-            print(case.key(lr, seed), done.last_top1, flush=True)
+            print(case.key(lr, seed), ledger.records[case.key(lr, seed)], flush=True)
+
+
+def cifar_run(
+    case: Case, job: Job, net: nn.Module, images: Images, dense: nn.Module, lr: float, seed: int
+) -> dict[str, float]:
+    """Top-1 after the fine-tuning; that of guessing where the loss is no number."""
+    try:
+        done = train.finetune(
+            net, images, case.settings(lr), lr=lr, epochs=case.epochs, device=job.device, seed=seed, teacher=dense
+        )
+    except DivergedError as reason:
+        print(case.key(lr, seed), reason, flush=True)
+        return {"top1": 100 / images.num_classes, "best": 100 / images.num_classes}
+    assert done.last_top1 is not None
+    assert done.best_top1 is not None
+    return {"top1": done.last_top1, "best": done.best_top1}
 
 
 def cifar_inputs(case: Case, images: Images, dense: nn.Module, net: nn.Module) -> dict[str, Any]:
@@ -410,14 +448,14 @@ def fixed(lr: float) -> Callable[[dict[str, Any]], float]:
 
 
 def allr(case: dict[str, Any]) -> float:
-    """The first rate of ALLR (Zimmer et al. 2023); the bases trained for 90 (MNIST) and 200 epochs (CIFAR)."""
+    """The first rate of ALLR (Zimmer et al. 2023)."""
     return adaptive_peak(
         peak=case["base_peak_lr"],
         norm_dense=case["norm_dense"],
         norm_pruned=case["norm_pruned"],
         sparsity=case["removed_params"],
         epochs=case["epochs"],
-        original_epochs=90 if case["base_peak_lr"] < 0.1 else 200,
+        original_epochs=case["base_epochs"],
     )
 
 
@@ -434,8 +472,12 @@ def range_test(case: dict[str, Any]) -> float:
 
 
 def trials(case: dict[str, Any]) -> float:
-    """The grid's rate nearest to prunecli's or one of the two below it, by the loss that trial runs end with."""
+    """The grid's rate nearest to prunecli's or one of the two below it, by the loss that trial runs end with;
+    prunecli's own where the budget is too short for trials.
+    """
     pick, ends = prunecli(case), case["trials"]["losses"]
+    if case["trials"]["steps"] < TRIAL_STEPS:
+        return pick
     grid = GRIDS[case["optimizer"]]
     place = grid.index(nearest(pick, grid))
     judged = [lr for lr in grid[place : place + 3] if ends.get(f"{lr:g}") is not None]
@@ -452,6 +494,11 @@ def prunecli(case: dict[str, Any]) -> float:
     return _recommended(case, steps=case["steps"])
 
 
+def lost(case: dict[str, Any]) -> float | None:
+    """Share of the dense top-1 above guessing that is gone before fine-tuning."""
+    return lost_top1(case["dense_top1"], case["start"], classes=10)
+
+
 def _recommended(case: dict[str, Any], *, steps: int | None) -> float:
     return recommend_lr(
         optimizer=case["optimizer"],
@@ -461,6 +508,7 @@ def _recommended(case: dict[str, Any], *, steps: int | None) -> float:
         removed_channels=case["removed_channels"],
         removed_params=case["removed_params"],
         steps=steps,
+        lost_top1=lost(case),
         distill_share=case["distill_share"],
         distill_temperature=case["distill_temperature"],
     ).recommended
@@ -476,6 +524,13 @@ MEASURED: dict[str, Callable[[dict[str, Any]], float]] = {
 RULES = {
     "sgd": {"fixed 1e-2": fixed(0.01), "fixed 1e-3": fixed(0.001), **MEASURED},
     "adamw": {"fixed 1e-3": fixed(0.001), "fixed 1e-4": fixed(0.0001), **MEASURED},
+}
+
+
+# What the constants of the rule of short fine-tunings are chosen from.
+CONSTANTS = {
+    "sgd": (GRIDS["sgd"], (1, 75, 150, 300, 600, 1200, 2400)),
+    "adamw": ((1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),),
 }
 
 
@@ -503,26 +558,32 @@ def noise(case: Case, records: dict[str, Any]) -> float | None:
 
 
 def left_out(cases: Sequence[Case], records: dict[str, Any]) -> dict[Case, float]:
-    """The rule's rate for every case, its two constants fitted to the cases of the other nets only; needs two nets."""
+    """The rule's rate for every case, its constants fitted to the cases of the other nets only; needs two nets."""
     nets = {case.net for case in cases}
     if len(nets) == 1:
         return {}
-    grid = cases[0].grid
-    choices = tuple(itertools.product(grid, (1, 75, 150, 300, 600, 1200, 2400)))
-
-    def rate(case: Case, peak: float, annealing: float) -> float:
-        known = records[str(case)]
-        pull = distillation_pull(known["distill_share"], known["distill_temperature"])
-        return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / pull
-
+    choices = tuple(itertools.product(*CONSTANTS[cases[0].optimizer]))
     found: dict[Case, float] = {}
     for net in nets:
         others = [case for case in cases if case.net != net]
         best = min(
-            choices, key=lambda choice: statistics.fmean(regret(case, records, rate(case, *choice)) for case in others)
+            choices,
+            key=lambda choice: statistics.fmean(
+                regret(case, records, short_rate(case, records[str(case)], *choice)) for case in others
+            ),
         )
-        found |= {case: rate(case, *best) for case in cases if case.net == net}
+        found |= {case: short_rate(case, records[str(case)], *best) for case in cases if case.net == net}
     return found
+
+
+def short_rate(case: Case, known: dict[str, Any], peak: float, annealing: float = 0.0) -> float:
+    """The rule of short fine-tunings with these constants."""
+    pull = distillation_pull(known["distill_share"], known["distill_temperature"])
+    if case.optimizer == "adamw":
+        gone = lost(known)
+        assert gone is not None
+        return short_peak_adamw(case.ratio, gone, peak=peak) * pull
+    return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / pull
 
 
 def table(records: dict[str, Any], kind: str) -> str:
@@ -565,6 +626,7 @@ def main() -> None:
     parser.add_argument("--net", action="append", help="repeatable; default: all")
     parser.add_argument("--epochs", type=int, action="append", help="repeatable; default: all")
     parser.add_argument("--taught", action="store_true", help="only the cases with a teacher")
+    parser.add_argument("--solved", action="store_true", help="only the cases after least squares")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--work", type=Path, default=Path("papers_mnist_work"), help="bases, shared with papers_mnist.py"
@@ -574,13 +636,16 @@ def main() -> None:
     asked = parser.parse_args()
     ledger = Ledger(asked.results)
     if asked.table:
-        for kind in {case.kind: None for case in CASES if finished(case, ledger.records)}:
+        kinds = {case.kind: None for case in CASES if finished(case, ledger.records)}
+        if not kinds:
+            parser.error(f"{asked.results} has no finished case")
+        for kind in kinds:
             print(f"{kind}\n\n{table(ledger.records, kind)}\n")
         return
     for case in CASES:
         if case.net not in (asked.net or [case.net]) or case.epochs not in (asked.epochs or [case.epochs]):
             continue
-        if finished(case, ledger.records) or (asked.taught and not case.taught):
+        if finished(case, ledger.records) or asked.taught > case.taught or asked.solved > case.solved:
             continue
         if case.net in NETS:
             data = mnist(asked.data_dir, asked.work / "mnist.safetensors")

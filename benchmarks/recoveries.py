@@ -55,6 +55,10 @@ ARMS = (
 )
 TEACHER = (0.9, 4.0)  # share and temperature of the distillation
 JSV_IMAGES = 64
+OWN = (  # keys of the recipe that this script sets or does not read
+    *("model", "weights", "data", "target", "method", "device", "seed", "recover"),
+    *("finetune.distill", "finetune.lr", "finetune.epochs"),
+)
 Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, arm
 
 
@@ -79,13 +83,19 @@ def recipe_for(options: argparse.Namespace, ratio: float, seed: int, arm: str) -
     return Recipe.from_mapping(recipe)
 
 
+def owned(assignment: str) -> bool:
+    """Whether ``KEY=VALUE`` names a key that only this script sets."""
+    name = assignment.partition("=")[0]
+    return any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for key in OWN)
+
+
 def key(options: argparse.Namespace, row: Row) -> str:
     """The name of a row, budget included."""
     ratio, lr, seed, arm = row
     budget = f"{options.epochs} epochs of {options.train_images}, judged on {options.test_images}"
-    changed = [*options.set]
+    changed = sorted(options.set)
     if tuple(options.teacher) != TEACHER and "kd" in arm:
-        changed.append("teacher {:g} {:g}".format(*options.teacher))
+        changed.append("teacher {} {}".format(*options.teacher))
     return " | ".join([arm, f"PR {ratio:g}", f"LR {lr:g}", f"seed {seed}", budget, *changed])
 
 
@@ -114,8 +124,10 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
     began = time.perf_counter()
     model, spent = started(job, plan, arm)
     seconds = time.perf_counter() - began
-    spectrum = jacobian_spectrum(model.eval(), job.images.calibration(JSV_IMAGES)[0]).summary
+    images = job.images.calibration(JSV_IMAGES)[0].to(job.device)
+    spectrum = jacobian_spectrum(model.to(job.device), images).summary
     before = evaluate(model, job.images.val_loader(), device=job.device)
+    began = time.perf_counter()  # what was only looked at does not count
     settings = job.recipe.finetune
     distill = DistillSettings.model_validate(teacher(options) if arm.endswith("kd") else {"alpha": 0.0})
     done = train.finetune(
@@ -137,7 +149,7 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
         "loss": done.history[-1]["loss"],
         "epochs_before_cut": spent,
         "recovery_seconds": round(seconds, 2),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds + time.perf_counter() - began, 1),
     }
 
 
@@ -208,7 +220,10 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change the recipe")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="only print the table")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if wrong := [assignment for assignment in asked.set if owned(assignment)]:
+        parser.error(f"--set cannot change {wrong[0]}: an option of this script does, or nothing reads it")
+    return asked
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class PruneError(Exception):
         return f"{self.message} {self.hint}" if self.hint else self.message
 
 
+class DivergedError(PruneError):
+    """A loss or a weight that is no finite number any more."""
+
+
 class UsageError(PruneError):
     """A name that does not exist, or a value that cannot be parsed."""
 

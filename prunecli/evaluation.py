@@ -15,6 +15,24 @@ from prunecli.outputs import logits_of
 from prunecli.report import Accuracy
 
 
+def knows_the_data(top1: float, classes: int) -> bool:
+    """Whether a model of this top-1, in percent, makes less than half of the mistakes that guessing makes."""
+    return top1 > (100 + 100 / classes) / 2
+
+
+def lost_top1(dense: float, now: float, *, classes: int) -> float | None:
+    """Share of the dense model's top-1 above guessing that is gone, 0 to 1; none where it does not know the data.
+
+    Args:
+        dense: top-1 of the dense model, percent.
+        now: that of the model that came of it, on the same images.
+        classes: number of classes.
+    """
+    if not knows_the_data(dense, classes):
+        return None
+    return min(1.0, max(0.0, (dense - now) / (dense - 100 / classes)))
+
+
 def evaluate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, amp: bool = False
 ) -> Accuracy:

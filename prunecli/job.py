@@ -175,6 +175,14 @@ def learning_rate(job: Job) -> float:
     return job.progress.lr.recommended
 
 
+def learning_rate_at(job: Job, plan: Plan, model: nn.Module, lost_top1: float | None) -> float:
+    """The rate to fine-tune ``model`` with, by labels alone, if it lost this share of the dense top-1."""
+    if job.recipe.finetune.lr != "auto":
+        return job.recipe.finetune.lr
+    now = job.progress.stage("pruned")
+    return _recommended(job, plan, model, now, lost_top1=lost_top1, distill_share=0.0).recommended
+
+
 def finetune_settings(job: Job) -> FinetuneSettings:
     """The settings of the recipe; where it leaves it to the tool, with the last rate that the recommendation names and
     with distillation from a dense model that is worth learning from.
@@ -187,33 +195,45 @@ def finetune_settings(job: Job) -> FinetuneSettings:
 
 
 def _distill_share(job: Job) -> float:
-    """What ``distill.alpha: auto`` means here: the dense model teaches where it makes less than half of the mistakes
-    that guessing makes on the validation images, and where nothing else teaches already.
+    """What ``distill.alpha: auto`` means here: the dense model teaches where it knows the data, going by the validation
+    images, and where nothing else teaches already.
     """
     asked, dense = job.recipe.finetune, job.progress.stage("dense")
     if asked.distill.alpha != "auto":
         return asked.distill.share
     if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
         return 0.0
-    guessing = 100 / job.images.num_classes
-    return DISTILL_SHARE if dense.top1 > (100 + guessing) / 2 else 0.0
+    return DISTILL_SHARE if evaluation.knows_the_data(dense.top1, job.images.num_classes) else 0.0
 
 
 def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:
     """What the schedule prescribes, else the rules of ``lr`` on what was measured (no ``plan``: nothing is cut)."""
+    lost = _lost(job.progress.stage("dense"), now, job.images)
+    return _recommended(job, plan, model, now, lost_top1=lost, distill_share=_distill_share(job))
+
+
+def _recommended(
+    job: Job,
+    plan: Plan | None,
+    model: nn.Module,
+    now: Stage | None,
+    *,
+    lost_top1: float | None,
+    distill_share: float,
+) -> LRReport:
     if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, plan, epochs=job.epochs)):
         return prescribed
-    dense = job.progress.stage("dense")
     return lr_report(
         job.recipe,
         job.source,
         model,
         plan,
-        dense=dense,
+        dense=job.progress.stage("dense"),
         now=now,
+        lost_top1=lost_top1,
         epochs=job.epochs,
         images=job.images,
-        distill_share=_distill_share(job),
+        distill_share=distill_share,
     )
 
 
@@ -243,6 +263,7 @@ def lr_report(
     *,
     dense: Stage | None,
     now: Stage | None,
+    lost_top1: float | None,
     epochs: int,
     images: data.Images | None,
     distill_share: float = 0.0,
@@ -261,11 +282,19 @@ def lr_report(
         steps=epochs * images.steps_per_epoch or None if images is not None else None,
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
+        lost_top1=lost_top1,
         base_peak_lr=recipe.finetune.original.lr if recipe.finetune.original else None,
         from_scratch=not recipe.pretrained,
         distill_share=distill_share,
         distill_temperature=recipe.finetune.distill.temperature,
     )
+
+
+def _lost(dense: Stage | None, now: Stage | None, images: data.Images | None) -> float | None:
+    """Share of the dense top-1 that the model lacks; none where that was not measured."""
+    if not images or not dense or dense.top1 is None or not now or now.top1 is None:
+        return None
+    return evaluation.lost_top1(dense.top1, now.top1, classes=images.num_classes)
 
 
 def lr_of_source(recipe: Recipe) -> LRReport:
@@ -276,11 +305,14 @@ def lr_of_source(recipe: Recipe) -> LRReport:
         return prescribed
     images = open_images(recipe, source)
     folder = store.RunFolder(path=Path(str(recipe.model).removeprefix("local-dir:")))
-    if not store.is_run(folder.path):
-        return lr_report(recipe, source, source.model, None, dense=None, now=None, epochs=epochs, images=images)
-    stages = {stage.name: stage for stage in folder.report().stages}
-    dense, now = stages.get("dense"), stages.get("recovered") or stages.get("pruned")
-    return lr_report(recipe, source, source.model, folder.plan(), dense=dense, now=now, epochs=epochs, images=images)
+    plan, dense, now = None, None, None
+    if store.is_run(folder.path):
+        plan, measured = folder.plan(), {stage.name: stage for stage in folder.report().stages}
+        dense, now = measured.get("dense"), measured.get("recovered") or measured.get("pruned")
+    lost = _lost(dense, now, images)
+    return lr_report(
+        recipe, source, source.model, plan, dense=dense, now=now, lost_top1=lost, epochs=epochs, images=images
+    )
 
 
 def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:

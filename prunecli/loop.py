@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prunecli import checkpoint
 from prunecli.checkpoint import Progress
-from prunecli.errors import InterruptedRunError, PruneError
+from prunecli.errors import DivergedError, InterruptedRunError, PruneError
 from prunecli.stopping import Stopped, stop_if_asked, until
 from prunecli.trainer import Trainer, TrainingImages
 from prunecli.zoo import state_digest
@@ -217,10 +217,10 @@ class Loop(ABC):
         """The learning rate of the last step."""
         return float(self.trainer.optimizer.param_groups[0]["lr"])
 
-    def diverged(self, what: str, lr: float) -> PruneError:
+    def diverged(self, what: str, lr: float) -> DivergedError:
         """What to raise where a number is not finite."""
         kept = f" The last good state is kept in {self.folder}." if self.folder is not None else ""
-        return PruneError(f"{what} (learning rate {lr:g}).{kept}", hint=self.calmer)
+        return DivergedError(f"{what} (learning rate {lr:g}).{kept}", hint=self.calmer)
 
     def _interrupted(self, *, saved: bool) -> InterruptedRunError:
         where = f"{self.name} was interrupted in epoch {self.progress.epoch + 1} after step {self.progress.step}"

@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from prunecli.job import (
     finetune_settings,
     interruptible,
     learning_rate,
+    learning_rate_at,
     measured_stage,
     open_job,
     recommended_lr,
@@ -175,7 +177,7 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
         steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
     else:
         subject = Subject(job=job, dense=phase_stage.before_cut(job, planned.plan), plan=planned.plan)
-        model, steps = recover_stage(subject, smaller, learning_rate(job))
+        model, steps = recover_stage(subject, smaller, partial(learning_rate_at, job, planned.plan, smaller))
         smaller.load_state_dict(model.state_dict())
     if not any(step.kept for step in steps):
         pruned = job.progress.stage("pruned")

@@ -33,6 +33,7 @@ class ProbeResult:
     train_loss: float | None  # mean over the steps; none where no step was taken
     val_loss: float
     val_top1: float
+    lr: float | None  # of the steps
     calibrated: tuple[float, ...]
 
 
@@ -94,6 +95,7 @@ def probe_loss(
         judged = zip(torch.split(inputs[:held], batch_size), torch.split(labels[:held], batch_size), strict=True)
         logits, truth = answers(trial, judged, device=device)
     return ProbeResult(
+        lr=lr if steps else None,
         train_loss=_finite(sum(losses) / steps) if steps else None,
         val_loss=_finite(float(cross_entropy(logits, truth))),
         val_top1=100 * int((logits.argmax(dim=1) == truth).sum()) / len(truth),

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from prunecli.evaluation import lost_top1
 from prunecli.job import jacobian
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recovery_steps import Applied, Subject, apply_steps, has_batch_norm
@@ -36,24 +37,24 @@ _SHARE: Final = 0.25  # of the fine-tuning's steps that all probes together may 
 _WORST: Final = 1e4  # nats: what a loss that is not finite counts as
 
 
-def recover_stage(
-    subject: Subject, model: nn.Module, learning_rate: float
-) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+Rate = Callable[[float | None], float]  # learning rate of a net that lost this share of the dense top-1
+
+
+def recover_stage(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Apply the recovery of the recipe; the recovered net, and a row for each named step or tried candidate.
 
     Steps named in the recipe are applied without asking. ``auto`` needs images: without them nothing is tried.
-    ``model`` stays as it is.
+    ``model`` stays as it is. ``rate`` is what the fine-tuning would take.
     """
     steps = subject.job.recipe.recover.steps
     if "auto" not in steps:
         return _asked(subject, model, steps)
     if subject.job.images is None:
         return model, ()
-    return _auto(subject, model, learning_rate)
+    return _auto(subject, model, rate)
 
 
 def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
-    probe = _Probe(subject=subject, steps=0, learning_rate=0.0)
     rows = []
     for name in steps:
         began = time.perf_counter()
@@ -62,7 +63,7 @@ def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[
         row = RecoveryStep(name=name, kept=True, rule=rule, residual=applied.residual)
         row = _with_spectra(subject, row, model, applied.model)
         if subject.job.images is not None:
-            row = _with_effect(row, probe.at_once(model), probe.at_once(applied.model))
+            row = _with_effect(row, _at_once(subject, model), _at_once(subject, applied.model))
         rows.append(_timed(row, began))
         model = applied.model
     _tell(subject, rows)
@@ -74,34 +75,45 @@ def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
-    """The short fine-tuning that candidates are compared by; with no steps an evaluation."""
+    """The short fine-tuning that candidates are compared by, each at the rate that fits its own start."""
 
     subject: Subject
     steps: int
-    learning_rate: float
+    rate: Rate
+    dense_top1: float  # on the images that ``_at_once`` judges on
 
-    def __call__(self, model: nn.Module, *, again: bool = False) -> ProbeResult:
+    def __call__(self, model: nn.Module, at_once: ProbeResult, *, again: bool = False) -> ProbeResult:
         """Judge one starting point; ``again`` in another order of the training images."""
-        job = self.subject.job
-        assert job.images is not None
-        return probe_loss(
-            model,
-            job.images,
-            steps=self.steps,
-            lr=self.learning_rate,
-            settings=job.recipe.finetune,
-            device=job.device,
-            seed=job.recipe.seed + again,
-        )
-
-    def at_once(self, model: nn.Module) -> ProbeResult:
-        """How the model does without any fine-tuning."""
-        return replace(self, steps=0)(model)
-
-    def __str__(self) -> str:
         if not self.steps:
-            return "without fine-tuning"
-        return f"after {self.steps} optimiser steps at LR {self.learning_rate:g}"
+            return at_once
+        images = self.subject.job.images
+        assert images is not None
+        lost = lost_top1(self.dense_top1, at_once.val_top1, classes=images.num_classes)
+        return _probed(self.subject, model, steps=self.steps, lr=self.rate(lost), again=again)
+
+    def says(self, result: ProbeResult) -> str:
+        """How a result came about."""
+        return f"after {self.steps} optimiser steps at LR {result.lr:g}" if self.steps else "without fine-tuning"
+
+
+def _at_once(subject: Subject, model: nn.Module) -> ProbeResult:
+    """How the model does without any fine-tuning."""
+    return _probed(subject, model, steps=0, lr=0.0)
+
+
+def _probed(subject: Subject, model: nn.Module, *, steps: int, lr: float, again: bool = False) -> ProbeResult:
+    """The job's own probe of a net."""
+    job = subject.job
+    assert job.images is not None
+    return probe_loss(
+        model,
+        job.images,
+        steps=steps,
+        lr=lr,
+        settings=job.recipe.finetune,
+        device=job.device,
+        seed=job.recipe.seed + again,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +122,7 @@ class _Trial:
 
     applied: Applied
     row: RecoveryStep
+    at_once: ProbeResult
     result: ProbeResult
 
     @property
@@ -147,28 +160,30 @@ def _counted(losses: Sequence[float]) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64).nan_to_num(nan=_WORST).clamp(max=_WORST)
 
 
-def _auto(subject: Subject, model: nn.Module, learning_rate: float) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+def _auto(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Probe every candidate, confirm the best, keep it or the plain pruned net.
 
-    A probe is a short fine-tuning at the learning rate that will be used, judged by the loss on held-out training
-    images, image by image, each net at its own best temperature. The best of the first round, by one half of these
-    images, is probed once more against plain pruning with another order of the training images, and judged on the other
-    half: the luck that made it the best has no say. It is kept if ``Verdict.better``. Probes take ``probe_steps`` steps
-    each, or fewer, so that all together stay within a quarter of the fine-tuning.
+    A probe is a short fine-tuning on labels, at the learning rate that this net would get without a teacher. It is
+    judged by the loss on held-out training images, image by image, each net at its own best temperature. The best of
+    the first round, by one half of these images, is probed once more against plain pruning with another order of the
+    training images, and judged on the other half: the luck that made it the best has no say. It is kept if
+    ``Verdict.better``. Probes take ``probe_steps`` steps each, or fewer, so that all together stay within a quarter of
+    the fine-tuning.
 
     New BatchNorm statistics alone are no starting point of their own, since training never reads them. They remain
     where nothing else is kept, if they make the loss without any fine-tuning better. Where nothing will be fine-tuned,
     all candidates are judged as they are.
     """
     candidates = candidates_for(model)
-    probe = _Probe(subject=subject, steps=_probe_steps(subject, len(candidates)), learning_rate=learning_rate)
-    at_once = probe.at_once(model)
-    plain = probe(model) if probe.steps else at_once
-    starts = [steps for steps in candidates if steps != ("bn",) or not probe.steps]
+    at_once, dense = _at_once(subject, model), _at_once(subject, subject.dense)
+    steps = _probe_steps(subject, len(candidates))
+    probe = _Probe(subject=subject, steps=steps, rate=rate, dense_top1=dense.val_top1)
+    plain = probe(model, at_once)
+    starts = [names for names in candidates if names != ("bn",) or not steps]
     best, rows = _first_round(probe, model, starts, at_once)
-    pair = (probe(net, again=True) for net in (model, best.applied.model)) if probe.steps else (plain, best.result)
+    pair = (probe(model, at_once, again=True), probe(best.applied.model, best.at_once, again=True))
     verdict = compare(*(result.calibrated[1::2] for result in pair))
-    how = "probed again, in another order, on other images" if probe.steps else "on other images"
+    how = "probed again, in another order, on other images" if steps else "on other images"
     rows = [_judged(row, plain, best.row.name, verdict, how) for row in rows]
     chosen = best.applied.model if verdict.better else model
     if not verdict.better and len(starts) < len(candidates):
@@ -216,17 +231,21 @@ def _tried(probe: _Probe, model: nn.Module, steps: tuple[str, ...], before: Prob
     """A candidate applied and probed; its row says what it does without fine-tuning, ``before`` what plain pruning."""
     began = time.perf_counter()
     applied = apply_steps(probe.subject, model, steps)
-    at_once = probe.at_once(applied.model)
-    result = probe(applied.model) if probe.steps else at_once
+    at_once = _at_once(probe.subject, applied.model)
+    result = probe(applied.model, at_once)
     rule = f"{applied.said}; " if applied.said else ""
-    rule += f"calibrated held-out loss {probe} is {_mean(result.calibrated):.4g} with it"
+    rule += f"calibrated held-out loss {probe.says(result)} is {_mean(result.calibrated):.4g} with it"
     row = RecoveryStep(name="+".join(steps), kept=False, rule=rule, residual=applied.residual)
-    return _Trial(applied=applied, row=_timed(_with_effect(row, before, at_once), began), result=result)
+    return _Trial(
+        applied=applied, row=_timed(_with_effect(row, before, at_once), began), at_once=at_once, result=result
+    )
 
 
 def _judged(row: RecoveryStep, plain: ProbeResult, best: str, verdict: Verdict, how: str) -> RecoveryStep:
     """The row with its end: what it was compared with, and why it was kept or left out."""
     rule = f"{row.rule}, {_mean(plain.calibrated):.4g} without it"
+    if plain.lr is not None:
+        rule += f" at LR {plain.lr:g}"
     if row.name != best:
         return row.model_copy(update={"rule": f"left out: {rule}; {best} did better"})
     kept = verdict.better

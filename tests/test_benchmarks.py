@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunecli.data import Images, epoch_order
 from prunecli.files import write_tensors
-from prunecli.lr import REGRET
+from prunecli.lr import EVIDENCE
 from prunecli.recipe import DataSettings, FinetuneSettings
 from prunecli.sources import ArraySplit
 from prunecli.train import finetune
@@ -242,8 +244,17 @@ def test_a_changed_recipe_or_teacher_is_a_row_of_its_own() -> None:
     distill = recipe.finetune.distill
     assert (recipe.phase.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
     row = (0.7, 0.01, 0, "kd+tpp+kd")
-    assert recoveries.key(changed, row).endswith("judged on 2000 | phase.reg_every=3 | teacher 0.5 2")
+    assert recoveries.key(changed, row).endswith("judged on 2000 | phase.reg_every=3 | teacher 0.5 2.0")
     assert recoveries.key(recoveries.parsed(common[:2]), row).endswith("judged on 2000")
+
+
+@pytest.mark.parametrize("assignment", ["seed=7", "finetune.distill.alpha=0.3", "finetune={lr: 0.1}", "data.dir=x"])
+def test_a_recipes_key_that_the_comparison_sets_itself_is_refused(
+    assignment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recoveries.parsed(["--set", assignment])
+    assert f"--set cannot change {assignment}" in capsys.readouterr().err
 
 
 def test_regret_is_what_the_nearest_rate_of_the_grid_gives_away() -> None:
@@ -276,9 +287,9 @@ def test_a_net_that_is_left_out_has_no_say_in_the_fit() -> None:
 @pytest.mark.parametrize(
     ("net", "taught", "kind", "rates"),
     [
-        ("mlp7_relu", False, "sgd", (0.3, 0.0003)),
-        ("test_vit", False, "adamw", (0.01, 0.00001)),
-        ("cifar_resnet20", True, "sgd, with a teacher", (0.3, 0.0003)),
+        ("mlp7_relu", False, "SGD", (0.3, 0.0003)),
+        ("test_vit", False, "AdamW", (0.01, 0.00001)),
+        ("cifar_resnet20", True, "SGD, with a teacher", (0.3, 0.0003)),
     ],
 )
 def test_a_case_trains_with_the_optimiser_of_its_net(
@@ -288,7 +299,7 @@ def test_a_case_trains_with_the_optimiser_of_its_net(
     settings = case.settings(rates[0])
     assert (case.kind, case.grid[0], case.grid[-1]) == (kind, *rates)
     assert (settings.optimizer, settings.min_lr, settings.distill.share) == (
-        kind.partition(",")[0],
+        kind.partition(",")[0].lower(),
         rates[0] / 100,
         0.9 * taught,
     )
@@ -301,22 +312,65 @@ def test_trials_choose_among_the_recommended_rate_and_the_two_below_it() -> None
         "epochs": 30,
         "batch_size": 100,
         "optimizer": "sgd",
+        "dense_top1": 98.0,
+        "start": 40.0,
         "distill_share": 0.0,
         "distill_temperature": 4.0,
     }
     ends: dict[str, float | None] = {"0.1": 0.1, "0.03": 0.5, "0.01": 0.4, "0.003": 0.6, "0.001": 0.2}
+
+    def choice(steps: int, losses: dict[str, float | None]) -> float:
+        return lr_regret.trials({**case, "trials": {"steps": steps, "losses": losses}})
+
     assert lr_regret.prunecli(case) == pytest.approx(0.03)
-    assert lr_regret.trials({**case, "trials": {"losses": ends}}) == 0.01
-    assert lr_regret.trials({**case, "trials": {"losses": {**ends, "0.01": None}}}) == 0.03
-    assert lr_regret.trials({**case, "trials": {"losses": {}}}) == pytest.approx(0.03)
+    assert choice(100, ends) == 0.01
+    assert choice(100, ends | {"0.01": None}) == 0.03
+    assert choice(100, {}) == choice(9, ends) == pytest.approx(0.03)
 
 
-def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured() -> None:
-    lines = lr_regret.table(Ledger(lr_regret.RESULTS).records).splitlines()
-    header = [cell.strip() for cell in lines[0].split("|")]
-    means, worst = ([cell.strip() for cell in line.split("|")] for line in (lines[-3], lines[-1]))
-    assert (means[1], worst[1]) == ("mean", "worst")
-    quoted = {"short": "prunecli, fitted to other nets", "published": "published rules", "1e-3": "fixed 1e-3"}
-    for name, column in quoted.items():
-        at = header.index(column)
-        assert (float(means[at]), float(worst[at])) == REGRET[name]
+def test_a_trial_ends_with_its_loss_on_images_it_has_not_seen_and_none_where_it_diverged() -> None:
+    """Worked by hand: a linear net that starts at zero, two classes, loss ln 2 on the first step whatever the rate."""
+    net = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(net.weight)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield torch.ones(4, 1), torch.zeros(4, dtype=torch.long)
+
+    case = lr_regret.Case(net="cifar_resnet20", ratio=0.5, epochs=1)
+    found = lr_regret.trial_losses(case, net, batches, steps=600)
+    assert found["steps"] == 10  # a twentieth of 600, for three trials
+    assert list(found["losses"]) == ["0.3", "0.1", "0.03", "0.01", "0.003", "0.001", "0.0003"]
+    first = lr_regret.trial(net, batches, [1e-9], case.settings(1e-9))
+    assert first == [pytest.approx(math.log(2), rel=1e-3)]
+    assert 0 < found["losses"]["0.3"] < found["losses"]["0.0003"] < math.log(2)
+    assert lr_regret.trial_losses(case, net, batches, steps=59) == {"steps": 0, "losses": {}}
+    taught = lr_regret.Case(net="cifar_resnet20", ratio=0.5, epochs=1, taught=True)
+    assert lr_regret.trial_losses(taught, net, batches, steps=600) == {"steps": 0, "losses": {}}
+
+    def rising() -> Iterator[tuple[Tensor, Tensor]]:
+        for scale in (1.0, math.inf, 1.0):
+            yield torch.full((4, 1), scale), torch.zeros(4, dtype=torch.long)
+
+    assert lr_regret.trial(net, rising, [0.1] * 3, case.settings(0.1))[-1] is None
+    assert set(lr_regret.trial_losses(case, net, rising, steps=600)["losses"].values()) == {None}
+
+
+def test_a_budget_is_compared_with_the_bases_by_the_images_they_see() -> None:
+    epochs = {net: lr_regret.Case(net=net, ratio=0.5, epochs=1).base_epochs for net in ("mlp7_relu", *lr_regret.CIFAR)}
+    assert (epochs["mlp7_relu"], epochs["cifar_resnet56"], epochs["test_vit"]) == (270, 2000, 80)
+
+
+@pytest.mark.parametrize("kind", EVIDENCE)
+def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured(kind: str) -> None:
+    records = Ledger(lr_regret.RESULTS).records
+    lines = lr_regret.table(records, kind).splitlines()
+    header, means, worst = ([cell.strip() for cell in lines[at].split("|")] for at in (0, -3, -1))
+    assert (means[1], worst[1], len(lines) - 5) == ("mean", "worst", EVIDENCE[kind].cases)
+    fitted = "prunecli, fitted to other nets"
+    quoted: dict[str, tuple[float, float]] = {fitted if fitted in header else "prunecli": EVIDENCE[kind].short}
+    names = {0.01: "fixed 1e-2", 0.001: "fixed 1e-3", 1.25e-4: "published rules"}
+    quoted |= {names[lr]: regret for lr, regret in EVIDENCE[kind].fixed.items()}
+    assert {name: tuple(float(row[header.index(name)]) for row in (means, worst)) for name in quoted} == quoted
+    steps = [records[str(c)]["steps"] for c in lr_regret.CASES if c.kind == kind and lr_regret.finished(c, records)]
+    assert EVIDENCE[kind].of.endswith(f", {min(steps)} to {max(steps):,} steps")

@@ -169,6 +169,7 @@ def test_eval_spectrum_lr_and_inspect_answer_in_json(run):
     evidence = rate["evidence"]
     assert (evidence["epochs"], evidence["steps"]) == (10, 10 * math.ceil(evidence["steps"] / 10))
     assert rate["recommended"] == pytest.approx(short_peak(evidence["steps"], evidence["removed_channels"]), rel=0.03)
+    assert evidence["lost_top1"] is None, "random weights know nothing that could be lost"
     groups = json.loads(call("inspect", "lenet5_relu", "--json").stdout)["groups"]
     assert {group["width"] for group in groups} == {6, 16, 120, 84}
 

@@ -21,6 +21,7 @@ from prunecli import check, pipeline, store
 from prunecli.errors import TargetError
 from prunecli.files import write_json
 from prunecli.graph import build_graph
+from prunecli.job import learning_rate_at, open_job
 from prunecli.recipe import Recipe
 from prunecli.stages import load_source, make_plan, open_images
 from prunecli.store import RunFolder
@@ -473,6 +474,47 @@ def test_a_dense_model_that_knows_its_data_teaches_the_cut_one(
     assert report.finetune is not None
     assert report.finetune.distill == expected
     assert ("of the loss distilled from the dense model" in " ".join(done.stdout.split())) == (expected > 0)
+
+
+def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(tmp_path: Path) -> None:
+    job = [part for part in TEACHES if not part.startswith("--recover")]
+    done = call("compress", *job, "finetune.optimizer=adamw", "--recover=bn", f"--out={tmp_path / 'run'}")
+    assert done.exit_code == 0, done.stderr
+    report = RunFolder(path=tmp_path / "run").report()
+    assert report.lr is not None
+    top1 = {stage.name: stage.top1 or 0.0 for stage in report.stages}
+    lost = (top1["dense"] - top1["recovered"]) / (top1["dense"] - 10)
+    assert 0.03 < lost < 0.9
+    assert top1["pruned"] < top1["recovered"]
+    assert report.lr.evidence["lost_top1"] == pytest.approx(lost)
+    alone = 1e-3 * lost / (1 - report.lr.evidence["removed_channels"]) ** 0.5
+    assert report.lr.recommended == pytest.approx(alone * 3.7**0.5, rel=0.05)
+    asked = call("lr", str(tmp_path / "run"), "--data=digits", "data.val_limit=64", "--epochs=1", "--json")
+    assert json.loads(asked.stdout)["evidence"]["lost_top1"] == pytest.approx(lost)
+
+
+@pytest.mark.parametrize(("lr", "expected"), [("auto", 7.1e-5), (0.5, 0.5)])
+def test_a_start_that_is_to_be_probed_has_a_rate_of_its_own(tmp_path: Path, lr: Any, expected: float) -> None:
+    recipe = Recipe.from_mapping(
+        {
+            "model": "cifar_resnet20.digits",
+            "target": "ratio=0.5",
+            "data": {"name": "digits", "train_limit": 128, "val_limit": 64},
+            "finetune": {"epochs": 1, "optimizer": "adamw", "lr": lr},
+            "prune": {"round_to": 1},
+            "spectrum": {"samples": 0},
+            "device": "cpu",
+        }
+    )
+    job = open_job("compress", recipe, out=tmp_path / "run", resume=False, force=False, notify=lambda _: None)
+    with job.closing:
+        job.begin()
+        source = job.source
+        plan = make_plan(source, build_graph(source.model, source.spec.size), recipe, job.images).plan
+        found = learning_rate_at(job, plan, source.model, 0.05)
+    removed = [1 - len(group.keep) / group.width for group in plan.cut_groups]
+    assert removed == pytest.approx([0.5] * len(removed), abs=0.05)
+    assert found == pytest.approx(expected, rel=0.03)
 
 
 def test_a_model_that_is_fine_tuned_alone_has_no_teacher(tmp_path: Path) -> None:

@@ -10,10 +10,15 @@ import torch
 from test_cli import JOB, call
 from torch import nn
 
+from prunecli import catalog, stages
 from prunecli.errors import UsageError
+from prunecli.evaluation import knows_the_data, lost_top1
+from prunecli.graph import build_graph
+from prunecli.job import open_job
 from prunecli.probe import calibrated_losses
-from prunecli.recipe import Recipe
-from prunecli.recovery import CANDIDATES, candidates_for, compare
+from prunecli.recipe import Recipe, layered
+from prunecli.recovery import CANDIDATES, candidates_for, compare, recover_stage
+from prunecli.recovery_steps import Subject
 
 
 def test_a_gain_counts_beyond_two_standard_errors_and_one_percent():
@@ -93,3 +98,47 @@ def test_steps_that_look_at_images_need_data(tmp_path, step):
                 f"--out={tmp_path / 'run'}")  # fmt: skip
     assert done.exit_code == 2
     assert f"Recovery step {step}" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path):
+    recipe = Recipe.from_mapping(layered(catalog.read("quickstart"), {"recover": {"probe_steps": 1}}))
+    job = open_job("compress", recipe, out=tmp_path / "run", resume=False, force=False, notify=lambda _: None)
+    with job.closing:
+        job.begin()
+        dense = job.source.model
+        plan = stages.make_plan(job.source, build_graph(dense, job.source.spec.size), recipe, job.images).plan
+        damages: list[float | None] = []
+
+        def rate(lost: float | None) -> float:
+            damages.append(lost)
+            return 0.001 * len(damages)
+
+        subject = Subject(job=job, dense=dense, plan=plan)
+        rows = {row.name: row for row in recover_stage(subject, stages.cut(dense, plan), rate)[1]}
+    plain, *candidates = damages[:5]
+    assert plain is not None
+    assert plain > 0.9, "the cut alone leaves the digits net guessing"
+    names = ["lstsq+bn", "lstsq+blend+bn", "blend+bn", "orthp+bn"]
+    top1 = [rows[name].top1_after for name in names]
+    assert sorted(candidates, reverse=True) == [lost for _, lost in sorted(zip(top1, candidates, strict=True))]
+    assert min(candidates) < 0.1
+    for place, name in enumerate(names):
+        assert f"at LR {0.001 * (place + 2):g} is" in rows[name].rule
+        assert "without it at LR 0.001" in rows[name].rule
+
+
+@pytest.mark.parametrize(
+    ("dense", "now", "classes", "expected"),
+    [
+        (91.0, 50.5, 10, 0.5),  # 40.5 of 81 points above guessing
+        (91.0, 92.0, 10, 0.0),
+        (91.0, 8.0, 10, 1.0),
+        (90.0, 70.0, 2, 0.5),
+        (55.0, 20.0, 10, None),  # half of guessing's mistakes
+        (55.1, 10.0, 10, 1.0),
+    ],
+)
+def test_what_a_cut_cost_counts_from_guessing(dense, now, classes, expected):
+    assert lost_top1(dense, now, classes=classes) == (None if expected is None else pytest.approx(expected))
+    assert knows_the_data(dense, classes) == (expected is not None)
