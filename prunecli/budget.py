@@ -2,10 +2,12 @@
 
 How many channels each unit loses is one number, the *pressure* p in [0, 1]. Units form *pools*, by the ranking: every
 unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
-ECCV 2024). A pool of W channels gives up its ceil(p W) cheapest, no group more than its share ``max_ratio``. Target
-``ratio`` sets p itself; for the others p is bisected, since parameters, multiply-adds and bytes fall with p, and the
-last per cent is found by moving single steps of single groups. Where training has learnt how wide each group has to be,
-there is nothing to solve: each gets the next width that rounding and ties allow.
+ECCV 2024). A pool of W channels gives up its cheapest, no group more than its share ``max_ratio``. Target ``ratio`` sets
+p itself, and ceil(p W) leave, as in the papers. For a cost p is bisected, since parameters, multiply-adds and bytes fall
+with p, and floor(p W) leave: rounded up, a pressure of next to nothing would take one whole step from every narrow
+pool, such as a head of three, before a wide one loses anything. The last per cent is found by moving single steps of
+single groups. Where training has learnt how wide each group has to be, there is nothing to solve: each gets the next
+width that rounding and ties allow.
 
 What is cut as one and in which steps, rounding included, is said by `prunecli.units`.
 """
@@ -247,7 +249,8 @@ def _solve(
     if isinstance(target, Learned):
         found = _as_learned(units, target)
     elif target.metric == "ratio":
-        found = _at_ratio(units, _under_pressure(units, _pools(units, settings.ranking), target.value), target.value)
+        kept = _under_pressure(units, _pools(units, settings.ranking), target.value, at_least=True)
+        found = _at_ratio(units, kept, target.value)
     else:
         found = _at_cost(units, target, settings, prices, hint="; ".join(notes) or None)
     keep = {
@@ -356,14 +359,17 @@ def _pools(units: Sequence[Unit], ranking: str) -> list[_Pool]:
     return pools
 
 
-def _under_pressure(units: Sequence[Unit], pools: Sequence[_Pool], pressure: float) -> list[int]:
-    """Kept widths when every pool gives up its ceil(pressure * size) cheapest channels.
+def _under_pressure(
+    units: Sequence[Unit], pools: Sequence[_Pool], pressure: float, *, at_least: bool = False
+) -> list[int]:
+    """Kept widths when every pool gives up its pressure * size cheapest channels, or ``at_least`` so many.
 
     A loss that its group may not take counts for nothing: the pool then gives up its next cheapest one.
     """
     lost: Counter[int] = Counter()
     for pool in pools:
-        lost.update(pool.losses[: math.ceil(pressure * pool.size - 1e-9)])
+        share = pressure * pool.size
+        lost.update(pool.losses[: math.ceil(share - 1e-9) if at_least else math.floor(share + 1e-9)])
     return [unit.nearest(unit.width - lost[at]) for at, unit in enumerate(units)]
 
 

@@ -467,6 +467,17 @@ def test_local_ranking_spreads_a_metric_evenly():
     assert max(shares) - min(shares) < 0.03
 
 
+@pytest.mark.parametrize(("target", "narrow"), [("macs=80%", 4), ("params=80%", 4), ("ratio=0.2", 3)])
+def test_a_cost_takes_no_step_of_a_narrow_group_before_its_share_is_due(target, narrow):
+    graph = chain([4, 96, 96])
+    assert widths(graph, run(graph, target))[0] == narrow
+
+
+def test_a_narrow_group_gives_its_step_once_that_is_due():
+    graph = chain([4, 96, 96])
+    assert widths(graph, run(graph, "macs=50%"))[0] == 3
+
+
 def test_a_target_out_of_reach_names_the_range():
     graph = chain([16, 32])
     least = costs(graph, {"conv0": 8, "conv1": 16}).macs
