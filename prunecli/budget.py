@@ -2,12 +2,12 @@
 
 How many channels each unit loses is one number, the *pressure* p in [0, 1]. Units form *pools*, by the ranking: every
 unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
-ECCV 2024). A pool of W channels gives up its cheapest, no group more than its share ``max_ratio``. Target ``ratio`` sets
-p itself, and ceil(p W) leave, as in the papers. For a cost p is bisected, since parameters, multiply-adds and bytes fall
-with p, and floor(p W) leave: rounded up, a pressure of next to nothing would take one whole step from every narrow
-pool, such as a head of three, before a wide one loses anything. The last per cent is found by moving single steps of
-single groups. Where training has learnt how wide each group has to be, there is nothing to solve: each gets the next
-width that rounding and ties allow.
+ECCV 2024). A pool of W channels gives up its cheapest, no group more than its share ``max_ratio``. Target ``ratio``
+sets p itself, and ceil(p W) leave, as in the papers. For a cost p is bisected, since parameters, multiply-adds and
+bytes fall with p, and floor(p W) leave: rounded up, a pressure of next to nothing would take one whole step from every
+narrow pool, such as a head of three, before a wide one loses anything. The last per cent is found by moving single
+steps of single groups. Where training has learnt how wide each group has to be, there is nothing to solve: each gets
+the next width that rounding and ties allow.
 
 What is cut as one and in which steps, rounding included, is said by `prunecli.units`.
 """

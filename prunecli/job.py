@@ -30,7 +30,7 @@ from prunecli.report import (
     StageName,
     TargetResult,
 )
-from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device
+from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
@@ -69,6 +69,23 @@ class Progress(Value):
 
     def stage(self, name: StageName) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What was done to a model before its fine-tuning; nothing of it where it was neither cut nor measured.
+
+    Attributes:
+        plan: what was cut.
+        dense: the model before that, as measured.
+        now: the model as it is to be fine-tuned.
+        base_peak_lr: highest rate the dense model was trained at, where somebody said so.
+    """
+
+    plan: Plan | None = None
+    dense: Stage | None = None
+    now: Stage | None = None
+    base_peak_lr: float | None = None
 
 
 @dataclass
@@ -116,6 +133,10 @@ class Job:
         """Make the progress of a finished stage durable."""
         self.progress = progress
         write_json(_progress_file(self.folder), progress.model_dump(mode="json"))
+
+    def past(self, plan: Plan, now: Stage | None) -> Past:
+        """What this job did to its model so far."""
+        return Past(plan=plan, dense=self.progress.stage("dense"), now=now)
 
     @property
     def epochs(self) -> int:
@@ -179,8 +200,8 @@ def learning_rate_at(job: Job, plan: Plan, model: nn.Module, lost_top1: float | 
     """The rate to fine-tune ``model`` with, by labels alone, if it lost this share of the dense top-1."""
     if job.recipe.finetune.lr != "auto":
         return job.recipe.finetune.lr
-    now = job.progress.stage("pruned")
-    return _recommended(job, plan, model, now, lost_top1=lost_top1, distill_share=0.0).recommended
+    past = job.past(plan, job.progress.stage("pruned"))
+    return _recommended(job, model, past, lost_top1=lost_top1, distill_share=0.0).recommended
 
 
 def finetune_settings(job: Job) -> FinetuneSettings:
@@ -206,30 +227,19 @@ def _distill_share(job: Job) -> float:
     return DISTILL_SHARE if evaluation.knows_the_data(dense.top1, job.images.num_classes) else 0.0
 
 
-def recommended_lr(job: Job, plan: Plan | None, model: nn.Module, now: Stage | None) -> LRReport:
-    """What the schedule prescribes, else the rules of ``lr`` on what was measured (no ``plan``: nothing is cut)."""
-    lost = _lost(job.progress.stage("dense"), now, job.images)
-    return _recommended(job, plan, model, now, lost_top1=lost, distill_share=_distill_share(job))
+def recommended_lr(job: Job, model: nn.Module, past: Past) -> LRReport:
+    """What the schedule prescribes, else the rules of ``lr`` on what was measured."""
+    return _recommended(job, model, past, lost_top1=_lost(past, job.images), distill_share=_distill_share(job))
 
 
-def _recommended(
-    job: Job,
-    plan: Plan | None,
-    model: nn.Module,
-    now: Stage | None,
-    *,
-    lost_top1: float | None,
-    distill_share: float,
-) -> LRReport:
-    if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, plan, epochs=job.epochs)):
+def _recommended(job: Job, model: nn.Module, past: Past, *, lost_top1: float | None, distill_share: float) -> LRReport:
+    if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, past.plan, epochs=job.epochs)):
         return prescribed
     return lr_report(
         job.recipe,
         job.source,
         model,
-        plan,
-        dense=job.progress.stage("dense"),
-        now=now,
+        past,
         lost_top1=lost_top1,
         epochs=job.epochs,
         images=job.images,
@@ -259,16 +269,15 @@ def lr_report(
     recipe: Recipe,
     source: Source,
     model: nn.Module,
-    plan: Plan | None,
+    past: Past,
     *,
-    dense: Stage | None,
-    now: Stage | None,
     lost_top1: float | None,
     epochs: int,
     images: data.Images | None,
-    distill_share: float = 0.0,
+    distill_share: float,
 ) -> LRReport:
     """Feed the measured damage and the budget to ``lr.recommend_lr``."""
+    plan, dense, now, original = past.plan, past.dense, past.now, recipe.finetune.original
     cut_groups = plan.cut_groups if plan else ()
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
     ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
@@ -283,18 +292,38 @@ def lr_report(
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
         jsv_ratio=ratio,
         lost_top1=lost_top1,
-        base_peak_lr=recipe.finetune.original.lr if recipe.finetune.original else None,
+        base_peak_lr=original.lr if original else past.base_peak_lr,
         from_scratch=not recipe.pretrained,
         distill_share=distill_share,
         distill_temperature=recipe.finetune.distill.temperature,
     )
 
 
-def _lost(dense: Stage | None, now: Stage | None, images: data.Images | None) -> float | None:
+def _lost(past: Past, images: data.Images | None) -> float | None:
     """Share of the dense top-1 that the model lacks; none where that was not measured."""
+    dense, now = past.dense, past.now
     if not images or not dense or dense.top1 is None or not now or now.top1 is None:
         return None
     return evaluation.lost_top1(dense.top1, now.top1, classes=images.num_classes)
+
+
+def past_of(recipe: Recipe) -> Past:
+    """What the run that a model comes from did to it. Raises PruneError where its plan or report cannot be read."""
+    run = run_of(recipe)
+    if run is None:
+        return Past()
+    stages = run.report().stages
+    dense = next((stage for stage in stages if stage.name == "dense"), None)
+    return Past(plan=run.plan(), dense=dense, now=stages[-1] if stages else None, base_peak_lr=_base_peak_lr(run))
+
+
+def _base_peak_lr(run: store.RunFolder) -> float | None:
+    """The rate its base was trained at, as its recipe says it; a recipe of another version says nothing."""
+    try:
+        original = run.recipe().finetune.original
+    except PruneError:
+        return None
+    return original.lr if original else None
 
 
 def lr_of_source(recipe: Recipe) -> LRReport:
@@ -303,15 +332,16 @@ def lr_of_source(recipe: Recipe) -> LRReport:
     epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
     if epochs and (prescribed := _prescribed_lr(recipe, source, None, epochs=epochs)):
         return prescribed
-    images = open_images(recipe, source)
-    folder = store.RunFolder(path=Path(str(recipe.model).removeprefix("local-dir:")))
-    plan, dense, now = None, None, None
-    if store.is_run(folder.path):
-        plan, measured = folder.plan(), {stage.name: stage for stage in folder.report().stages}
-        dense, now = measured.get("dense"), measured.get("recovered") or measured.get("pruned")
-    lost = _lost(dense, now, images)
+    images, past = open_images(recipe, source), past_of(recipe)
     return lr_report(
-        recipe, source, source.model, plan, dense=dense, now=now, lost_top1=lost, epochs=epochs, images=images
+        recipe,
+        source,
+        source.model,
+        past,
+        lost_top1=_lost(past, images),
+        epochs=epochs,
+        images=images,
+        distill_share=recipe.finetune.distill.share,
     )
 
 
@@ -361,7 +391,7 @@ def _require_start(command: Command, recipe: Recipe, images: data.Images | None)
     """Raises UsageError where a new start makes no sense."""
     if images is None:
         raise UsageError(f"init {recipe.init} is the start of a training, so it needs data.", hint="Give --data.")
-    if store.is_run(str(recipe.model).removeprefix("local-dir:")):
+    if run_of(recipe):
         raise UsageError(f"init {recipe.init} starts from a plain model, and {recipe.model} is a run folder.")
     if command == "compress" and recipe.recover.steps:
         raise UsageError(

@@ -24,12 +24,14 @@ from prunecli.graph import build_graph
 from prunecli.job import (
     Job,
     Notify,
+    Past,
     finetune_settings,
     interruptible,
     learning_rate,
     learning_rate_at,
     measured_stage,
     open_job,
+    past_of,
     recommended_lr,
     reload_,
 )
@@ -142,7 +144,7 @@ def _pruned(job: Job, planned: Planned) -> nn.Module:
     if size != planned.plan.predicted:
         job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
     _check_target(planned.target, size, job.source.cost)
-    recommended = recommended_lr(job, planned.plan, smaller, stage)
+    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
     job.save(job.progress.with_stage(stage, values, lr=recommended))
     return smaller
 
@@ -193,7 +195,7 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
         values = job.progress.jacobians.get("pruned")
     else:
         stage, values = measured_stage(job, "recovered", smaller, began)
-    recommended = recommended_lr(job, planned.plan, smaller, stage)
+    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
     write_tensors(weights, smaller.state_dict())
     job.save(job.progress.with_stage(stage, values, recovery=steps, lr=recommended))
 
@@ -294,9 +296,19 @@ def finetune(
         job.begin()
         _dense(job)
         if job.progress.lr is None:
-            recommended = recommended_lr(job, None, model, None)
-            job.save(job.progress.model_copy(update={"lr": recommended, "recovery": started}))
+            past, notes = _past(recipe)
+            recommended = recommended_lr(job, model, past)
+            found = {"lr": recommended, "recovery": started, "warnings": notes}
+            job.save(job.progress.model_copy(update=found))
         return _finish(job, empty_plan(job.source, recipe.seed), _finetuned(job, model))
+
+
+def _past(recipe: Recipe) -> tuple[Past, tuple[str, ...]]:
+    """What the run that a model comes from did to it, and what there is to say where that run does not tell."""
+    try:
+        return past_of(recipe), ()
+    except PruneError as error:
+        return Past(), (f"{error} So the recommended learning rate is that of an uncut model.",)
 
 
 def empty_plan(source: Source, seed: int) -> Plan:

@@ -118,6 +118,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def run_of(recipe: Recipe) -> store.RunFolder | None:
+    """The run folder whose model a recipe starts from; none where it names a model of another kind."""
+    if recipe.model is None:
+        return None
+    folder = store.RunFolder(path=Path(recipe.model.removeprefix("local-dir:")))
+    return folder if store.is_run(folder.path) or folder.begun else None
+
+
 def load_source(recipe: Recipe) -> Source:
     """Load the model that a recipe names: a timm name, a hub or local folder, a function, or a run folder.
 
@@ -127,8 +135,8 @@ def load_source(recipe: Recipe) -> Source:
         raise UsageError(
             "No model was given.", hint="Name a timm model, hf-hub:…, local-dir:…, package.module:function or a run."
         )
-    path = recipe.model.removeprefix("local-dir:")
-    if store.is_run(path) or store.RunFolder(path=Path(path)).begun:
+    if run := run_of(recipe):
+        path = run.path
         function = Function(name=recipe.function, args=recipe.model_args) if recipe.function else None
         if recipe.weights or recipe.data.preprocessing or (recipe.model_args and not function):
             raise UsageError(f"{path} is a run folder: it brings its own weights, arguments and preprocessing.")
@@ -136,7 +144,9 @@ def load_source(recipe: Recipe) -> Source:
         ref, digest = exported.model, exported.weights_sha256
         notes: tuple[str, ...] = (f"The base is the pruned model of {path}.",)
     elif recipe.function:
-        raise UsageError(f"{path} is no run folder, so {recipe.function!r} cannot have made it.", hint="Name one.")
+        raise UsageError(
+            f"{recipe.model} is no run folder, so {recipe.function!r} cannot have made it.", hint="Name one."
+        )
     else:
         loaded = zoo.load_model(
             recipe.model,

@@ -23,6 +23,7 @@ from prunecli.files import write_json
 from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
 from prunecli.recipe import Recipe
+from prunecli.report import Report
 from prunecli.stages import load_source, make_plan, open_images
 from prunecli.store import RunFolder
 from prunecli.zoo import load_model
@@ -476,11 +477,17 @@ def test_a_dense_model_that_knows_its_data_teaches_the_cut_one(
     assert ("of the loss distilled from the dense model" in " ".join(done.stdout.split())) == (expected > 0)
 
 
-def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(tmp_path: Path) -> None:
-    job = [part for part in TEACHES if not part.startswith("--recover")]
-    done = call("compress", *job, "finetune.optimizer=adamw", "--recover=bn", f"--out={tmp_path / 'run'}")
+@pytest.fixture(scope="module")
+def taught_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that recovered a cut model and fine-tuned it with AdamW."""
+    folder = tmp_path_factory.mktemp("runs") / "taught"
+    done = call("compress", *TEACHES, "finetune.optimizer=adamw", "--recover=bn", f"--out={folder}")
     assert done.exit_code == 0, done.stderr
-    report = RunFolder(path=tmp_path / "run").report()
+    return folder
+
+
+def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(taught_run: Path) -> None:
+    report = RunFolder(path=taught_run).report()
     assert report.lr is not None
     top1 = {stage.name: stage.top1 or 0.0 for stage in report.stages}
     lost = (top1["dense"] - top1["recovered"]) / (top1["dense"] - 10)
@@ -489,8 +496,73 @@ def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(tmp
     assert report.lr.evidence["lost_top1"] == pytest.approx(lost)
     alone = 1e-3 * lost / (1 - report.lr.evidence["removed_channels"]) ** 0.5
     assert report.lr.recommended == pytest.approx(alone * 3.7**0.5, rel=0.05)
-    asked = call("lr", str(tmp_path / "run"), "--data=digits", "data.val_limit=64", "--epochs=1", "--json")
-    assert json.loads(asked.stdout)["evidence"]["lost_top1"] == pytest.approx(lost)
+
+
+@pytest.fixture(scope="module")
+def cut_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that pruned a model which knows its data, and did not fine-tune it."""
+    folder = tmp_path_factory.mktemp("runs") / "cut"
+    job = [part.replace("--epochs=1", "--epochs=0") for part in TEACHES]
+    base = "finetune.original={lr: 0.4, epochs: 200}"
+    done = call("compress", *job, "--recover=bn", base, f"--out={folder}")
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+ON_DIGITS = ["--data=digits", "data.train_limit=128", "data.val_limit=64", "--epochs=1", "finetune.optimizer=adamw"]
+
+
+def asked_rate(run: Path, *options: str) -> dict[str, Any]:
+    done = call("lr", str(run), *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def tuned(run: Path, out: Path) -> Report:
+    done = call("finetune", str(run), *ON_DIGITS, "spectrum.samples=0", f"--out={out}")
+    assert done.exit_code == 0, done.stderr
+    return RunFolder(path=out).report()
+
+
+def test_a_run_is_fine_tuned_with_the_rate_that_lr_names_for_it(cut_alone: Path, tmp_path: Path) -> None:
+    named = asked_rate(cut_alone, *ON_DIGITS)
+    report = tuned(cut_alone, tmp_path / "tuned")
+    assert report.lr is not None
+    assert report.lr.model_dump(mode="json") == named
+    top1 = {stage.name: stage.top1 or 0.0 for stage in RunFolder(path=cut_alone).report().stages}
+    lost = (top1["dense"] - top1["recovered"]) / (top1["dense"] - 10)
+    assert lost > 0.03
+    assert named["evidence"]["lost_top1"] == pytest.approx(lost)
+    assert named["evidence"]["removed_channels"] == pytest.approx(0.25, abs=0.02)
+    again = asked_rate(tmp_path / "tuned", *ON_DIGITS)["evidence"]
+    assert again["removed_channels"] == 0, "the run that fine-tuned it cut nothing"
+
+
+def test_the_damage_of_a_run_that_fine_tuned_is_what_it_still_lacks(taught_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(taught_run, tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    assert report["stages"][-1]["name"] == "finetuned"
+    report["stages"][-1]["top1"] = 0.5 * (report["base"]["top1"] + 10)
+    (run / "report.json").write_text(json.dumps(report))
+    assert asked_rate(run, *ON_DIGITS)["evidence"]["lost_top1"] == pytest.approx(0.5)
+
+
+def test_a_run_that_lost_its_report_is_fine_tuned_and_told_so(cut_alone: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(cut_alone, tmp_path / "run")
+    (run / "report.json").unlink()
+    report = tuned(run, tmp_path / "tuned")
+    assert report.lr is not None
+    assert report.lr.evidence["removed_channels"] == 0
+    assert any("report.json" in said and "uncut model" in said for said in report.warnings)
+    assert "report.json" in sentence(call("lr", str(run), *ON_DIGITS))
+
+
+def test_the_base_s_own_rate_is_read_from_the_recipe_of_the_run(cut_alone: Path, tmp_path: Path) -> None:
+    assert asked_rate(cut_alone)["recommended"] == pytest.approx(0.04)
+    assert asked_rate(cut_alone, "finetune.original={lr: 0.2, epochs: 200}")["recommended"] == pytest.approx(0.02)
+    run = shutil.copytree(cut_alone, tmp_path / "run")
+    (run / "recipe.yaml").write_text("model: cifar_resnet20.digits\na_key_of_another_version: 1\n")
+    assert asked_rate(run)["recommended"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("lr", "expected"), [("auto", 7.1e-5), (0.5, 0.5)])
