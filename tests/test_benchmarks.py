@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from prunecli.cost import measure
 from prunecli.data import Images, epoch_order
 from prunecli.files import write_tensors
 from prunecli.lr import EVIDENCE
-from prunecli.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe import DataSettings, FinetuneSettings, Recipe
 from prunecli.sources import ArraySplit
 from prunecli.train import finetune
 from prunecli.zoo import input_spec, load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import defaults
 import lr_regret
 import recoveries
 import resnet56
@@ -255,6 +257,44 @@ def test_a_recipes_key_that_the_comparison_sets_itself_is_refused(
     with pytest.raises(SystemExit):
         recoveries.parsed(["--set", assignment])
     assert f"--set cannot change {assignment}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arm", "lr", "steps", "alpha"),
+    [
+        ("defaults", "auto", ("auto",), "auto"),
+        ("fixed rate", 0.02, ("auto",), "auto"),
+        ("no recovery", "auto", (), "auto"),
+        ("no teacher", "auto", ("auto",), 0.0),
+        ("plain", 0.02, (), 0.0),
+    ],
+)
+def test_an_arm_switches_off_what_it_says_and_nothing_else(arm: str, lr: Any, steps: Any, alpha: Any) -> None:
+    base = Recipe.from_mapping({"model": "test_vit", "data": {"name": "torch/cifar10", "train_limit": 5000}})
+    recipe = defaults.recipe_of(base, arm, seed=2, rate=0.02)
+    assert (recipe.finetune.lr, recipe.recover.steps, recipe.finetune.distill.alpha) == (lr, steps, alpha)
+    assert (recipe.seed, recipe.finetune.epochs, str(recipe.target)) == (2, defaults.EPOCHS, "macs=50%")
+    assert recipe.prune == Recipe.from_mapping({}).prune
+    assert recipe.data == base.data
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_the_peer_s_cut_of_a_transformer_runs_near_half_of_its_multiply_adds() -> None:
+    dense = load_model("test_vit", pretrained=False, model_args={"img_size": 32, "num_classes": 10}).model
+    net = defaults.halved(dense, (3, 32, 32))
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert measure(net, (3, 32, 32)).macs / measure(dense, (3, 32, 32)).macs == pytest.approx(0.5, abs=0.03)
+
+
+def test_an_arm_is_in_the_table_of_defaults_once_all_of_its_seeds_are() -> None:
+    record = {"params": 0.5, "macs": 0.5, "pruned": 12.0, "lr": 1e-3, "best": 60.0}
+    records = {defaults.key("test_vit", "plain", seed): {**record, "top1": 50.0 + 3 * seed} for seed in (0, 1, 2)}
+    records |= {defaults.key("test_vit", "defaults", seed): {**record, "top1": 55.0} for seed in (0, 1)}
+    header, _, *rows = defaults.table(records).splitlines()
+    assert len(rows) == 1
+    found = dict(zip(header.split("|"), rows[0].split("|"), strict=True))
+    shown = {name: found[f" {name} "].strip() for name in ("arm", "last", "noise", "recovered")}
+    assert shown == {"arm": "plain", "last": "53.00", "noise": "1.73", "recovered": "-"}
 
 
 def test_regret_is_what_the_nearest_rate_of_the_grid_gives_away() -> None:
