@@ -377,7 +377,11 @@ def test_a_model_that_casts_to_single_precision_is_compared_in_double():
 
 
 class Chaotic(nn.Module):
-    """Many batch norms in a row and no shortcut: rounding errors grow by a factor a layer."""
+    """Many batch norms in a row and no shortcut: rounding errors grow by a factor a layer.
+
+    Whether sums over three channels and over eight of which five are zero round alike is up to the processor, so a
+    rounding error that goes by the width is put in.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +391,9 @@ class Chaotic(nn.Module):
 
     def forward(self, x):
         for conv, bn in zip(self.convs, self.bns, strict=True):
-            x = torch.sin(2 * bn(conv(x)))
+            x = conv(x)
+            x = x + 1e-16 * conv.weight.shape[1] * torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+            x = torch.sin(2 * bn(x))
         return self.fc(x.mean((2, 3)))
 
 
