@@ -42,11 +42,12 @@ from prunecli.data import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.evaluation import lost_top1
 from prunecli.files import write_tensors
-from prunecli.graph import build_graph
 from prunecli.job import Job, open_job
 from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
+from prunecli.pipeline import plan_and_prove
 from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
-from prunecli.recovery_steps import Subject, apply_steps, has_batch_norm
+from prunecli.recovering import recovery_context
+from prunecli.recovery_steps import apply_steps, has_batch_norm
 from prunecli.retraining import adaptive_peak
 from prunecli.schedule import build_optimizer
 from prunecli.spectrum import jacobian_spectrum
@@ -392,9 +393,9 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
     with opened(recipe) as job:
         assert job.images is not None
         images, dense = job.images, job.source.model
-        plan = stages.make_plan(job.source, build_graph(dense, job.source.spec.size), recipe, images).plan
+        plan = plan_and_prove(job.source, recipe, images)[0].plan
         steps = ("lstsq",) * case.solved + ("bn",) * has_batch_norm(dense)
-        net = apply_steps(Subject(job=job, dense=dense, plan=plan), stages.cut(dense, plan), steps).model
+        net = apply_steps(recovery_context(job, dense, plan), stages.cut(dense, plan), steps).model
         if not inputs_known(case, ledger.records):
             ledger.add({str(case): cifar_inputs(case, images, dense, net)}, device=job.device)
         for seed, lr in itertools.product(case.seeds, case.grid):

@@ -30,11 +30,12 @@ from torch import nn
 
 from prunecli import catalog, phase_stage, stages, train
 from prunecli.evaluation import evaluate
-from prunecli.graph import build_graph
 from prunecli.job import Job, open_job
+from prunecli.pipeline import plan_and_prove
 from prunecli.plan import Plan
 from prunecli.recipe import DistillSettings, Recipe, layered, parse_assignments
-from prunecli.recovery_steps import Subject, apply_steps
+from prunecli.recovering import recovery_context
+from prunecli.recovery_steps import apply_steps
 from prunecli.spectrum import jacobian_spectrum
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"
@@ -110,8 +111,8 @@ def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
         return fresh(stages.cut(job.source.model, plan), job.recipe.seed), 0
     if job.recipe.method == "oneshot":
         steps = tuple(step for step in arm.split("+") if step != "kd")
-        subject = Subject(job=job, dense=job.source.model, plan=plan)
-        return apply_steps(subject, stages.cut(job.source.model, plan), steps).model, 0
+        context = recovery_context(job, job.source.model, plan)
+        return apply_steps(context, stages.cut(job.source.model, plan), steps).model, 0
     trained = phase_stage.before_cut(job, plan)
     (phase,) = job.progress.phases
     return stages.cut(trained, plan), round(phase.epochs)
@@ -167,8 +168,7 @@ def run(options: argparse.Namespace) -> None:
             )
             with job.closing:
                 job.begin()
-                graph = build_graph(job.source.model, job.source.spec.size)
-                plan = stages.make_plan(job.source, graph, recipe, job.images).plan
+                plan = plan_and_prove(job.source, recipe, job.images)[0].plan
                 found = measure(job, plan, row, options)
         ledger.add({name: found}, device=job.device)
         print(f"{name}: {found}", flush=True)

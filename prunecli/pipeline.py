@@ -37,8 +37,8 @@ from prunecli.job import (
 )
 from prunecli.plan import Cost, Plan
 from prunecli.recipe import Recipe
+from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
-from prunecli.recovery_steps import Subject
 from prunecli.report import RecoveryStep, Report, TargetResult
 from prunecli.stages import Magnitudes, Planned, Source, cut, make_plan, proven_plan
 from prunecli.start import start_anew_
@@ -178,8 +178,8 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     if job.recipe.init is not None:
         steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
     else:
-        subject = Subject(job=job, dense=phase_stage.before_cut(job, planned.plan), plan=planned.plan)
-        model, steps = recover_stage(subject, smaller, partial(learning_rate_at, job, planned.plan, smaller))
+        context = recovery_context(job, phase_stage.before_cut(job, planned.plan), planned.plan)
+        model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, planned.plan, smaller))
         smaller.load_state_dict(model.state_dict())
     if not any(step.kept for step in steps):
         pruned = job.progress.stage("pruned")

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.evaluation import lost_top1
-from prunecli.job import jacobian
 from prunecli.probe import ProbeResult, probe_loss
-from prunecli.recovery_steps import Applied, Subject, apply_steps, has_batch_norm
+from prunecli.recovery_steps import Applied, RecoveryContext, apply_steps, has_batch_norm
 from prunecli.report import RecoveryStep
 
 CANDIDATES: Final = (("bn",), ("lstsq", "bn"), ("lstsq", "blend", "bn"), ("blend", "bn"), ("orthp", "bn"))
@@ -40,33 +39,35 @@ _WORST: Final = 1e4  # nats: what a loss that is not finite counts as
 Rate = Callable[[float | None], float]  # learning rate of a net that lost this share of the dense top-1
 
 
-def recover_stage(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+def recover_stage(context: RecoveryContext, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Apply the recovery of the recipe; the recovered net, and a row for each named step or tried candidate.
 
     Steps named in the recipe are applied without asking. ``auto`` needs images: without them nothing is tried.
     ``model`` stays as it is. ``rate`` is what the fine-tuning would take.
     """
-    steps = subject.job.recipe.recover.steps
+    steps = context.settings.steps
     if "auto" not in steps:
-        return _asked(subject, model, steps)
-    if subject.job.images is None:
+        return _asked(context, model, steps)
+    if context.images is None:
         return model, ()
-    return _auto(subject, model, rate)
+    return _auto(context, model, rate)
 
 
-def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+def _asked(
+    context: RecoveryContext, model: nn.Module, steps: tuple[str, ...]
+) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     rows = []
     for name in steps:
         began = time.perf_counter()
-        applied = apply_steps(subject, model, (name,))
+        applied = apply_steps(context, model, (name,))
         rule = "asked for in the recipe" + (f": {applied.said}" if applied.said else "")
         row = RecoveryStep(name=name, kept=True, rule=rule, residual=applied.residual)
-        row = _with_spectra(subject, row, model, applied.model)
-        if subject.job.images is not None:
-            row = _with_effect(row, _at_once(subject, model), _at_once(subject, applied.model))
+        row = _with_spectra(context, row, model, applied.model)
+        if context.images is not None:
+            row = _with_effect(row, _at_once(context, model), _at_once(context, applied.model))
         rows.append(_timed(row, began))
         model = applied.model
-    _tell(subject, rows)
+    _tell(context, rows)
     return model, tuple(rows)
 
 
@@ -77,7 +78,7 @@ def _asked(subject: Subject, model: nn.Module, steps: tuple[str, ...]) -> tuple[
 class _Probe:
     """The short fine-tuning that candidates are compared by, each at the rate that fits its own start."""
 
-    subject: Subject
+    context: RecoveryContext
     steps: int
     rate: Rate
     dense_top1: float  # on the images that ``_at_once`` judges on
@@ -86,33 +87,32 @@ class _Probe:
         """Judge one starting point; ``again`` in another order of the training images."""
         if not self.steps:
             return at_once
-        images = self.subject.job.images
+        images = self.context.images
         assert images is not None
         lost = lost_top1(self.dense_top1, at_once.val_top1, classes=images.num_classes)
-        return _probed(self.subject, model, steps=self.steps, lr=self.rate(lost), again=again)
+        return _probed(self.context, model, steps=self.steps, lr=self.rate(lost), again=again)
 
     def says(self, result: ProbeResult) -> str:
         """How a result came about."""
         return f"after {self.steps} optimiser steps at LR {result.lr:g}" if self.steps else "without fine-tuning"
 
 
-def _at_once(subject: Subject, model: nn.Module) -> ProbeResult:
+def _at_once(context: RecoveryContext, model: nn.Module) -> ProbeResult:
     """How the model does without any fine-tuning."""
-    return _probed(subject, model, steps=0, lr=0.0)
+    return _probed(context, model, steps=0, lr=0.0)
 
 
-def _probed(subject: Subject, model: nn.Module, *, steps: int, lr: float, again: bool = False) -> ProbeResult:
-    """The job's own probe of a net."""
-    job = subject.job
-    assert job.images is not None
+def _probed(context: RecoveryContext, model: nn.Module, *, steps: int, lr: float, again: bool = False) -> ProbeResult:
+    """The probe of a net, on the images and with the settings of the fine-tuning to come."""
+    assert context.images is not None
     return probe_loss(
         model,
-        job.images,
+        context.images,
         steps=steps,
         lr=lr,
-        settings=job.recipe.finetune,
-        device=job.device,
-        seed=job.recipe.seed + again,
+        settings=context.finetune,
+        device=context.device,
+        seed=context.seed + again,
     )
 
 
@@ -160,7 +160,7 @@ def _counted(losses: Sequence[float]) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64).nan_to_num(nan=_WORST).clamp(max=_WORST)
 
 
-def _auto(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+def _auto(context: RecoveryContext, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Probe every candidate, confirm the best, keep it or the plain pruned net.
 
     A probe is a short fine-tuning on labels, at the learning rate that this net would get without a teacher. It is
@@ -175,9 +175,9 @@ def _auto(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tu
     all candidates are judged as they are.
     """
     candidates = candidates_for(model)
-    at_once, dense = _at_once(subject, model), _at_once(subject, subject.dense)
-    steps = _probe_steps(subject, len(candidates))
-    probe = _Probe(subject=subject, steps=steps, rate=rate, dense_top1=dense.val_top1)
+    at_once, dense = _at_once(context, model), _at_once(context, context.dense)
+    steps = _probe_steps(context, len(candidates))
+    probe = _Probe(context=context, steps=steps, rate=rate, dense_top1=dense.val_top1)
     plain = probe(model, at_once)
     starts = [names for names in candidates if names != ("bn",) or not steps]
     best, rows = _first_round(probe, model, starts, at_once)
@@ -191,8 +191,8 @@ def _auto(subject: Subject, model: nn.Module, rate: Rate) -> tuple[nn.Module, tu
         verdict = compare(at_once.calibrated, statistics.result.calibrated)
         rows.append(_judged(statistics.row, at_once, "bn", verdict, "image by image"))
         chosen = statistics.applied.model if verdict.better else model
-    rows = [_with_spectra(subject, row, model, chosen) if row.kept else row for row in rows]
-    _tell(subject, rows)
+    rows = [_with_spectra(context, row, model, chosen) if row.kept else row for row in rows]
+    _tell(context, rows)
     return chosen, tuple(rows)
 
 
@@ -204,12 +204,10 @@ def candidates_for(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(steps for steps in bare if steps)
 
 
-def _probe_steps(subject: Subject, candidates: int) -> int:
+def _probe_steps(context: RecoveryContext, candidates: int) -> int:
     """Steps of one probe: there are at most two more probes than candidates, for plain pruning and for confirming."""
-    job = subject.job
-    assert job.images is not None
-    fair = math.ceil(_SHARE * job.epochs * job.images.steps_per_epoch / (candidates + 3))
-    return min(job.recipe.recover.probe_steps, fair)
+    fair = math.ceil(_SHARE * context.finetune_steps / (candidates + 3))
+    return min(context.settings.probe_steps, fair)
 
 
 def _first_round(
@@ -230,8 +228,8 @@ def _first_round(
 def _tried(probe: _Probe, model: nn.Module, steps: tuple[str, ...], before: ProbeResult) -> _Trial:
     """A candidate applied and probed; its row says what it does without fine-tuning, ``before`` what plain pruning."""
     began = time.perf_counter()
-    applied = apply_steps(probe.subject, model, steps)
-    at_once = _at_once(probe.subject, applied.model)
+    applied = apply_steps(probe.context, model, steps)
+    at_once = _at_once(probe.context, applied.model)
     result = probe(applied.model, at_once)
     rule = f"{applied.said}; " if applied.said else ""
     rule += f"calibrated held-out loss {probe.says(result)} is {_mean(result.calibrated):.4g} with it"
@@ -272,8 +270,8 @@ def _with_effect(row: RecoveryStep, before: ProbeResult, after: ProbeResult) -> 
     )
 
 
-def _with_spectra(subject: Subject, row: RecoveryStep, before: nn.Module, after: nn.Module) -> RecoveryStep:
-    spectra = [jacobian(subject.job, model) for model in (before, after)]
+def _with_spectra(context: RecoveryContext, row: RecoveryStep, before: nn.Module, after: nn.Module) -> RecoveryStep:
+    spectra = [context.spectrum_of(model) for model in (before, after)]
     jsv_before, jsv_after = (found.summary if found else None for found in spectra)
     return row.model_copy(update={"jsv_before": jsv_before, "jsv_after": jsv_after})
 
@@ -282,6 +280,6 @@ def _timed(row: RecoveryStep, began: float) -> RecoveryStep:
     return row.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
 
 
-def _tell(subject: Subject, rows: Sequence[RecoveryStep]) -> None:
+def _tell(context: RecoveryContext, rows: Sequence[RecoveryStep]) -> None:
     for row in rows:
-        subject.job.say("recovery", name=row.name, kept=row.kept, rule=row.rule)
+        context.tell(row)

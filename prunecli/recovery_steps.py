@@ -9,42 +9,70 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli import recover
+from prunecli import data, recover
 from prunecli.evaluation import recalibrate_bn_
-from prunecli.job import Job
 from prunecli.plan import Plan
 from prunecli.probe import HELD_OUT
+from prunecli.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
 from prunecli.repair import repair_
+from prunecli.report import RecoveryStep
+from prunecli.spectrum import JacobianSpectrum
 from prunecli.stages import spectrum_batch
+from prunecli.zoo import InputSpec
 
 _CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # BatchNorm's old ones mean nothing after them
 _NAMED: Final = 3  # layers left alone that are named; the rest are counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is recovered: the job, the weights that were cut, and the plan that cut them."""
+class RecoveryContext:
+    """What a recovery may look at: values, and two functions of the job.
 
-    job: Job
+    Attributes:
+        dense: the weights that were cut.
+        plan: the cut.
+        images: training and validation images; ``None`` without data.
+        spec: size of the model's input.
+        settings: of the recovery.
+        finetune: settings of the fine-tuning to come; a probe takes a few steps of it.
+        finetune_steps: length of that, in optimiser steps; 0 where nothing will be fine-tuned.
+        batch_size: calibration images a forward pass.
+        device: where to compute.
+        seed: of probes and of random weights.
+        spectrum_of: the Jacobian spectrum of a net, ``None`` where it is switched off.
+        tell: called with each row of the report once it is known.
+    """
+
     dense: nn.Module
     plan: Plan
+    images: data.Images | None
+    spec: InputSpec
+    settings: RecoverSettings
+    finetune: FinetuneSettings
+    finetune_steps: int
+    batch_size: int
+    device: torch.device
+    seed: int
+    spectrum_of: Callable[[nn.Module], JacobianSpectrum | None]
+    tell: Callable[[RecoveryStep], None]
 
     @cached_property
-    def images(self) -> Tensor:
-        """Calibration images, read once: behind the ones that a probe judges on, as far as there are so many."""
-        assert self.job.images is not None
-        settings = self.job.recipe.recover
+    def calibration(self) -> Tensor:
+        """Calibration images [N, C, H, W], read once: behind those of the probes as far as there are so many."""
+        assert self.images is not None
+        settings = self.settings
         count = max(settings.lstsq_images, settings.bn_images if has_batch_norm(self.dense) else 0)
-        images, _ = self.job.images.calibration(HELD_OUT + count)
+        images, _ = self.images.calibration(HELD_OUT + count)
         return images[-min(count, len(images)) :]
 
     def batches(self, count: int) -> tuple[Tensor, ...]:
-        """At most ``count`` of them on the job's device."""
-        return self.images[:count].to(self.job.device).split(self.job.recipe.data.batch_size)
+        """At most ``count`` calibration images, in batches on the device."""
+        return self.calibration[:count].to(self.device).split(self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +84,20 @@ class Applied:
     said: str = ""
 
 
-def apply_steps(subject: Subject, model: nn.Module, steps: Sequence[str]) -> Applied:
-    """A copy of ``model``, on the job's device, with these steps applied in turn.
+def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]) -> Applied:
+    """A copy of ``model``, on the context's device, with these steps applied in turn.
 
     Orthogonalised and blended weights make the old BatchNorm statistics meaningless, so where there are images these
     steps re-estimate them, unless ``bn`` follows anyway.
     """
-    job = subject.job
-    model = copy.deepcopy(model).to(job.device)
+    model = copy.deepcopy(model).to(context.device)
     residuals, said = [], []
     for step, then in zip_longest(steps, steps[1:]):
-        residual, words = _STEPS[step](subject, model)
+        residual, words = _STEPS[step](context, model)
         residuals += [] if residual is None else [residual]
         said += [words] if words else []
-        if step in _CHANGE_STATISTICS and then != "bn" and job.images is not None:
-            _bn_(subject, model)
+        if step in _CHANGE_STATISTICS and then != "bn" and context.images is not None:
+            _bn_(context, model)
     return Applied(model=model, residual=max(residuals, default=None), said="; ".join(said))
 
 
@@ -82,46 +109,43 @@ def has_batch_norm(model: nn.Module) -> bool:
 _Did = tuple[float | None, str]
 
 
-def _orthp_(subject: Subject, model: nn.Module) -> _Did:
-    job, settings = subject.job, subject.job.recipe.recover
-    example = spectrum_batch(job.images, job.source.spec, 1, seed=job.recipe.seed).to(job.device)
-    done = recover.orthogonalize_(
-        model, settings.orthp_method, gain=settings.gain, example=example, seed=job.recipe.seed
-    )
+def _orthp_(context: RecoveryContext, model: nn.Module) -> _Did:
+    settings = context.settings
+    example = spectrum_batch(context.images, context.spec, 1, seed=context.seed).to(context.device)
+    done = recover.orthogonalize_(model, settings.orthp_method, gain=settings.gain, example=example, seed=context.seed)
     return done.residual, ""
 
 
-def _blend_(subject: Subject, model: nn.Module) -> _Did:
-    recover.blend_(model, subject.job.recipe.recover.blend)
+def _blend_(context: RecoveryContext, model: nn.Module) -> _Did:
+    recover.blend_(model, context.settings.blend)
     return None, ""
 
 
-def _lstsq_(subject: Subject, model: nn.Module) -> _Did:
-    settings = subject.job.recipe.recover
-    images = subject.batches(settings.lstsq_images)
-    dense = subject.dense.to(subject.job.device)
-    done = reconstruct_(model, dense, subject.plan, images, ridge=settings.ridge)
+def _lstsq_(context: RecoveryContext, model: nn.Module) -> _Did:
+    settings = context.settings
+    images = context.batches(settings.lstsq_images)
+    dense = context.dense.to(context.device)
+    done = reconstruct_(model, dense, context.plan, images, ridge=settings.ridge)
     return None, f"{_count(len(done.layers), 'layer')} solved from {_count(_images(images), 'image')}{_left(done.left)}"
 
 
-def _repair_(subject: Subject, model: nn.Module) -> _Did:
-    images = subject.batches(subject.job.recipe.recover.lstsq_images)
-    done = repair_(model, subject.dense.to(subject.job.device), subject.plan, images)
+def _repair_(context: RecoveryContext, model: nn.Module) -> _Did:
+    images = context.batches(context.settings.lstsq_images)
+    done = repair_(model, context.dense.to(context.device), context.plan, images)
     dead = f", {_count(done.dead, 'dead channel')} left alone" if done.dead else ""
     words = f"{_count(len(done.layers), 'layer')} repaired, {done.norms} of them in the BatchNorm behind"
     return None, f"{words}{dead}{_left(done.left)}"
 
 
-def _bn_(subject: Subject, model: nn.Module) -> _Did:
-    job = subject.job
+def _bn_(context: RecoveryContext, model: nn.Module) -> _Did:
     if has_batch_norm(model):
-        batches = subject.batches(job.recipe.recover.bn_images)
+        batches = context.batches(context.settings.bn_images)
         whole = [batch for batch in batches if len(batch) == len(batches[0])]  # each counts alike in the mean
-        recalibrate_bn_(model, whole, device=job.device)
+        recalibrate_bn_(model, whole, device=context.device)
     return None, ""
 
 
-_STEPS: Final[Mapping[str, Callable[[Subject, nn.Module], _Did]]] = {
+_STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Did]]] = {
     "lstsq": _lstsq_,
     "repair": _repair_,
     "orthp": _orthp_,

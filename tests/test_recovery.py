@@ -10,15 +10,14 @@ import torch
 from test_cli import JOB, call
 from torch import nn
 
-from prunecli import catalog, stages
+from prunecli import catalog, pipeline, stages
 from prunecli.errors import UsageError
 from prunecli.evaluation import knows_the_data, lost_top1
-from prunecli.graph import build_graph
 from prunecli.job import open_job
 from prunecli.probe import calibrated_losses
 from prunecli.recipe import Recipe, layered
+from prunecli.recovering import recovery_context
 from prunecli.recovery import CANDIDATES, candidates_for, compare, recover_stage
-from prunecli.recovery_steps import Subject
 
 
 def test_a_gain_counts_beyond_two_standard_errors_and_one_percent():
@@ -107,15 +106,15 @@ def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path
     with job.closing:
         job.begin()
         dense = job.source.model
-        plan = stages.make_plan(job.source, build_graph(dense, job.source.spec.size), recipe, job.images).plan
+        plan = pipeline.plan_and_prove(job.source, recipe, job.images)[0].plan
         damages: list[float | None] = []
 
         def rate(lost: float | None) -> float:
             damages.append(lost)
             return 0.001 * len(damages)
 
-        subject = Subject(job=job, dense=dense, plan=plan)
-        rows = {row.name: row for row in recover_stage(subject, stages.cut(dense, plan), rate)[1]}
+        context = recovery_context(job, dense, plan)
+        rows = {row.name: row for row in recover_stage(context, stages.cut(dense, plan), rate)[1]}
     plain, *candidates = damages[:5]
     assert plain is not None
     assert plain > 0.9, "the cut alone leaves the digits net guessing"
