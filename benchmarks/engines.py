@@ -25,6 +25,7 @@ from prunecli.errors import PruneError
 from prunecli.graph import ENGINES, build_graph
 from prunecli.groups import Graph
 from prunecli.recipe import Recipe
+from prunecli.scores import scores_of
 
 TIMEOUT_S = 300
 
@@ -37,7 +38,9 @@ def places(graph: Graph) -> dict[tuple[int, frozenset[tuple[str, int]]], str]:
 def verdict(source: stages.Source, recipe: Recipe, graph: Graph) -> str:
     """The error of half of every group cut, with the groups that had to stay whole for it; or why there is none."""
     try:
-        proven = stages.proven_plan(source, graph, recipe, None)
+        assert recipe.target is not None
+        scores = scores_of(source, graph, recipe, None)
+        proven = stages.proven_plan(source, graph, scores, recipe.target, recipe.prune)
     except PruneError as error:
         return str(error)
     return "; ".join([f"{proven.proof.relative_error:.0e}", *proven.planned.notes])

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prunecli.graph import build_graph
+from prunecli.pipeline import plan_and_prove
 from prunecli.recipe import Recipe
-from prunecli.stages import cut, load_source, make_plan
+from prunecli.stages import cut, load_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def pruned(net: str, weights: Path, ratio: float, *, select: Sequence[str]) -> n
         }
     )
     source = load_source(recipe)
-    plan = make_plan(source, build_graph(source.model, source.spec.size), recipe, None).plan
+    plan = plan_and_prove(source, recipe, None)[0].plan
     return cut(source.model, plan)
 
 

@@ -329,7 +329,7 @@ def main() -> None:
             print(name, trial.reload_difference(Path(options.reload[0]) / name), flush=True)
         return
     matrix = run(options.work, options.jobs, all_rows=not options.finished)
-    support.STORED.write_text(matrix.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    Path(str(support.STORED)).write_text(matrix.model_dump_json(indent=1) + "\n", encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(matrix), encoding="utf-8")
 

@@ -12,46 +12,59 @@ from prunecli import check
 from prunecli.gates import Gated, planned_gates
 from prunecli.groups import Graph
 from prunecli.plan import PlannedGroup
-from prunecli.recipe import Recipe, Target
+from prunecli.recipe import PruneSettings, Target
+from prunecli.score import Scores, score_model
 from prunecli.stages import EQUIVALENCE_TOLERANCE, Source, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gateable:
-    """What can have gates.
+    """What can have gates, with the pieces of a plan on trial: it removes a random half of every group that gets gates.
 
     Attributes:
         graph: the groups that may be cut after it.
-        trial: a recipe whose plan removes a random half of every group that gets gates.
+        scores: random ones, for the plan on trial.
+        target: of the plan on trial.
+        settings: of the plan on trial.
         notes: groups left out, and why.
     """
 
     graph: Graph
-    trial: Recipe
+    scores: Scores
+    target: Target
+    settings: PruneSettings
     notes: tuple[str, ...]
 
 
-def gateable(source: Source, graph: Graph, recipe: Recipe) -> Gateable:
+def gateable(source: Source, graph: Graph, target: Target | None, settings: PruneSettings, *, seed: int) -> Gateable:
     """Leave out the groups whose gates would not mean removal: those with a norm whose statistic runs over their
     channels, and those where a comparison of the gated with the silenced net finds a difference.
 
+    Args:
+        source: the dense model.
+        graph: its coupled groups.
+        target: what the cut is to reach, if anything was asked.
+        settings: of the cut.
+        seed: of the random scores and of the images that the comparison runs on.
+
     Raises:
-        TargetError: the recipe's target cannot be reached without these groups.
+        TargetError: the target cannot be reached without these groups.
         NothingPrunedError: no group is left.
     """
     graph, notes = without_norms(graph)
-    random = recipe.prune.model_copy(update={"criterion": "random", "ranking": "local"})
-    trial = recipe.model_copy(update={"prune": random, "target": Target(metric="ratio", value=0.5)})
+    scores = score_model(source.model, graph.groups, criterion="random", seed=seed)
+    half = Target(metric="ratio", value=0.5)
+    trial = settings.model_copy(update={"criterion": "random", "ranking": "local"})
     while True:
-        gated = make_plan(source, graph, trial, None).plan.cut_groups
-        wrong = _wrong(source, gated, seed=recipe.seed)
+        gated = make_plan(source, graph, scores, half, trial).plan.cut_groups
+        wrong = _wrong(source, gated, seed=seed)
         if not wrong:
             break
         graph = graph.without(wrong, "a closed gate on it was tried and is not its channel's removal")
         notes = (*notes, f"{', '.join(wrong)}: all channels stay, a closed gate was tried and is not their removal")
-    if recipe.target is not None:
-        make_plan(source, graph, recipe.model_copy(update={"prune": random}), None)
-    return Gateable(graph=graph, trial=trial, notes=notes)
+    if target is not None:
+        make_plan(source, graph, scores, target, trial)
+    return Gateable(graph=graph, scores=scores, target=half, settings=trial, notes=notes)
 
 
 def without_norms(graph: Graph) -> tuple[Graph, tuple[str, ...]]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunecli import cost, data, gate_plan, page, phase, phase_stage, spectrum, store, train
+from prunecli.budget import Learned
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.factory import Function
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph import build_graph
+from prunecli.groups import Graph
 from prunecli.job import (
     Job,
     Notify,
@@ -36,15 +39,19 @@ from prunecli.job import (
     reload_,
 )
 from prunecli.plan import Cost, Plan
-from prunecli.recipe import Recipe
+from prunecli.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
 from prunecli.report import RecoveryStep, Report, TargetResult
-from prunecli.stages import Magnitudes, Planned, Source, cut, make_plan, proven_plan
+from prunecli.score import Scores
+from prunecli.scores import gate_scores, open_gates, scores_of
+from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise
 
 TARGET_TOLERANCE: Final = 0.01
+
+Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
 
 
 # ---------------------------------------------------------------------------------------------- resumable stages
@@ -90,30 +97,59 @@ def _planned(job: Job) -> Planned:
 def plan_and_prove(
     source: Source, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
 ) -> tuple[Planned, str]:
-    """Trace, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
+    """Trace, score, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
 
-    Raises as ``make_plan`` and ``proven_plan``, and UsageError where a phase before the cut has nothing to train with
-    or is too short for this plan.
+    Raises as ``scores_of``, ``make_plan`` and ``proven_plan``, and UsageError where there is no target, or where a
+    phase before the cut has nothing to train with or is too short for this plan.
     """
     phase.require_possible(recipe, images)
+    if recipe.target is None and recipe.method != "abp":
+        raise UsageError("No target was given.", hint="For example --target macs=50%.")
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
-    notes: tuple[str, ...] = ()
-    if recipe.method == "abp" and gates is None:
-        found = gate_plan.gateable(source, graph, recipe)
-        graph, recipe, notes = found.graph, found.trial, found.notes
+    goal: _Goal
+    if gates is not None:
+        goal = _gated_goal(graph, recipe, gates)
     elif recipe.method == "abp":
-        graph, notes = gate_plan.without_norms(graph)
+        found = gate_plan.gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
+        goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
+    else:
+        assert recipe.target is not None
+        goal = _Goal(graph, scores_of(source, graph, recipe, images), recipe.target, recipe.prune)
     if recipe.equivalence_check:
-        proven = proven_plan(source, graph, recipe, images, gates)
+        proven = proven_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
         planned, error = proven.planned, proven.proof.relative_error
         proof = f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
     else:
-        planned = make_plan(source, graph, recipe, images, gates)
+        planned = make_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
         proof = "the equivalence check was switched off"
     phase.require_time(recipe, planned.plan.groups)
     if recipe.init is not None:
         start_anew_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
-    return replace(planned, notes=(*notes, *planned.notes)), proof
+    return replace(planned, notes=(*goal.before, *planned.notes, *goal.after)), proof
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """All that decides a plan, and notes for before and behind its own."""
+
+    graph: Graph
+    scores: Scores
+    target: Target | Learned
+    settings: PruneSettings
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+def _gated_goal(graph: Graph, recipe: Recipe, gates: Magnitudes) -> _Goal:
+    """Learnt gates rank the channels; without a target they also say how many stay."""
+    graph, notes = gate_plan.without_norms(graph)
+    scores = gate_scores(gates, seed=recipe.seed)
+    needed = open_gates(scores)
+    if recipe.target is None:
+        return _Goal(graph, scores, Learned(widths=needed), recipe.prune, before=notes)
+    closed = 1 - sum(needed.values()) / sum(len(values) for values in scores.channels.values())
+    remark = f"left to themselves, the gates would close {closed:.4g} of the channels"
+    return _Goal(graph, scores, recipe.target, recipe.prune, before=notes, after=(remark,))
 
 
 def _regularised(job: Job, plan: Plan) -> nn.Module:

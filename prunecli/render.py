@@ -203,12 +203,12 @@ def plan_table(
 
 def inspection(found: Inspection) -> RenderableType:
     """Coupled groups, frozen axes with their reasons, totals."""
-    graph, cost, count = found.graph, found.source.cost, wording.count
-    shape = " x ".join(str(extent) for extent in found.source.spec.size)
-    if found.source.ref.assumes_input_size:
+    graph, cost, count = found.graph, found.cost, wording.count
+    shape = " x ".join(str(extent) for extent in found.input_size)
+    if found.model.assumes_input_size:
         shape += " (assumed)"
     totals = _fields(
-        ("model", f"{found.source.ref.name}, input {shape}, {wording.classes(found.source.ref.num_classes)}"),
+        ("model", f"{found.model.name}, input {shape}, {wording.classes(found.model.num_classes)}"),
         ("cost", f"{count(cost.params)} parameters, {count(cost.macs)} multiply-adds, {wording.size(cost.bytes)}"),
         ("prunable", f"{len(graph.groups)} coupled groups, {found.prunable_share:.1%} of the parameters"),
         ("engine", graph.engine),

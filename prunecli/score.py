@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunecli.channels import row_index, rows
 from prunecli.errors import PruneError, UsageError, nearest
@@ -45,6 +45,36 @@ class _Evidence:
     def _weights(self, role: Role) -> list[Tensor]:
         members = [m for m in self.group.members if m.role == role and m.tensor in self.tensors]
         return [self.rows(m) for m in members if self.tensors[m.tensor].dim() >= 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How much each channel is worth, and where that comes from.
+
+    Attributes:
+        criterion: name of what ranked the channels, as the plan records it.
+        seed: of the random numbers that were drawn for it.
+        channels: importance ``[width]`` by group name, float64 on the CPU; low leaves first.
+    """
+
+    criterion: str
+    seed: int
+    channels: Mapping[str, Tensor]
+
+
+def score_model(
+    model: nn.Module,
+    groups: Iterable[Group],
+    *,
+    criterion: str,
+    seed: int,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> Scores:
+    """``score_groups`` on the parameters and buffers of a model. Raises the errors of that."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    generator = torch.Generator().manual_seed(seed)
+    channels = score_groups(groups, tensors, criterion=criterion, gradients=gradients, generator=generator)
+    return Scores(criterion=criterion, seed=seed, channels=channels)
 
 
 def score_groups(

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from prunecli import budget, check, cost, data, score, spectrum, store, surgery, zoo
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.factory import Function
-from prunecli.gates import is_open
 from prunecli.graph import build_graph
 from prunecli.groups import Graph
-from prunecli.outputs import logits_of
 from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
-from prunecli.prospect import prospect_scores
-from prunecli.recipe import Recipe, Target
+from prunecli.recipe import PruneSettings, Recipe, Target
 from prunecli.report import TargetResult
+from prunecli.score import Scores
 
 EQUIVALENCE_TOLERANCE: Final = 1e-9
 _DEVICES: Final = ("cpu", "cuda")
@@ -67,9 +65,21 @@ class Proven:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What ``prunecli inspect`` says of a model."""
+    """What ``prunecli inspect`` says of a model.
 
-    source: Source
+    Attributes:
+        model: where it comes from.
+        input_size: channels, height, width.
+        cost: of the dense model.
+        graph: coupled groups and what stays whole; without the groups that could not be cut on trial.
+        prunable_share: share of the parameters in tensors with a prunable axis, 0 to 1.
+        supported: whether half of every group could be cut correctly.
+        status: the same as a sentence.
+    """
+
+    model: ModelRef
+    input_size: tuple[int, int, int]
+    cost: Cost
     graph: Graph
     prunable_share: float
     supported: bool
@@ -78,10 +88,10 @@ class Inspection:
     def to_mapping(self) -> dict[str, Any]:
         """A JSON document: costs, groups with their layers, frozen axes with their reasons."""
         return {
-            "model": self.source.ref.name,
-            "input_size": list(self.source.spec.size),
+            "model": self.model.name,
+            "input_size": list(self.input_size),
             "engine": self.graph.engine,
-            "cost": self.source.cost.model_dump(),
+            "cost": self.cost.model_dump(),
             "prunable_share": self.prunable_share,
             "supported": self.supported,
             "status": self.status,
@@ -179,34 +189,26 @@ def open_images(recipe: Recipe, source: Source) -> data.Images | None:
     return data.open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
 
 
-Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
-
-
 def make_plan(
-    source: Source, graph: Graph, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+    source: Source, graph: Graph, scores: Scores, target: Target | budget.Learned, settings: PruneSettings
 ) -> Planned:
-    """Score every group, choose the kept channels, predict the costs. Changes nothing.
+    """Choose the channels that stay and predict the costs. Scores nothing, trains nothing, changes nothing.
 
-    Learnt ``gates`` stand in the place of the criterion, and of a target that was not given.
+    Args:
+        source: the dense model.
+        graph: its coupled groups.
+        scores: importance of the channels, of these groups or of more.
+        target: what to reach, or the widths that were learnt.
+        settings: ranking, patterns, rounding, limits.
 
     Raises:
-        UsageError: no target, or a criterion that needs data without data.
         TargetError: out of reach, with the reachable range.
         NothingPrunedError: nothing would be removed.
     """
-    criterion = "gates" if gates is not None else "epsd" if recipe.method == "epsd" else recipe.prune.criterion
-    needed = None if gates is None else {name: int(is_open(values).sum()) for name, values in gates.items()}
-    target = recipe.target or (budget.Learned(widths=needed) if needed is not None else None)
-    if target is None:
-        raise UsageError("No target was given.", hint="For example --target macs=50%.")
-    scores = dict(gates) if gates is not None else _scores(source, graph, recipe, images)
     names = [name for name, _ in source.model.named_parameters()]
     stored = list(source.model.state_dict())
-    choice = budget.choose(graph, scores, target, recipe.prune, parameters=names, stored=stored, base=source.cost)
-    notes = choice.notes
-    if needed is not None and recipe.target is not None:
-        closed = 1 - sum(needed.values()) / sum(len(values) for values in scores.values())
-        notes = (*notes, f"left to themselves, the gates would close {closed:.4g} of the channels")
+    values = scores.channels
+    choice = budget.choose(graph, values, target, settings, parameters=names, stored=stored, base=source.cost)
     kept = {name: len(keep) for name, keep in choice.keep.items()}
     groups = tuple(
         PlannedGroup(
@@ -214,7 +216,7 @@ def make_plan(
             kind=group.kind,
             width=group.width,
             keep=choice.keep.get(group.name, tuple(range(group.width))),
-            score=tuple(scores[group.name].tolist()) if group.name in scores else None,
+            score=tuple(values[group.name].tolist()) if group.name in values else None,
             members=group.members,
             norms=group.norms,
         )
@@ -223,9 +225,9 @@ def make_plan(
     plan = Plan(
         model=source.ref,
         engine=graph.engine,
-        criterion=criterion,
-        ranking=recipe.prune.ranking if recipe.target else "learned",
-        seed=recipe.seed,
+        criterion=scores.criterion,
+        ranking=settings.ranking if isinstance(target, Target) else "learned",
+        seed=scores.seed,
         groups=groups,
         attributes=graph.solve(kept),
         folds=tuple(fold for fold in graph.folds if kept.get(fold.group, 0)),
@@ -233,43 +235,12 @@ def make_plan(
         predicted=choice.cost,
     )
     result = TargetResult(
-        metric=recipe.target.metric if recipe.target else "ratio",
+        metric=target.metric if isinstance(target, Target) else "ratio",
         asked=choice.asked,
         reached=choice.reached,
         reachable=choice.reachable,
     )
-    return Planned(plan=plan, target=result, notes=notes)
-
-
-def _scores(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> dict[str, Tensor]:
-    """What the recipe's method or criterion says of every group. Raises UsageError, and as ``prospect_scores``."""
-    settings = recipe.prune
-    if recipe.method == "epsd":
-        if images is None or images.steps_per_epoch < 1:
-            raise UsageError(
-                "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
-            )
-        return prospect_scores(
-            source.model,
-            graph.groups,
-            images,
-            recipe.epsd,
-            recipe.finetune,
-            device=resolve_device(recipe.device),
-            seed=recipe.seed,
-        )
-    gradients = None
-    if settings.criterion == "taylor":
-        if images is None:
-            raise UsageError("Criterion taylor needs gradients, so it needs --data.")
-        gradients = _gradients(source.model, *images.calibration(settings.calibration_images))
-    return score.score_groups(
-        graph.groups,
-        dict(source.model.named_parameters()) | dict(source.model.named_buffers()),
-        criterion=settings.criterion,
-        gradients=gradients,
-        generator=torch.Generator().manual_seed(recipe.seed),
-    )
+    return Planned(plan=plan, target=result, notes=choice.notes)
 
 
 def inspection(source: Source, recipe: Recipe) -> Inspection:
@@ -280,14 +251,21 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
     supported, status = True, "half of every group was cut on trial: the net equals the silenced dense net"
     try:
-        trial = recipe.model_copy(update={"target": Target(metric="ratio", value=0.5)})
-        proven = proven_plan(source, graph, trial, None)
+        scores = score.score_model(source.model, graph.groups, criterion="l1", seed=recipe.seed)
+        proven = proven_plan(source, graph, scores, Target(metric="ratio", value=0.5), recipe.prune)
         graph = proven.graph
         status += f" to {proven.proof.relative_error:.1e}"
     except (UnsupportedError, NothingPrunedError) as error:
         supported, status = False, error.message
-    share = prunable_share(source.model, graph)
-    return Inspection(source=source, graph=graph, prunable_share=share, supported=supported, status=status)
+    return Inspection(
+        model=source.ref,
+        input_size=source.spec.size,
+        cost=source.cost,
+        graph=graph,
+        prunable_share=prunable_share(source.model, graph),
+        supported=supported,
+        status=status,
+    )
 
 
 def prunable_share(model: nn.Module, graph: Graph) -> float:
@@ -298,27 +276,28 @@ def prunable_share(model: nn.Module, graph: Graph) -> float:
 
 
 def proven_plan(
-    source: Source, graph: Graph, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+    source: Source, graph: Graph, scores: Scores, target: Target | budget.Learned, settings: PruneSettings
 ) -> Proven:
     """Plan a cut and show that it is right, before any work is spent on it.
 
     A group that cannot be cut correctly, though the graph says so, is looked for by halving; it stays whole, and all is
-    planned again.
+    planned again from the same scores. The arguments are those of ``make_plan``.
 
     Raises:
         UnsupportedError: the cut net does not equal the dense net with those channels silenced, whatever stays whole.
         PruneError: as ``make_plan``.
     """
     notes: tuple[str, ...] = ()
+    seed = scores.seed
     while True:
-        planned = make_plan(source, graph, recipe, images, gates)
-        proof = _proof(source, graph, planned.plan, _kept(planned.plan), seed=recipe.seed)
+        planned = make_plan(source, graph, scores, target, settings)
+        proof = _proof(source, graph, planned.plan, _kept(planned.plan), seed=seed)
         if proof.relative_error <= EQUIVALENCE_TOLERANCE:
             return Proven(planned=replace(planned, notes=(*notes, *planned.notes)), proof=proof, graph=graph)
         refusal = _refusal(planned.plan, proof)
         if len(notes) == _MOST_SPARED:
             raise refusal
-        names = proof.unseen or _culprits(source, graph, planned.plan, seed=recipe.seed)
+        names = proof.unseen or _culprits(source, graph, planned.plan, seed=seed)
         problem = proof.reason or f"the outputs differ by {proof.relative_error:.2g}"
         graph = graph.without(names, f"a cut of it was tried and is not right: {problem}")
         notes = (*notes, f"{', '.join(names)}: all channels stay, a cut was tried and is not right ({problem})")
@@ -405,12 +384,3 @@ def spectrum_batch(images: data.Images | None, spec: zoo.InputSpec, count: int, 
     if images is not None:
         return images.calibration(count)[0]
     return torch.randn(count, *spec.size, generator=torch.Generator().manual_seed(seed))
-
-
-def _gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Loss gradients of all parameters on calibration images, model untouched."""
-    probe = copy.deepcopy(model).eval()
-    loss = nn.functional.cross_entropy(logits_of(probe(inputs)), labels)
-    names, parameters = zip(*probe.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}

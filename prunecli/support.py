@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from importlib.resources import files
 from typing import Any, Literal
 
-from prunecli.errors import UsageError, nearest
-from prunecli.files import read_json
+from prunecli.errors import PruneError, UsageError, nearest, one_line
 from prunecli.plan import Value
 
-STORED = Path(__file__).resolve().parent / "support_matrix.json"
+STORED = files("prunecli") / "support_matrix.json"
 
 
 class FrozenShare(Value):
@@ -158,4 +157,7 @@ class Matrix(Value):
 
 def stored_matrix() -> Matrix:
     """The matrix that this version of prunecli was released with. Raises PruneError where the file is broken."""
-    return Matrix.model_validate(read_json(STORED))
+    try:
+        return Matrix.model_validate_json(STORED.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PruneError(f"The support matrix of this installation is damaged ({one_line(error)}).") from None

@@ -18,7 +18,8 @@ from prunecli.errors import PruneError
 from prunecli.graph import build_graph
 from prunecli.groups import Frozen, Graph
 from prunecli.plan import Plan
-from prunecli.recipe import Recipe
+from prunecli.recipe import Recipe, Target
+from prunecli.score import score_model
 from prunecli.support import FrozenShare, Row, Trial
 
 TARGETS: Final = ("ratio=0.5", "macs=50%")
@@ -112,9 +113,10 @@ def try_architecture(
 
 def try_cut(source: stages.Source, graph: Graph, recipe: Recipe, target: str) -> tuple[Trial, Plan | None]:
     """Plan one cut and prove it; no plan where it was refused."""
-    aimed = Recipe.from_mapping({**recipe.model_dump(exclude_defaults=True), "target": target})
+    settings = recipe.prune
     try:
-        proven = stages.proven_plan(source, graph, aimed, None)
+        scores = score_model(source.model, graph.groups, criterion=settings.criterion, seed=recipe.seed)
+        proven = stages.proven_plan(source, graph, scores, Target.parse(target), settings)
     except PruneError as error:
         return Trial(target=target, problem=str(error)), None
     planned = proven.planned

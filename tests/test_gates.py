@@ -198,11 +198,11 @@ def vit() -> tuple[Any, Graph, Recipe]:
 
 def test_a_stream_under_layer_norm_has_no_gates_and_that_is_said() -> None:
     source, graph, recipe = vit()
-    found = gateable(source, graph, recipe)
+    found = gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
     assert {group.name for group in graph.groups} - {group.name for group in found.graph.groups} == {"patch_embed.proj"}
     said = f"1 of {len(graph.groups)} coupled groups have no gates and stay whole, first patch_embed.proj: a norm takes"
     assert found.notes[0].startswith(said)
-    cut = make_plan(source, found.graph, found.trial, None).plan.cut_groups
+    cut = make_plan(source, found.graph, found.scores, found.target, found.settings).plan.cut_groups
     assert {(group.width, len(group.keep)) for group in cut if group.kind == "channels"} == {(192, 96)}
 
 
@@ -210,7 +210,7 @@ def test_a_group_whose_closed_gate_is_not_removal_is_found_and_left_out() -> Non
     """Were it forgotten that the stream has norms, the comparison with the silenced net would show it."""
     source, graph, recipe = vit()
     forgotten = replace(graph, groups=tuple(replace(group, norms=()) for group in graph.groups))
-    found = gateable(source, forgotten, recipe)
+    found = gateable(source, forgotten, recipe.target, recipe.prune, seed=recipe.seed)
     assert {group.name for group in found.graph.groups} == {group.name for group in without_norms(graph)[0].groups}
     assert "patch_embed.proj: all channels stay, a closed gate was tried" in found.notes[0]
 

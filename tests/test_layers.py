@@ -19,7 +19,7 @@ LEVELS = [
     "nets zoo graph graph_tp surgery check cost sources data"
     " factory schedule objective checkpoint stopping trainer loop evaluation probe train push gates phase_loop"
     " reconstruction repair prospect",
-    "store stages gate_plan job phase_stage recovery recovery_steps summary catalog support trial",
+    "store stages scores gate_plan job phase_stage recovery recovery_steps recovering summary catalog support trial",
     "wording start",
     "plots",
     "render page pipeline progress",

@@ -24,7 +24,7 @@ from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
 from prunecli.recipe import Recipe
 from prunecli.report import Report
-from prunecli.stages import load_source, make_plan, open_images
+from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
 from prunecli.zoo import load_model
 
@@ -259,12 +259,20 @@ def test_without_a_target_closed_channels_leave_and_the_cut_net_is_the_gated_one
 
 
 def test_with_a_target_gates_rank_the_channels() -> None:
-    recipe = Recipe.from_mapping({"model": "lenet5_relu", "pretrained": False, "target": "ratio=0.25"})
+    recipe = Recipe.from_mapping(
+        {
+            "model": "lenet5_relu",
+            "pretrained": False,
+            "method": "abp",
+            "target": "ratio=0.25",
+            "data": {"name": "digits"},
+        }
+    )
     source = load_source(recipe)
-    graph = build_graph(source.model, source.spec.size)
+    groups = build_graph(source.model, source.spec.size).groups
     generator = torch.Generator().manual_seed(0)
-    gates = {group.name: torch.rand(group.width, generator=generator) for group in graph.groups}
-    planned = make_plan(source, graph, recipe.model_copy(update={"method": "abp"}), None, gates)
+    gates = {group.name: torch.rand(group.width, generator=generator) for group in groups}
+    planned, _ = pipeline.plan_and_prove(source, recipe, open_images(recipe, source), gates)
     closed = sum(int((values < 0.5).sum()) for values in gates.values()) / sum(map(len, gates.values()))
     assert f"left to themselves, the gates would close {closed:.4g} of the channels" in planned.notes
     assert (planned.target.asked, planned.plan.criterion) == (0.25, "gates")
@@ -582,7 +590,7 @@ def test_a_start_that_is_to_be_probed_has_a_rate_of_its_own(tmp_path: Path, lr: 
     with job.closing:
         job.begin()
         source = job.source
-        plan = make_plan(source, build_graph(source.model, source.spec.size), recipe, job.images).plan
+        plan = pipeline.plan_and_prove(source, recipe, job.images)[0].plan
         found = learning_rate_at(job, plan, source.model, 0.05)
     removed = [1 - len(group.keep) / group.width for group in plan.cut_groups]
     assert removed == pytest.approx([0.5] * len(removed), abs=0.05)

@@ -22,7 +22,8 @@ from prunecli.groups import Group, Member
 from prunecli.objective import LastBatch, build_objective
 from prunecli.prospect import prospect_scores
 from prunecli.recipe import EpsdSettings, FinetuneSettings, Recipe
-from prunecli.stages import load_source, make_plan, open_images
+from prunecli.scores import scores_of
+from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
 from prunecli.zoo import load_model
 
@@ -291,7 +292,7 @@ def test_without_training_images_it_is_refused(data: dict[str, Any]) -> None:
     recipe = epsd_recipe(data=data)
     source = load_source(recipe)
     with pytest.raises(UsageError, match="needs training images"):
-        make_plan(source, build_graph(source.model, source.spec.size), recipe, open_images(recipe, source))
+        scores_of(source, build_graph(source.model, source.spec.size), recipe, open_images(recipe, source))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunecli import stages
+from prunecli import pipeline, score, stages
 from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.plan import ModelRef
 from prunecli.recipe import Recipe
+from prunecli.scores import scores_of
 from prunecli.zoo import InputSpec
 
 SIZE = (3, 4, 4)
@@ -49,7 +50,9 @@ def proven(model: nn.Module, **target: Any) -> stages.Proven:
     torch.manual_seed(0)
     source = source_of(model)
     recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}} | target)
-    return stages.proven_plan(source, build_graph(model, SIZE), recipe, None)
+    graph = build_graph(model, SIZE)
+    assert recipe.target is not None
+    return stages.proven_plan(source, graph, scores_of(source, graph, recipe, None), recipe.target, recipe.prune)
 
 
 def test_the_group_behind_a_wrong_cut_is_found_left_whole_and_said() -> None:
@@ -67,6 +70,20 @@ def test_several_are_found_one_after_the_other() -> None:
     result = proven(Sly((0, 3)))
     assert [group.name for group in result.graph.groups] == ["convs.1", "convs.2"]
     assert len(result.planned.notes) == 2
+
+
+def test_sparing_a_group_scores_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    l1, scored = score.CRITERIA["l1"], list[str]()
+
+    def counted(evidence: Any) -> Tensor | None:
+        scored.append(evidence.group.name)
+        return l1(evidence)
+
+    monkeypatch.setitem(score.CRITERIA, "l1", counted)
+    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}})
+    planned, _ = pipeline.plan_and_prove(source_of(Sly((0, 3))), recipe, None)
+    assert len(planned.notes) == 2
+    assert scored == ["convs.0", "convs.1", "convs.2", "convs.3"]
 
 
 def test_a_model_of_many_mistakes_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import sample_matrix
@@ -14,6 +13,7 @@ from rich.console import Console, RenderableType
 from prunecli import render, wording
 from prunecli.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
 from prunecli.report import Accuracy, PhaseReport, TargetResult, VerifyReport
+from prunecli.stages import Inspection
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,16 +66,14 @@ def graph() -> Graph:
 
 def views() -> dict[str, RenderableType]:
     report = sample.report()
-    inspected = SimpleNamespace(
+    inspected = Inspection(
         graph=graph(),
         prunable_share=0.834,
         supported=True,
         status="half of every group was cut on trial: the net equals the silenced dense net to 1.2e-15",
-        source=SimpleNamespace(
-            cost=sample.DENSE,
-            ref=sample.plan().model,
-            spec=SimpleNamespace(size=(3, 32, 32)),
-        ),
+        cost=sample.DENSE,
+        model=sample.plan().model,
+        input_size=(3, 32, 32),
     )
     proof = "pruned net equals silenced dense net to 3.1e-15 (relative, float64)"
     layers = {layer.name: layer.sv_before for layer in report.layers[:3]} | {"dead": (2.0, 0.0)}
@@ -85,7 +83,7 @@ def views() -> dict[str, RenderableType]:
     return {
         "report": render.report_summary(report, Path("runs/cifar_resnet20-1")),
         "plan": render.plan_table(sample.plan(), report.target, proof, ("[b]rounded[/b] up to 8",)),
-        "inspect": render.inspection(inspected),  # type: ignore[arg-type]
+        "inspect": render.inspection(inspected),
         "spectrum": render.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
         "lr": render.lr_table(report.lr),
         "verify": render.verify_line(Path("runs/a"), report.verify),

@@ -18,7 +18,7 @@ from test_cli import JOB, call, sentence
 from torch import nn
 
 import prunecli
-from prunecli import cost, stages, store, zoo
+from prunecli import cost, pipeline, stages, store, zoo
 from prunecli.errors import PruneError, UsageError
 from prunecli.graph import build_graph
 from prunecli.outputs import tensors_of
@@ -45,7 +45,7 @@ def halved(name: str) -> tuple[stages.Source, nn.Module]:
     """A model of the user's own, and a copy with half of every group cut."""
     recipe = Recipe.from_mapping({"model": name, "target": "ratio=0.5", "prune": {"round_to": 1}})
     source = stages.load_source(recipe)
-    planned = stages.make_plan(source, build_graph(source.model, source.spec.size), recipe, None)
+    planned, _ = pipeline.plan_and_prove(source, recipe, None)
     return source, stages.cut(source.model, planned.plan)
 
 
@@ -74,8 +74,7 @@ def test_a_function_gives_what_the_same_model_gives_by_its_timm_name() -> None:
     sources, plans, cuts = [], [], []
     for name in ("lenet5_relu", "prunecli.nets:lenet5_relu"):
         source = stages.load_source(recipe.model_copy(update={"model": name}))
-        graph = build_graph(source.model, source.spec.size)
-        planned = stages.make_plan(source, graph, recipe, None)
+        planned, _ = pipeline.plan_and_prove(source, recipe, None)
         assert planned.plan.model.name == name
         sources.append((source.digest, source.spec, source.cost, source.ref.num_classes))
         plans.append(planned.plan.model_dump(mode="json", exclude={"model"}))

@@ -1,0 +1,74 @@
+"""The scores of a job: what its method or criterion makes of every channel, taken once, before any plan is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from prunecli import data
+from prunecli.errors import UsageError
+from prunecli.gates import is_open
+from prunecli.groups import Graph
+from prunecli.outputs import logits_of
+from prunecli.prospect import prospect_scores
+from prunecli.recipe import Recipe
+from prunecli.score import Scores, score_model
+from prunecli.stages import Source, resolve_device
+
+
+def scores_of(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Scores:
+    """Scores of every group, by the recipe's method or criterion.
+
+    Args:
+        source: the dense model; it stays as it is.
+        graph: the groups to score.
+        recipe: method, criterion, seed and device.
+        images: for a method or criterion that looks at data.
+
+    Raises:
+        UsageError: a method or criterion that needs data, without data.
+        PruneError: as ``prospect_scores`` and ``score.score_groups``.
+    """
+    if recipe.method == "epsd":
+        if images is None or images.steps_per_epoch < 1:
+            raise UsageError(
+                "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
+            )
+        channels = prospect_scores(
+            source.model,
+            graph.groups,
+            images,
+            recipe.epsd,
+            recipe.finetune,
+            device=resolve_device(recipe.device),
+            seed=recipe.seed,
+        )
+        return Scores(criterion="epsd", seed=recipe.seed, channels=channels)
+    criterion, gradients = recipe.prune.criterion, None
+    if criterion == "taylor":
+        if images is None:
+            raise UsageError("Criterion taylor needs gradients, so it needs --data.")
+        gradients = _gradients(source.model, *images.calibration(recipe.prune.calibration_images))
+    return score_model(source.model, graph.groups, criterion=criterion, seed=recipe.seed, gradients=gradients)
+
+
+def gate_scores(magnitudes: Mapping[str, Tensor], *, seed: int) -> Scores:
+    """Scores of learnt gates, |a| ``[width]`` by group name."""
+    return Scores(criterion="gates", seed=seed, channels=magnitudes)
+
+
+def open_gates(scores: Scores) -> dict[str, int]:
+    """How many gates of each group are open: the width that the gates ask for."""
+    return {name: int(is_open(values).sum()) for name, values in scores.channels.items()}
+
+
+def _gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Loss gradients of all parameters on calibration images, model untouched."""
+    probe = copy.deepcopy(model).eval()
+    loss = nn.functional.cross_entropy(logits_of(probe(inputs)), labels)
+    names, parameters = zip(*probe.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
