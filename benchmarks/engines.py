@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from own_process import in_own_process
 
-from prunecli import stages, support
+from prunecli import stages
 from prunecli.errors import PruneError
 from prunecli.graph import ENGINES, build_graph
-from prunecli.groups import Graph
 from prunecli.recipe import Recipe
 from prunecli.scores import scores_of
+from prunecli.values import support_matrix
+from prunecli.values.groups import Graph
 
 TIMEOUT_S = 300
 
@@ -100,7 +101,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(compare(options.one)))
         return
-    names = options.models or [row.name for row in support.stored_matrix().smallest_of_modules()]
+    names = options.models or [row.name for row in support_matrix.stored_matrix().smallest_of_modules()]
     rows = []
     print("| model | groups | prunable | proof | groups (TP) | prunable | proof | same | only axes | only TP |")
     print("|---|---|---|---|---|---|---|---|---|---|")

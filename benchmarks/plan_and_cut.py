@@ -28,10 +28,11 @@ import torch_pruning as tp
 from own_process import in_own_process
 from torch import nn
 
-from prunecli import budget, score, support, surgery, zoo
+from prunecli import budget, score, surgery, zoo
 from prunecli.graph import build_graph
-from prunecli.plan import Cost, ModelRef, PlannedGroup
 from prunecli.recipe import PruneSettings, Target
+from prunecli.values import support_matrix
+from prunecli.values.plan import Cost, ModelRef, PlannedGroup
 
 CLASSES = 10
 TIMEOUT_S = 180  # for all pairs of one model
@@ -183,7 +184,7 @@ def main() -> None:
     print(f"{packages}; {options.repeats} pairs, {torch.get_num_threads()} threads\n")
     print("| model | ours, s | parameters left | theirs, s | parameters left | ratio |")
     print("|---|---|---|---|---|---|")
-    for name in options.models or [row.name for row in support.stored_matrix().smallest_of_modules()]:
+    for name in options.models or [row.name for row in support_matrix.stored_matrix().smallest_of_modules()]:
         arguments = ("--one", name, "--repeats", str(options.repeats))
         rows.append({"model": name, **in_own_process(__file__, *arguments, timeout_s=TIMEOUT_S)})
         print(line(rows[-1]), flush=True)

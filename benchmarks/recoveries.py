@@ -32,11 +32,11 @@ from prunecli import catalog, phase_stage, stages, train
 from prunecli.evaluation import evaluate
 from prunecli.job import Job, open_job
 from prunecli.pipeline import plan_and_prove
-from prunecli.plan import Plan
 from prunecli.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps
 from prunecli.spectrum import jacobian_spectrum
+from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"
 ARMS = (

@@ -28,12 +28,13 @@ from typing import Any, TypeVar
 import timm
 import torch
 
-from prunecli import stages, support, trial, zoo
+from prunecli import stages, trial, zoo
 from prunecli.errors import PruneError
 from prunecli.graph import build_graph
-from prunecli.plan import ModelRef, Value
 from prunecli.summary import versions
-from prunecli.support import Matrix, Row, Traced
+from prunecli.values import support_matrix
+from prunecli.values.plan import ModelRef, Value
+from prunecli.values.support_matrix import Matrix, Row, Traced
 
 # The proof runs the net five times in float64. What is too large for that here is proved with fewer layers of the same
 # structure; its graph is still built, timed and weighed whole. Where that cannot be, images shrink above HUGE_MACS.
@@ -282,7 +283,7 @@ def page(matrix: Matrix) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in matrix.rows:
-        last = row.trials[-1] if row.trials else support.Trial(target="")
+        last = row.trials[-1] if row.trials else support_matrix.Trial(target="")
         left = [
             f"{n / full:.1%}" if n and full else "" for n, full in ((last.params, row.params), (last.macs, row.macs))
         ]
@@ -329,7 +330,7 @@ def main() -> None:
             print(name, trial.reload_difference(Path(options.reload[0]) / name), flush=True)
         return
     matrix = run(options.work, options.jobs, all_rows=not options.finished)
-    Path(str(support.STORED)).write_text(matrix.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    Path(str(support_matrix.STORED)).write_text(matrix.model_dump_json(indent=1) + "\n", encoding="utf-8")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(matrix), encoding="utf-8")
 

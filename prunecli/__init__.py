@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from prunecli.pipeline import compress
     from prunecli.recipe import Recipe
     from prunecli.recover import orthogonalize_
-    from prunecli.report import Report
     from prunecli.spectrum import jacobian_spectrum
     from prunecli.store import load
+    from prunecli.values.report import Report
 
 _HOMES = {
     "Recipe": "prunecli.recipe",
-    "Report": "prunecli.report",
+    "Report": "prunecli.values.report",
     "compress": "prunecli.pipeline",
     "jacobian_spectrum": "prunecli.spectrum",
     "load": "prunecli.store",

@@ -24,18 +24,10 @@ from typing import Final
 from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
-from prunecli.groups import (
-    AttributeConflictError,
-    Const,
-    Graph,
-    Product,
-    Size,
-    Sum,
-    Width,
-)
-from prunecli.plan import Cost
 from prunecli.recipe import PruneSettings, Target
 from prunecli.units import Unit, find_units
+from prunecli.values.groups import AttributeConflictError, Const, Graph, Product, Size, Sum, Width
+from prunecli.values.plan import Cost
 
 TOLERANCE: Final = 0.01  # of the metric
 _PAIRED: Final = 200

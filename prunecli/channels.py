@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunecli.groups import IndexMap, Member
-from prunecli.plan import PlannedGroup, Positions, removed_positions
+from prunecli.values.groups import IndexMap, Member
+from prunecli.values.plan import PlannedGroup, Positions, removed_positions
 
 
 def row_index(member: Member, tensor: Tensor, width: int) -> Tensor | None:

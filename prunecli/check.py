@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from prunecli.channels import silencing_slices
-from prunecli.groups import AttributeEdit, ScaleFold, module_of
 from prunecli.outputs import as_rows
-from prunecli.plan import PlannedGroup, removed_positions
 from prunecli.surgery import clear_caches_, cut_, map_tensors_, named_tensors, require_fit
+from prunecli.values.groups import AttributeEdit, ScaleFold, module_of
+from prunecli.values.plan import PlannedGroup, removed_positions
 
 # What a forward pass of a wrongly cut module raises: torch's shape errors and timm's own asserts.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)

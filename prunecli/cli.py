@@ -315,9 +315,10 @@ def models(
 ) -> None:
     """The support matrix for timm architectures."""
     with reported():
-        from prunecli import render, support
+        from prunecli import render
+        from prunecli.values import support_matrix
 
-        matrix = support.stored_matrix()
+        matrix = support_matrix.stored_matrix()
         if pattern is None:
             show(matrix.model_dump(mode="json"), render.matrix_table(matrix), as_json=as_json)
             return

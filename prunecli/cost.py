@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunecli.errors import UnsupportedError
-from prunecli.plan import Cost
 from prunecli.surgery import clear_caches_, named_tensors
+from prunecli.values.plan import Cost
 
 
 def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:

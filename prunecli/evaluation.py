@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli.errors import PruneError
 from prunecli.outputs import logits_of
-from prunecli.report import Accuracy
+from prunecli.values.report import Accuracy
 
 
 def knows_the_data(top1: float, classes: int) -> bool:

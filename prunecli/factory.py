@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UnsupportedError, UsageError, nearest, one_line
 from prunecli.outputs import logits_of
-from prunecli.plan import ModelRef
 from prunecli.recipe import DataSettings
 from prunecli.surgery import clear_caches_
+from prunecli.values.plan import ModelRef
 
 _NAME: Final = re.compile(r"(?!hf_hub:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 # What a module may declare of its input, in the words of timm's pretrained_cfg.

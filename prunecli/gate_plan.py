@@ -10,11 +10,11 @@ from torch import nn
 
 from prunecli import check
 from prunecli.gates import Gated, planned_gates
-from prunecli.groups import Graph
-from prunecli.plan import PlannedGroup
 from prunecli.recipe import PruneSettings, Target
 from prunecli.score import Scores, score_model
 from prunecli.stages import EQUIVALENCE_TOLERANCE, Source, make_plan
+from prunecli.values.groups import Graph
+from prunecli.values.plan import PlannedGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prunecli.groups import Group, Member, module_of
 from prunecli.penalty import Penalty
-from prunecli.plan import PlannedGroup
+from prunecli.values.groups import Group, Member, module_of
+from prunecli.values.plan import PlannedGroup
 
 _THRESHOLD: Final = 0.5  # of |a|, from which a gate is open
 _LIMIT: Final = 1.0  # of |a| after a step

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from prunecli.errors import UsageError, nearest
-from prunecli.groups import Graph
+from prunecli.values.groups import Graph
 
 ENGINES = ("axes", "torch_pruning")
 

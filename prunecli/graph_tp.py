@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from prunecli.cost import count_macs
 from prunecli.errors import UnsupportedError
-from prunecli.groups import (
+from prunecli.surgery import clear_caches_, named_tensors
+from prunecli.values.groups import (
     AttributeEdit,
     Const,
     Frozen,
@@ -40,7 +41,6 @@ from prunecli.groups import (
     Width,
     module_of,
 )
-from prunecli.surgery import clear_caches_, named_tensors
 
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -18,9 +18,10 @@ from torch import nn
 from prunecli import cost, data, evaluation, lr, phase, retraining, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
-from prunecli.plan import Plan, Value
 from prunecli.recipe import FinetuneSettings, Recipe
-from prunecli.report import (
+from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
+from prunecli.values.plan import Plan, Value
+from prunecli.values.report import (
     Accuracy,
     FinetuneReport,
     LRReport,
@@ -30,7 +31,6 @@ from prunecli.report import (
     StageName,
     TargetResult,
 )
-from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]

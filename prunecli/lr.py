@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from prunecli.report import LRReport
+from prunecli.values.report import LRReport
 
 SGD_BASE_PEAK: Final = 0.1
 ADAMW_PEAK_PER_512: Final = 5e-4

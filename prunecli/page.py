@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from prunecli import plots, wording
-from prunecli.plan import Plan
-from prunecli.report import LayerReport, PhaseReport, RecoveryStep, Report, SpectrumSummary
+from prunecli.values.plan import Plan
+from prunecli.values.report import LayerReport, PhaseReport, RecoveryStep, Report, SpectrumSummary
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2530;--soft:#5a6675;--line:#d8dee6;--back:#fff;--panel:#f5f7fa;--warn:#8a4b00;

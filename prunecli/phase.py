@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from prunecli.errors import UsageError
-from prunecli.plan import PlannedGroup
 from prunecli.recipe import Recipe
-from prunecli.report import PhaseCost, PhaseName
+from prunecli.values.plan import PlannedGroup
+from prunecli.values.report import PhaseCost, PhaseName
 
 _LR: Final = 1e-3
 _GATE_LR: Final = 0.1  # ABP trains nets, not only gates

@@ -19,12 +19,12 @@ from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
-from prunecli.plan import PlannedGroup
 from prunecli.push import Push
 from prunecli.recipe import FinetuneSettings
-from prunecli.report import PhaseReport
 from prunecli.stopping import stop_requests
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.values.plan import PlannedGroup
+from prunecli.values.report import PhaseReport
 from prunecli.zoo import state_digest
 
 

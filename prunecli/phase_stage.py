@@ -13,7 +13,7 @@ from prunecli.gates import Gated, drawn_gates
 from prunecli.job import Job, finetune_settings, reload_
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
-from prunecli.plan import Plan
+from prunecli.values.plan import Plan
 
 
 def plans_late(job: Job) -> bool:

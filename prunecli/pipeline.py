@@ -23,7 +23,6 @@ from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.factory import Function
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
 from prunecli.job import (
     Job,
     Notify,
@@ -38,16 +37,17 @@ from prunecli.job import (
     recommended_lr,
     reload_,
 )
-from prunecli.plan import Cost, Plan
 from prunecli.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
-from prunecli.report import RecoveryStep, Report, TargetResult
 from prunecli.score import Scores
 from prunecli.scores import gate_scores, open_gates, scores_of
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise
+from prunecli.values.groups import Graph
+from prunecli.values.plan import Cost, Plan
+from prunecli.values.report import RecoveryStep, Report, TargetResult
 
 TARGET_TOLERANCE: Final = 0.01
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from prunecli import wording
-from prunecli.report import LayerReport, PhaseReport, Stage
+from prunecli.values.report import LayerReport, PhaseReport, Stage
 
 SPECTRA_SHOWN = 24
 WIDTHS_SHOWN = 60

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.channels import row_index, rows, silencing_slices, slices
-from prunecli.groups import Member, module_of
 from prunecli.penalty import Penalty, gram_loss
 from prunecli.phase import Phase
-from prunecli.plan import PlannedGroup, Positions, channel_positions
+from prunecli.values.groups import Member, module_of
+from prunecli.values.plan import PlannedGroup, Positions, channel_positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from prunecli.activations import (
     watch,
 )
 from prunecli.evaluation import evaluation_mode
-from prunecli.plan import Plan, removed_positions
+from prunecli.values.plan import Plan, removed_positions
 
 _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
 

@@ -7,9 +7,9 @@ from functools import partial
 from torch import nn
 
 from prunecli.job import Job, jacobian
-from prunecli.plan import Plan
 from prunecli.recovery_steps import RecoveryContext
-from prunecli.report import RecoveryStep
+from prunecli.values.plan import Plan
+from prunecli.values.report import RecoveryStep
 
 
 def recovery_context(job: Job, dense: nn.Module, plan: Plan) -> RecoveryContext:

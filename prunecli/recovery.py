@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from prunecli.evaluation import lost_top1
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recovery_steps import Applied, RecoveryContext, apply_steps, has_batch_norm
-from prunecli.report import RecoveryStep
+from prunecli.values.report import RecoveryStep
 
 CANDIDATES: Final = (("bn",), ("lstsq", "bn"), ("lstsq", "blend", "bn"), ("blend", "bn"), ("orthp", "bn"))
 _MARGIN: Final = 0.01  # a smaller gain is none, however sure

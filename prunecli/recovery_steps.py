@@ -15,14 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli import data, recover
 from prunecli.evaluation import recalibrate_bn_
-from prunecli.plan import Plan
 from prunecli.probe import HELD_OUT
 from prunecli.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
 from prunecli.repair import repair_
-from prunecli.report import RecoveryStep
 from prunecli.spectrum import JacobianSpectrum
 from prunecli.stages import spectrum_batch
+from prunecli.values.plan import Plan
+from prunecli.values.report import RecoveryStep
 from prunecli.zoo import InputSpec
 
 _CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # BatchNorm's old ones mean nothing after them

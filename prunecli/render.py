@@ -13,13 +13,22 @@ from rich.table import Table
 from rich.text import Text
 
 from prunecli import wording
-from prunecli.plan import Cost, Plan
-from prunecli.report import Accuracy, LRReport, PhaseCost, Report, SpectrumSummary, Stage, TargetResult, VerifyReport
+from prunecli.values.plan import Cost, Plan
+from prunecli.values.report import (
+    Accuracy,
+    LRReport,
+    PhaseCost,
+    Report,
+    SpectrumSummary,
+    Stage,
+    TargetResult,
+    VerifyReport,
+)
 
 if TYPE_CHECKING:
-    from prunecli.groups import Frozen, Graph, Tie
     from prunecli.stages import Inspection
-    from prunecli.support import Matrix, Row
+    from prunecli.values.groups import Frozen, Graph, Tie
+    from prunecli.values.support_matrix import Matrix, Row
 
 _EXPLAINED = 0.9  # prunable share of the parameters below which the reason is shown
 _NAMES_SHOWN = 3  # of layers in one cell: what 80 columns hold

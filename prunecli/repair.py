@@ -35,7 +35,7 @@ from prunecli.activations import (
     watch,
 )
 from prunecli.evaluation import evaluation_mode
-from prunecli.plan import Plan, removed_positions
+from prunecli.values.plan import Plan, removed_positions
 
 _DEAD: Final = 1e-5  # a spread below this share of the larger of the two is none
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from prunecli.errors import UsageError
 from prunecli.recipe import RETRAINING, FinetuneSettings, OriginalSchedule
-from prunecli.report import LRReport
+from prunecli.values.report import LRReport
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunecli.channels import row_index, rows
 from prunecli.errors import PruneError, UsageError, nearest
-from prunecli.groups import Group, Member, Role, module_of
+from prunecli.values.groups import Group, Member, Role, module_of
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from prunecli import data
 from prunecli.errors import UsageError
 from prunecli.gates import is_open
-from prunecli.groups import Graph
 from prunecli.outputs import logits_of
 from prunecli.prospect import prospect_scores
 from prunecli.recipe import Recipe
 from prunecli.score import Scores, score_model
 from prunecli.stages import Source, resolve_device
+from prunecli.values.groups import Graph
 
 
 def scores_of(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Scores:

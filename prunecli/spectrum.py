@@ -33,7 +33,7 @@ from prunecli import lanczos
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.outputs import logits_of
 from prunecli.recover import evaluating, weight_layers, weight_matrices
-from prunecli.report import SpectrumSummary
+from prunecli.values.report import SpectrumSummary
 
 _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits
 _GRAM_COLUMNS = 2**14  # columns cast to float64 at once

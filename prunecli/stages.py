@@ -18,11 +18,11 @@ from prunecli import budget, check, cost, data, score, spectrum, store, surgery,
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.factory import Function
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
-from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
 from prunecli.recipe import PruneSettings, Recipe, Target
-from prunecli.report import TargetResult
 from prunecli.score import Scores
+from prunecli.values.groups import Graph
+from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
+from prunecli.values.report import TargetResult
 
 EQUIVALENCE_TOLERANCE: Final = 1e-9
 _DEVICES: Final = ("cpu", "cuda")

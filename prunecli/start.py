@@ -10,7 +10,7 @@ from torch import nn
 
 from prunecli import recover, sao, wording
 from prunecli.recipe import Recipe
-from prunecli.report import RecoveryStep
+from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5
 _NAMED = 3  # layers that a sentence lists

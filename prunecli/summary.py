@@ -12,9 +12,9 @@ from torch import nn
 
 from prunecli import __version__, recover, spectrum, store
 from prunecli.job import Job, Progress
-from prunecli.plan import Cost
-from prunecli.report import LayerReport, Report, Stage, VerifyReport
 from prunecli.stages import jacobian_effort
+from prunecli.values.plan import Cost
+from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
 
 
 def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) -> Report:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
-from prunecli.groups import AttributeEdit, ScaleFold
-from prunecli.plan import PlannedGroup, Structure, removed_positions
+from prunecli.values.groups import AttributeEdit, ScaleFold
+from prunecli.values.plan import PlannedGroup, Structure, removed_positions
 
 # What nn.Module itself keeps in its __dict__ (hooks, registries, the training flag), and where weights come from:
 # neither is part of a model's structure.

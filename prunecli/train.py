@@ -20,10 +20,10 @@ from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe import FinetuneSettings
-from prunecli.report import Accuracy, FinetuneReport
 from prunecli.schedule import optimizer_name
 from prunecli.stopping import stop_requests, until
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.values.report import Accuracy, FinetuneReport
 from prunecli.zoo import state_digest
 
 __all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]

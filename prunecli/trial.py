@@ -16,11 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 from prunecli import stages, store
 from prunecli.errors import PruneError
 from prunecli.graph import build_graph
-from prunecli.groups import Frozen, Graph
-from prunecli.plan import Plan
 from prunecli.recipe import Recipe, Target
 from prunecli.score import score_model
-from prunecli.support import FrozenShare, Row, Trial
+from prunecli.values.groups import Frozen, Graph
+from prunecli.values.plan import Plan
+from prunecli.values.support_matrix import FrozenShare, Row, Trial
 
 TARGETS: Final = ("ratio=0.5", "macs=50%")
 _WORTH_SAYING: Final = 0.001  # share of the parameters below which a reason to freeze is left out

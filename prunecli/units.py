@@ -26,8 +26,8 @@ from typing import Final
 
 from torch import Tensor
 
-from prunecli.groups import Bundle, Graph, Group, Tie, common_parts
 from prunecli.recipe import PruneSettings
+from prunecli.values.groups import Bundle, Graph, Group, Tie, common_parts
 
 _COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random", "gates"})
 _FEWEST_STEPS: Final = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from prunecli.report import (
+from prunecli.values.report import (
     FinetuneReport,
     LRReport,
     PhaseCost,

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 from prunecli import factory
 from prunecli import nets as _registered  # noqa: F401 - import registers the papers' networks
 from prunecli.errors import PruneError, UsageError, nearest, one_line
-from prunecli.plan import ModelRef
+from prunecli.values.plan import ModelRef
 
 log = logging.getLogger("prunecli")
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from prunecli.check import Equivalence, equivalence_error
-from prunecli.groups import Bundle, Graph, Tie
-from prunecli.plan import PlannedGroup
+from prunecli.values.groups import Bundle, Graph, Tie
+from prunecli.values.plan import PlannedGroup
 
 
 def planned(graph: Graph, kept: Mapping[str, int], rng: random.Random) -> tuple[PlannedGroup, ...]:

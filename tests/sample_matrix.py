@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunecli.support import FrozenShare, Matrix, Row, Trial
+from prunecli.values.support_matrix import FrozenShare, Matrix, Row, Trial
 
 
 def trials(error: float | None = 3e-16, problem: str | None = None) -> tuple[Trial, ...]:

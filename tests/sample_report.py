@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from prunecli.groups import Member
-from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
-from prunecli.report import (
+from prunecli.values.groups import Member
+from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
+from prunecli.values.report import (
     FinetuneReport,
     LayerReport,
     LRReport,

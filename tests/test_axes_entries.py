@@ -15,7 +15,7 @@ from axes_nets import INPUT, Stack
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
-from prunecli.groups import AttributeConflictError, Graph
+from prunecli.values.groups import AttributeConflictError, Graph
 
 Heads = tuple[Tensor, Tensor, Tensor]
 

@@ -24,7 +24,7 @@ from axes_nets import (
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
-from prunecli.groups import Graph, ScaleFold
+from prunecli.values.groups import Graph, ScaleFold
 
 
 def graph_of(block: Block) -> Graph:

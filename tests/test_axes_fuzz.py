@@ -22,7 +22,7 @@ from prunecli.axes.rules.registry import SPATIAL
 from prunecli.axes.trace import INPUT as OF_INPUT
 from prunecli.axes.trace import OUTPUT as OF_OUTPUT
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
+from prunecli.values.groups import Graph
 
 NETWORKS = int(os.environ.get("PRUNECLI_FUZZ", "300"))
 TOLERANCE = 1e-9

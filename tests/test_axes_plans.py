@@ -42,10 +42,10 @@ from prunecli.check import equivalence_error
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph import build_graph
-from prunecli.groups import AttributeConflictError, AttributeEdit, Graph
-from prunecli.plan import PlannedGroup
 from prunecli.recipe import PruneSettings, Target
 from prunecli.surgery import cut_
+from prunecli.values.groups import AttributeConflictError, AttributeEdit, Graph
+from prunecli.values.plan import PlannedGroup
 
 BLOCKS = (
     *(ChunkMix, HalfAttribute, TwiceAttribute, Narrower, Split, Shuffle, GroupedBottleneck, ConvNormAct, Residual),

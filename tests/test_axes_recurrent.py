@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunecli.cost import measure
 from prunecli.graph import build_graph
-from prunecli.groups import Graph, IndexMap
 from prunecli.surgery import cut_
+from prunecli.values.groups import Graph, IndexMap
 
 INPUT = (3, 4, 4)
 HIDDEN = 6

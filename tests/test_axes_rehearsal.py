@@ -13,7 +13,7 @@ from axes_cuts import error_of
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
+from prunecli.values.groups import Graph
 
 INPUT = (3, 4, 4)
 FREE = 6  # width of the hidden layer behind: an axis that must stay prunable

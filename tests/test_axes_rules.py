@@ -77,7 +77,7 @@ from axes_nets import (
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
-from prunecli.groups import Graph, Group, IndexMap, Member
+from prunecli.values.groups import Graph, Group, IndexMap, Member
 
 
 def graph_of(block: Block, width: int = 4) -> Graph:

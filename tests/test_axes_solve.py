@@ -20,7 +20,7 @@ from axes_nets import (
 from torch import Tensor, nn
 
 from prunecli.graph import build_graph
-from prunecli.groups import AttributeConflictError, Graph
+from prunecli.values.groups import AttributeConflictError, Graph
 
 
 def graph_of(block: Block, width: int = 4) -> Graph:

@@ -25,7 +25,7 @@ from prunecli.axes.terms import (
     take,
     unify,
 )
-from prunecli.groups import IndexMap
+from prunecli.values.groups import IndexMap
 
 
 def labels(atom: Atom) -> list[set[tuple[int, int]]]:

@@ -33,7 +33,7 @@ from prunecli.axes.elimination import Constraint
 from prunecli.axes.polynomials import Polynomial
 from prunecli.axes.shares import Shares, shares
 from prunecli.graph import build_graph
-from prunecli.groups import AttributeConflictError, Bundle, Graph, Tie
+from prunecli.values.groups import AttributeConflictError, Bundle, Graph, Tie
 
 Product = tuple[int, ...]
 STREAM, HEADS, WIDTH, VALUES, HEADS2, WIDTH2, OTHER = range(7)

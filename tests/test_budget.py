@@ -15,7 +15,10 @@ from prunecli.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph import build_graph
-from prunecli.groups import (
+from prunecli.recipe import PruneSettings, Target
+from prunecli.score import score_groups
+from prunecli.surgery import named_tensors
+from prunecli.values.groups import (
     AttributeConflictError,
     AttributeEdit,
     Bundle,
@@ -30,10 +33,7 @@ from prunecli.groups import (
     Tie,
     Width,
 )
-from prunecli.plan import Cost
-from prunecli.recipe import PruneSettings, Target
-from prunecli.score import score_groups
-from prunecli.surgery import named_tensors
+from prunecli.values.plan import Cost
 
 
 def no_edits(kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:

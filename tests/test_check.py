@@ -14,9 +14,9 @@ from torch import nn
 from prunecli import surgery
 from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
-from prunecli.groups import AttributeEdit, IndexMap, Member, ScaleFold
-from prunecli.plan import PlannedGroup
 from prunecli.surgery import named_tensors
+from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
+from prunecli.values.plan import PlannedGroup
 
 TOLERANCE = 1e-9
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
-from prunecli.groups import Graph, Group, IndexMap, Member
-from prunecli.plan import PlannedGroup
+from prunecli.values.groups import Graph, Group, IndexMap, Member
+from prunecli.values.plan import PlannedGroup
 
 BLOCKS: tuple[Block, ...] = (
     Attention,

@@ -30,14 +30,14 @@ from prunecli.gates import (
     straight_through,
 )
 from prunecli.graph import build_graph
-from prunecli.groups import Graph, Member
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
-from prunecli.plan import PlannedGroup
 from prunecli.recipe import Recipe
-from prunecli.report import PhaseReport
 from prunecli.stages import load_source, make_plan
 from prunecli.surgery import cut_
+from prunecli.values.groups import Graph, Member
+from prunecli.values.plan import PlannedGroup
+from prunecli.values.report import PhaseReport
 
 # ------------------------------------------------------------------------------------------------- one gate
 

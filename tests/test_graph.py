@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import prunecli.nets  # noqa: F401 - registers the CIFAR networks
 from prunecli.errors import UsageError
 from prunecli.graph import build_graph
-from prunecli.groups import Graph
+from prunecli.values.groups import Graph
 
 #: Image sizes: small where the architecture takes any.
 SIZES = dict.fromkeys(

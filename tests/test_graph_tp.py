@@ -15,9 +15,9 @@ from prunecli.cost import measure
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.graph_tp import _fit, build
-from prunecli.groups import Graph, Group, IndexMap
-from prunecli.plan import PlannedGroup
 from prunecli.surgery import cut_, named_tensors
+from prunecli.values.groups import Graph, Group, IndexMap
+from prunecli.values.plan import PlannedGroup
 
 
 class Branches(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from prunecli.lr import distillation_pull, recommend_lr
 from prunecli.objective import distillation_loss
-from prunecli.report import LRReport
+from prunecli.values.report import LRReport
 
 
 def ask(**changes: Any) -> LRReport:

@@ -10,7 +10,7 @@ import sample_report as sample
 
 from prunecli import plots
 from prunecli.page import report_page
-from prunecli.report import LatencyReport, LayerReport, Report, VerifyReport
+from prunecli.values.report import LatencyReport, LayerReport, Report, VerifyReport
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster"}

@@ -22,14 +22,14 @@ from prunecli import nets  # noqa: F401 - registers the papers' networks
 from prunecli.channels import silencing_slices
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph import build_graph
-from prunecli.groups import IndexMap, Member
 from prunecli.penalty import gram_loss
 from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_
-from prunecli.plan import PlannedGroup
 from prunecli.push import Push
 from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.surgery import cut_
+from prunecli.values.groups import IndexMap, Member
+from prunecli.values.plan import PlannedGroup
 
 # ------------------------------------------------------------------------------------------------- length
 

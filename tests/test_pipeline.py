@@ -23,9 +23,9 @@ from prunecli.files import write_json
 from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
 from prunecli.recipe import Recipe
-from prunecli.report import Report
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
+from prunecli.values.report import Report
 from prunecli.zoo import load_model
 
 ROOT = Path(__file__).parents[1]

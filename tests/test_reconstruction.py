@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from user_nets import Residual
 
 from prunecli.graph import build_graph
-from prunecli.plan import Cost, ModelRef, Plan, PlannedGroup
 from prunecli.reconstruction import Moments, find_readers, reconstruct_, solve
 from prunecli.stages import cut
+from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
 
 
 def random(*shape: int, seed: int = 0, **kwargs) -> Tensor:

@@ -11,9 +11,9 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from prunecli import render, wording
-from prunecli.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
-from prunecli.report import Accuracy, PhaseReport, TargetResult, VerifyReport
 from prunecli.stages import Inspection
+from prunecli.values.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
+from prunecli.values.report import Accuracy, PhaseReport, TargetResult, VerifyReport
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -8,8 +8,8 @@ import pytest
 
 from prunecli.errors import UsageError
 from prunecli.recipe import FinetuneSettings
-from prunecli.report import LRReport
 from prunecli.retraining import adaptive_peak, prescribed_lr
+from prunecli.values.report import LRReport
 
 
 def peak(**changes: Any) -> float:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.groups import Group, IndexMap, Member
 from prunecli.recipe import Criterion
 from prunecli.score import CRITERIA, score_groups
+from prunecli.values.groups import Group, IndexMap, Member
 
 WIDTH = 5
 

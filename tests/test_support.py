@@ -10,7 +10,7 @@ from sample_matrix import matrix, row, trials
 
 import prunecli.nets  # noqa: F401 (registers the papers' networks)
 from prunecli.errors import UsageError
-from prunecli.support import Matrix, stored_matrix
+from prunecli.values.support_matrix import Matrix, stored_matrix
 
 OURS = ("timm.", "prunecli.")
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunecli.errors import UnsupportedError
-from prunecli.groups import AttributeEdit, IndexMap, Member, ScaleFold
-from prunecli.plan import PlannedGroup, Structure
 from prunecli.surgery import clear_caches_, cut_, fill_, named_tensors, shape_, structure_of
+from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
+from prunecli.values.plan import PlannedGroup, Structure
 
 
 class ConvNet(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 import timm
 
 from prunecli import zoo
-from prunecli.plan import ModelRef
-from prunecli.support import Row, stored_matrix
 from prunecli.trial import reload_difference, structure_of, try_architecture
+from prunecli.values.plan import ModelRef
+from prunecli.values.support_matrix import Row, stored_matrix
 
 # Smaller images for those that would take minutes: the structure stays the same.
 SMALLER: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from timm.models import _registry as registry
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.plan import ModelRef
+from prunecli.values.plan import ModelRef
 from prunecli.zoo import build, input_spec, load_model, state_digest
 
 SMALL = "mlp7_relu"  # 154,010 parameters: quick to write and read

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunecli import files, train
-from prunecli.groups import IndexMap, Member
 from prunecli.phase import Phase
 from prunecli.phase_loop import train_phase_
-from prunecli.plan import PlannedGroup
 from prunecli.recipe import FinetuneSettings
-from prunecli.report import PhaseReport
+from prunecli.values.groups import IndexMap, Member
+from prunecli.values.plan import PlannedGroup
+from prunecli.values.report import PhaseReport
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from prunecli.axes.scales import foldable_scales, head_scales, scale_folds
 from prunecli.axes.shares import Choices, Shrinking, shares
 from prunecli.axes.solve import Check, Formula, Solver
 from prunecli.axes.terms import Atom, freeze, leaves, occurrences
-from prunecli.groups import Bundle, Frozen, Graph, Group, IndexMap, Kind, Member, OpCost, Role, Tie, module_of
+from prunecli.values.groups import Bundle, Frozen, Graph, Group, IndexMap, Kind, Member, OpCost, Role, Tie, module_of
 
 TABLE = "it only runs through tables of tokens or positions, never through a layer's weight"
 

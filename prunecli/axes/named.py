@@ -18,7 +18,7 @@ from prunecli.axes.ints import Attribute, attributes_in
 from prunecli.axes.record import ModuleCall, Record, Value
 from prunecli.axes.solve import NamedSize
 from prunecli.axes.terms import Atom, find, is_frozen
-from prunecli.groups import Size
+from prunecli.values.groups import Size
 
 _OF_INPUT = frozenset({"in_features", "in_channels", "in_chs", "in_dim"})
 _OF_OUTPUT = frozenset({"out_features", "out_channels", "out_chs", "out_dim"})

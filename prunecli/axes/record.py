@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunecli.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
 from prunecli.axes.shapes import Shapes
 from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
-from prunecli.groups import Role
+from prunecli.values.groups import Role
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
 KERNEL = "it is a kernel axis"

@@ -26,7 +26,7 @@ from prunecli.axes.record import Call, Record, tensors_in
 from prunecli.axes.rules import WHOLE_CALLS, run_whole
 from prunecli.axes.rules.registry import words
 from prunecli.axes.terms import Atom, freeze, leaves
-from prunecli.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
+from prunecli.values.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
 
 _ROUNDS = 3  # groups that exclude each other cannot all be cut at once
 #: Whether these are called depends on strides and on who runs the forward, not on the path it takes.

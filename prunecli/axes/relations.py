@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from prunecli.axes.record import Record
 from prunecli.axes.terms import Atom, factors, find, leaves
-from prunecli.groups import Const, Product, Size, Sum, Width
+from prunecli.values.groups import Const, Product, Size, Sum, Width
 
 
 class Sizes:

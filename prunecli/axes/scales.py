@@ -11,7 +11,7 @@ from prunecli.axes.folds import Readers, Rows, Trail, UnknownQueryError, reads_a
 from prunecli.axes.record import DefaultScale, Record
 from prunecli.axes.solve import HeadScale
 from prunecli.axes.terms import Atom, factors, find, freeze, is_frozen, leaves
-from prunecli.groups import ScaleFold, Size
+from prunecli.values.groups import ScaleFold, Size
 
 
 @dataclass(frozen=True, kw_only=True)

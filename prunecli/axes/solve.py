@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prunecli.axes.ints import COMPARISONS, Attribute, Fact, evaluate
 from prunecli.axes.polynomials import Polynomial
 from prunecli.axes.terms import Atom, find
-from prunecli.groups import AttributeConflictError, AttributeEdit, Size
+from prunecli.values.groups import AttributeConflictError, AttributeEdit, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """Kept widths → attribute edits. Implements `prunecli.groups.AttributeSolver`.
+    """Kept widths → attribute edits. Implements `prunecli.values.groups.AttributeSolver`.
 
     Attributes:
         attributes: every int attribute with its value in the dense model.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prunecli.groups import AttributeEdit, Member, ScaleFold
+from prunecli.values.groups import AttributeEdit, Member, ScaleFold
 
 Index = Annotated[int, Field(ge=0)]
 

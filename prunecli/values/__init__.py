@@ -1,0 +1,1 @@
+"""What crosses a file or a stage: frozen values, no torch."""
