@@ -35,7 +35,7 @@ from papers import row
 from torch import nn
 
 from prunecli import cost, lr, pipeline, stages, train
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.schedule import optimizer_name
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"

@@ -45,7 +45,7 @@ from prunecli.files import write_tensors
 from prunecli.job import Job, open_job
 from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
 from prunecli.pipeline import plan_and_prove
-from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps, has_batch_norm
 from prunecli.retraining import adaptive_peak

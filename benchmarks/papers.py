@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.pipeline import plan_and_prove
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.stages import cut, load_source
 
 

@@ -33,7 +33,7 @@ from torch import nn
 
 from prunecli.data import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
-from prunecli.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
 from prunecli.spectrum import jacobian_spectrum
 from prunecli.zoo import input_spec, load_model

@@ -30,7 +30,7 @@ from torch import nn
 
 from prunecli import budget, score, surgery, zoo
 from prunecli.graph import build_graph
-from prunecli.recipe import PruneSettings, Target
+from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.values import support_matrix
 from prunecli.values.plan import Cost, ModelRef, PlannedGroup
 

@@ -28,11 +28,12 @@ from ledger import Ledger
 from papers import fresh
 from torch import nn
 
-from prunecli import catalog, phase_stage, stages, train
+from prunecli import phase_stage, stages, train
 from prunecli.evaluation import evaluate
 from prunecli.job import Job, open_job
 from prunecli.pipeline import plan_and_prove
-from prunecli.recipe import DistillSettings, Recipe, layered, parse_assignments
+from prunecli.recipe import packaged
+from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps
 from prunecli.spectrum import jacobian_spectrum
@@ -80,7 +81,7 @@ def recipe_for(options: argparse.Namespace, ratio: float, seed: int, arm: str) -
         "device": options.device,
         "seed": seed,
     }
-    recipe = layered(catalog.read("cifar10_resnet20_tpp_cpu"), values, parse_assignments(options.set))
+    recipe = layered(packaged.read("cifar10_resnet20_tpp_cpu"), values, parse_assignments(options.set))
     return Recipe.from_mapping(recipe)
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 from prunecli.checkpoint import prefixed, unprefixed
 from prunecli.data import CropFlip, epoch_order
 from prunecli.files import read_tensors, write_tensors
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import build_optimizer, build_schedule
 from prunecli.trainer import wants_bf16
 from prunecli.zoo import InputSpec

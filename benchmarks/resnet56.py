@@ -38,7 +38,7 @@ from resident import Course, Resident
 from torch import nn
 
 from prunecli.data import epoch_order, open_data
-from prunecli.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
 from prunecli.spectrum import jacobian_spectrum
 from prunecli.store import RunFolder, load_exported

@@ -19,7 +19,7 @@ import torch
 from prunecli import nets, train
 from prunecli.data import open_data
 from prunecli.files import write_tensors
-from prunecli.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.zoo import input_spec, load_model
 
 SEED = 0

@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from prunecli.lr import recommend_lr
     from prunecli.pipeline import compress
-    from prunecli.recipe import Recipe
+    from prunecli.recipe.recipe import Recipe
     from prunecli.recover import orthogonalize_
     from prunecli.spectrum import jacobian_spectrum
     from prunecli.store import load
     from prunecli.values.report import Report
 
 _HOMES = {
-    "Recipe": "prunecli.recipe",
+    "Recipe": "prunecli.recipe.recipe",
     "Report": "prunecli.values.report",
     "compress": "prunecli.pipeline",
     "jacobian_spectrum": "prunecli.spectrum",

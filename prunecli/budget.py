@@ -24,7 +24,7 @@ from typing import Final
 from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
-from prunecli.recipe import PruneSettings, Target
+from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.units import Unit, find_units
 from prunecli.values.groups import AttributeConflictError, Const, Graph, Product, Size, Sum, Width
 from prunecli.values.plan import Cost

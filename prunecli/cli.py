@@ -16,7 +16,7 @@ from prunecli.console import errors, reported, settle_process, show, tell, write
 from prunecli.errors import UsageError
 
 if TYPE_CHECKING:
-    from prunecli.recipe import Recipe
+    from prunecli.recipe.recipe import Recipe
 
 
 app = typer.Typer(
@@ -268,7 +268,7 @@ def evaluate(
     """Top-1, top-5 and loss on the validation split."""
     with reported():
         from prunecli import render, train
-        from prunecli.recipe import layered
+        from prunecli.recipe.recipe import layered
         from prunecli.stages import load_source, open_images, resolve_device
 
         flags = _flags(
@@ -299,7 +299,7 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
     with reported():
         from prunecli import render, store
         from prunecli.factory import Function
-        from prunecli.recipe import parse_assignments
+        from prunecli.recipe.recipe import parse_assignments
 
         args = parse_assignments(model_arg or [])
         if args and model is None:
@@ -331,9 +331,10 @@ def models(
 def recipes_ls(as_json: JsonOpt = False) -> None:
     """The packaged recipes."""
     with reported():
-        from prunecli import catalog, render
+        from prunecli import render
+        from prunecli.recipe import packaged
 
-        rows = [(name, catalog.summary(name)) for name in catalog.names()]
+        rows = [(name, packaged.summary(name)) for name in packaged.names()]
         show(dict(rows), render.recipe_list(rows), as_json=as_json)
 
 
@@ -341,19 +342,19 @@ def recipes_ls(as_json: JsonOpt = False) -> None:
 def recipes_show(name: str) -> None:
     """Print a packaged recipe."""
     with reported():
-        from prunecli import catalog
+        from prunecli.recipe import packaged
 
-        write(catalog.path_of(name).read_text(encoding="utf-8"))
+        write(packaged.path_of(name).read_text(encoding="utf-8"))
 
 
 @recipes.command("cp")
 def recipes_cp(name: str, dest: Path) -> None:
     """Copy a packaged recipe to DEST, which must not exist."""
     with reported():
-        from prunecli import catalog
         from prunecli.files import write_text
+        from prunecli.recipe import packaged
 
-        source = catalog.path_of(name)
+        source = packaged.path_of(name)
         dest = dest / source.name if dest.is_dir() else dest
         if dest.exists():
             raise UsageError(f"{dest} exists already.", hint="Choose another name.")
@@ -365,9 +366,9 @@ def recipes_cp(name: str, dest: Path) -> None:
 def recipes_validate(file: str) -> None:
     """Check a recipe file; every mistake is named at once."""
     with reported():
-        from prunecli import catalog
+        from prunecli.recipe import packaged
 
-        catalog.validate(file)
+        packaged.validate(file)
         tell(f"{file} is a valid recipe.")
 
 
@@ -392,7 +393,7 @@ def _flags(
     seed: int | None = None,
 ) -> dict[str, Any]:
     """The shared options as recipe keys. Raises UsageError where a number cannot be read."""
-    from prunecli.recipe import parse_assignments
+    from prunecli.recipe.recipe import parse_assignments
 
     rate: str | float | None = lr
     if lr is not None and lr != "auto":
@@ -431,8 +432,8 @@ def _resolved(
     ``--model`` is the model, or beside a word that is one the function that made that run. A resume without anything
     else takes the recipe of the run folder.
     """
-    from prunecli import catalog
-    from prunecli.recipe import Recipe, layered, parse_assignments
+    from prunecli.recipe import packaged
+    from prunecli.recipe.recipe import Recipe, layered, parse_assignments
 
     words = words or []
     models = [word for word in words if not _ASSIGNMENT.match(word)]
@@ -441,7 +442,7 @@ def _resolved(
     flags |= _given(model=models[0], function=model) if models else _given(model=model)
     if resume and not words and recipe is None and not flags:
         return _recipe_of_run(out)
-    base = catalog.read(recipe) if recipe else {}
+    base = packaged.read(recipe) if recipe else {}
     assigned = parse_assignments([word for word in words if _ASSIGNMENT.match(word)])
     return Recipe.from_mapping(layered(base, assigned, flags), origin=recipe or "options")
 

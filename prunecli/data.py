@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.recipe import DataSettings
+from prunecli.recipe.recipe import DataSettings
 from prunecli.sources import UNREADABLE, ArraySplit, Split, open_source
 from prunecli.zoo import InputSpec
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunecli import check
 from prunecli.gates import Gated, planned_gates
-from prunecli.recipe import PruneSettings, Target
+from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.score import Scores, score_model
 from prunecli.stages import EQUIVALENCE_TOLERANCE, Source, make_plan
 from prunecli.values.groups import Graph

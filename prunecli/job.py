@@ -18,7 +18,7 @@ from torch import nn
 from prunecli import cost, data, evaluation, lr, phase, retraining, schedule, spectrum, store
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
-from prunecli.recipe import FinetuneSettings, Recipe
+from prunecli.recipe.recipe import FinetuneSettings, Recipe
 from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.values.plan import Plan, Value
 from prunecli.values.report import (

@@ -24,7 +24,7 @@ from prunecli import checkpoint
 from prunecli.data import Companion
 from prunecli.errors import UsageError
 from prunecli.outputs import logits_of
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 
 Net = Callable[[Tensor], Any]  # images [B, C, H, W] -> logits [B, K], as ``outputs`` finds them
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 from prunecli.errors import UsageError
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseCost, PhaseName
 

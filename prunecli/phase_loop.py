@@ -20,7 +20,7 @@ from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
 from prunecli.push import Push
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.stopping import stop_requests
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
 from prunecli.values.plan import PlannedGroup

@@ -37,7 +37,7 @@ from prunecli.job import (
     recommended_lr,
     reload_,
 )
-from prunecli.recipe import PruneSettings, Recipe, Target
+from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
 from prunecli.score import Scores

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from prunecli.errors import PruneError
 from prunecli.evaluation import answers, recalibrate_bn_
 from prunecli.objective import build_objective
-from prunecli.recipe import DistillSettings, FinetuneSettings
+from prunecli.recipe.recipe import DistillSettings, FinetuneSettings
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
 
 HELD_OUT = 512  # most images a probe is judged on

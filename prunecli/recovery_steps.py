@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prunecli import data, recover
 from prunecli.evaluation import recalibrate_bn_
 from prunecli.probe import HELD_OUT
-from prunecli.recipe import FinetuneSettings, RecoverSettings
+from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
 from prunecli.repair import repair_
 from prunecli.spectrum import JacobianSpectrum

@@ -13,7 +13,7 @@ from prunecli.errors import UsageError
 from prunecli.gates import is_open
 from prunecli.outputs import logits_of
 from prunecli.prospect import prospect_scores
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.score import Scores, score_model
 from prunecli.stages import Source, resolve_device
 from prunecli.values.groups import Graph

@@ -18,7 +18,7 @@ from prunecli import budget, check, cost, data, score, spectrum, store, surgery,
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.factory import Function
 from prunecli.graph import build_graph
-from prunecli.recipe import PruneSettings, Recipe, Target
+from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.score import Scores
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup

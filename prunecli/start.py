@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunecli import recover, sao, wording
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5

@@ -31,7 +31,7 @@ from prunecli.errors import PruneError, UnsupportedError, UsageError, Verificati
 from prunecli.factory import Function
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
 from prunecli.outputs import as_rows, logits_of
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.values.report import Report, VerifyReport
 

@@ -19,7 +19,7 @@ from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import optimizer_name
 from prunecli.stopping import stop_requests, until
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness

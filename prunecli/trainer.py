@@ -27,7 +27,7 @@ from prunecli.errors import PruneError
 from prunecli.objective import Objective
 from prunecli.outputs import logits_of
 from prunecli.penalty import Penalty
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import Schedule, build_optimizer, build_schedule
 
 

@@ -11,7 +11,7 @@ import prunecli
 from prunecli import pipeline, zoo
 from prunecli.errors import UsageError
 from prunecli.outputs import tensors_of
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.store import reference_input
 
 ARCHITECTURES = {

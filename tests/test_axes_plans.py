@@ -42,7 +42,7 @@ from prunecli.check import equivalence_error
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph import build_graph
-from prunecli.recipe import PruneSettings, Target
+from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.surgery import cut_
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Graph
 from prunecli.values.plan import PlannedGroup

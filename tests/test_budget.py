@@ -15,7 +15,7 @@ from prunecli.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph import build_graph
-from prunecli.recipe import PruneSettings, Target
+from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.score import score_groups
 from prunecli.surgery import named_tensors
 from prunecli.values.groups import (

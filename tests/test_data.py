@@ -24,7 +24,7 @@ from torchvision.transforms import functional as tv
 
 from prunecli.data import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
 from prunecli.errors import PruneError, UsageError
-from prunecli.recipe import DataSettings
+from prunecli.recipe.recipe import DataSettings
 from prunecli.sources import ArraySplit, FolderSplit, open_source
 from prunecli.zoo import InputSpec, input_spec, load_model
 

@@ -32,7 +32,7 @@ from prunecli.gates import (
 from prunecli.graph import build_graph
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, make_plan
 from prunecli.surgery import cut_
 from prunecli.values.groups import Graph, Member

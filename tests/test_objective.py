@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from prunecli.errors import UsageError
 from prunecli.objective import Progressive, Supervised, build_objective, distillation_loss
-from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 
 
 def test_distillation_is_the_scaled_divergence() -> None:

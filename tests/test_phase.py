@@ -26,7 +26,7 @@ from prunecli.penalty import gram_loss
 from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_
 from prunecli.push import Push
-from prunecli.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.surgery import cut_
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup

@@ -22,7 +22,7 @@ from prunecli.errors import TargetError
 from prunecli.files import write_json
 from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
 from prunecli.values.report import Report

@@ -20,7 +20,7 @@ from prunecli.gates import gate_places, gated_weights
 from prunecli.graph import build_graph
 from prunecli.objective import LastBatch, build_objective
 from prunecli.prospect import prospect_scores
-from prunecli.recipe import EpsdSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import EpsdSettings, FinetuneSettings, Recipe
 from prunecli.scores import scores_of
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder

@@ -12,7 +12,7 @@ from prunecli import pipeline, score, stages
 from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
 from prunecli.values.plan import ModelRef
 from prunecli.zoo import InputSpec

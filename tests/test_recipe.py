@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from prunecli.errors import UsageError
-from prunecli.recipe import Recipe, Target, layered, parse_assignments, parse_yaml
+from prunecli.recipe.recipe import Recipe, Target, layered, parse_assignments, parse_yaml
 
 ORIGINAL = {"lr": 0.1, "epochs": 200}
 

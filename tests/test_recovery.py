@@ -10,12 +10,13 @@ import torch
 from test_cli import JOB, call
 from torch import nn
 
-from prunecli import catalog, pipeline, stages
+from prunecli import pipeline, stages
 from prunecli.errors import UsageError
 from prunecli.evaluation import knows_the_data, lost_top1
 from prunecli.job import open_job
 from prunecli.probe import calibrated_losses
-from prunecli.recipe import Recipe, layered
+from prunecli.recipe import packaged
+from prunecli.recipe.recipe import Recipe, layered
 from prunecli.recovering import recovery_context
 from prunecli.recovery import CANDIDATES, candidates_for, compare, recover_stage
 
@@ -101,7 +102,7 @@ def test_steps_that_look_at_images_need_data(tmp_path, step):
 
 @pytest.mark.slow
 def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path):
-    recipe = Recipe.from_mapping(layered(catalog.read("quickstart"), {"recover": {"probe_steps": 1}}))
+    recipe = Recipe.from_mapping(layered(packaged.read("quickstart"), {"recover": {"probe_steps": 1}}))
     job = open_job("compress", recipe, out=tmp_path / "run", resume=False, force=False, notify=lambda _: None)
     with job.closing:
         job.begin()

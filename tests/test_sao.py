@@ -12,7 +12,7 @@ from torch import nn
 
 from prunecli import store
 from prunecli.errors import UsageError
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
 from prunecli.start import start_anew_
 from prunecli.store import RunFolder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.recipe import Criterion
+from prunecli.recipe.recipe import Criterion
 from prunecli.score import CRITERIA, score_groups
 from prunecli.values.groups import Group, IndexMap, Member
 

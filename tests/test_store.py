@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunecli import cost, store, zoo
 from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import write_json
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.store import RunFolder, locate
 
 ROOT = Path(__file__).parents[1]

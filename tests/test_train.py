@@ -26,7 +26,7 @@ from prunecli import checkpoint, nets, train
 from prunecli.data import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.penalty import Orthogonality
-from prunecli.recipe import DataSettings, DistillSettings, FinetuneSettings
+from prunecli.recipe.recipe import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.stopping import Stopped, stop_if_asked, stop_requests
 from prunecli.zoo import input_spec, load_model
 

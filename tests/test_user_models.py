@@ -22,7 +22,7 @@ from prunecli import cost, pipeline, stages, store, zoo
 from prunecli.errors import PruneError, UsageError
 from prunecli.graph import build_graph
 from prunecli.outputs import tensors_of
-from prunecli.recipe import Recipe
+from prunecli.recipe.recipe import Recipe
 from prunecli.spectrum import jacobian_spectrum
 from prunecli.surgery import named_tensors
 

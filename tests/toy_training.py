@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from prunecli import files, train
 from prunecli.phase import Phase
 from prunecli.phase_loop import train_phase_
-from prunecli.recipe import FinetuneSettings
+from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport

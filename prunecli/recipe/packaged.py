@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from prunecli.errors import UsageError, nearest
-from prunecli.recipe import Recipe, parse_yaml, read_yaml
+from prunecli.recipe.recipe import Recipe, parse_yaml, read_yaml
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def folder() -> Path:
