@@ -169,14 +169,14 @@ def inspect(
 ) -> None:
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
     with reported():
-        from prunecli import render
         from prunecli.errors import UnsupportedError
+        from prunecli.show import tables
         from prunecli.stages import inspection, load_source
 
         flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
         resolved = _resolved(words, None, flags | _given(prune=_given(graph=engine)), model=model)
         found = inspection(load_source(resolved), resolved)
-        show(found.to_mapping(), render.inspection(found), as_json=as_json)
+        show(found.to_mapping(), tables.inspection(found), as_json=as_json)
         if not found.supported:
             raise UnsupportedError(f"{resolved.model} is not supported.")
 
@@ -197,7 +197,7 @@ def spectrum(
 ) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
-        from prunecli import render
+        from prunecli.show import tables
         from prunecli.spectrum import weight_spectra
         from prunecli.stages import jacobian_spectrum, load_source, open_images, resolve_device
 
@@ -222,7 +222,7 @@ def spectrum(
             "jacobian": found.values.tolist(),
             "layers": layers,
         }
-        show(document, render.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
+        show(document, tables.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
 
 
 @app.command()
@@ -240,15 +240,15 @@ def lr(
 ) -> None:
     """The recommended fine-tuning LR with its evidence."""
     with reported():
-        from prunecli import render
         from prunecli.job import lr_of_source
+        from prunecli.show import tables
 
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
             epochs=epochs, device=device,
         )  # fmt: skip
         found = lr_of_source(_resolved(words, None, flags, model=model))
-        show(found.model_dump(mode="json"), render.lr_table(found), as_json=as_json)
+        show(found.model_dump(mode="json"), tables.lr_table(found), as_json=as_json)
 
 
 @app.command(name="eval")
@@ -267,8 +267,9 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
-        from prunecli import render, train
+        from prunecli import train
         from prunecli.recipe.recipe import layered
+        from prunecli.show import tables
         from prunecli.stages import load_source, open_images, resolve_device
 
         flags = _flags(
@@ -290,22 +291,23 @@ def evaluate(
         found = train.evaluate(source.model.to(where), images.val_loader(), device=where)
         name = resolved.data.name
         document = {"model": source.ref.name, "data": name, **found.model_dump(mode="json")}
-        show(document, render.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)
+        show(document, tables.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)
 
 
 @app.command()
 def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = None, as_json: JsonOpt = False) -> None:
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
-        from prunecli import render, store
+        from prunecli import store
         from prunecli.factory import Function
         from prunecli.recipe.recipe import parse_assignments
+        from prunecli.show import tables
 
         args = parse_assignments(model_arg or [])
         if args and model is None:
             raise UsageError("--model-arg belongs to a function.", hint="Name it with --model.")
         found = store.verify(run, Function(name=model, args=args) if model is not None else None)
-        show(found.model_dump(mode="json"), render.verify_line(run, found), as_json=as_json)
+        show(found.model_dump(mode="json"), tables.verify_line(run, found), as_json=as_json)
 
 
 @app.command()
@@ -315,27 +317,27 @@ def models(
 ) -> None:
     """The support matrix for timm architectures."""
     with reported():
-        from prunecli import render
+        from prunecli.show import tables
         from prunecli.values import support_matrix
 
         matrix = support_matrix.stored_matrix()
         if pattern is None:
-            show(matrix.model_dump(mode="json"), render.matrix_table(matrix), as_json=as_json)
+            show(matrix.model_dump(mode="json"), tables.matrix_table(matrix), as_json=as_json)
             return
         found = matrix.matching(pattern)
         document = {name: row.model_dump(mode="json") | {"status": row.status} for name, row in found.items()}
-        show(document, render.architectures_table(found), as_json=as_json)
+        show(document, tables.architectures_table(found), as_json=as_json)
 
 
 @recipes.command("ls")
 def recipes_ls(as_json: JsonOpt = False) -> None:
     """The packaged recipes."""
     with reported():
-        from prunecli import render
         from prunecli.recipe import packaged
+        from prunecli.show import tables
 
         rows = [(name, packaged.summary(name)) for name in packaged.names()]
-        show(dict(rows), render.recipe_list(rows), as_json=as_json)
+        show(dict(rows), tables.recipe_list(rows), as_json=as_json)
 
 
 @recipes.command("show")
@@ -464,8 +466,8 @@ def _recipe_of_run(out: Path | None) -> Recipe:
 def _run_job(
     job: Callable[..., Any], recipe: Recipe, out: Path | None, resume: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    from prunecli import render
     from prunecli.progress import Narrator
+    from prunecli.show import tables
 
     opened: list[str] = []
 
@@ -477,11 +479,12 @@ def _run_job(
             narrator(event)
 
         report = job(recipe, out=out, resume=resume, force=force, notify=notify)
-    show(report.model_dump(mode="json"), render.report_summary(report, Path(opened[-1])), as_json=as_json)
+    show(report.model_dump(mode="json"), tables.report_summary(report, Path(opened[-1])), as_json=as_json)
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
-    from prunecli import phase, pipeline, render
+    from prunecli import phase, pipeline
+    from prunecli.show import tables
     from prunecli.stages import load_source, open_images
 
     source = load_source(recipe)
@@ -495,7 +498,7 @@ def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
         "notes": list(planned.notes),
         "phases": [cost.model_dump(mode="json") for cost in phases],
     }
-    show(document, render.plan_table(planned.plan, planned.target, proof, planned.notes, phases), as_json=as_json)
+    show(document, tables.plan_table(planned.plan, planned.target, proof, planned.notes, phases), as_json=as_json)
 
 
 def main() -> None:

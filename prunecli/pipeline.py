@@ -17,7 +17,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import cost, data, gate_plan, page, phase, phase_stage, spectrum, store, train
+from prunecli import cost, data, gate_plan, phase, phase_stage, spectrum, store, train
 from prunecli.budget import Learned
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.factory import Function
@@ -42,6 +42,7 @@ from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
 from prunecli.score import Scores
 from prunecli.scores import gate_scores, open_gates, scores_of
+from prunecli.show import page
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise

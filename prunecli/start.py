@@ -8,8 +8,9 @@ import time
 import torch
 from torch import nn
 
-from prunecli import recover, sao, wording
+from prunecli import recover, sao
 from prunecli.recipe.recipe import Recipe
+from prunecli.show import wording
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5

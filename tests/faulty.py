@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from prunecli import cli, pipeline, render, store  # noqa: F401 - imported once, for all jobs
+from prunecli import cli, pipeline, store  # noqa: F401 - imported once, for all jobs
+from prunecli.show import tables  # noqa: F401 - imported once, for all jobs
 
 CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"})
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import sample_report as sample
 
-from prunecli import plots
-from prunecli.page import report_page
+from prunecli.show import plots
+from prunecli.show.page import report_page
 from prunecli.values.report import LatencyReport, LayerReport, Report, VerifyReport
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -10,7 +10,7 @@ import sample_report as sample
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from prunecli import render, wording
+from prunecli.show import tables, wording
 from prunecli.stages import Inspection
 from prunecli.values.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
 from prunecli.values.report import Accuracy, PhaseReport, TargetResult, VerifyReport
@@ -81,18 +81,18 @@ def views() -> dict[str, RenderableType]:
     assert report.lr
     assert report.verify
     return {
-        "report": render.report_summary(report, Path("runs/cifar_resnet20-1")),
-        "plan": render.plan_table(sample.plan(), report.target, proof, ("[b]rounded[/b] up to 8",)),
-        "inspect": render.inspection(inspected),
-        "spectrum": render.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
-        "lr": render.lr_table(report.lr),
-        "verify": render.verify_line(Path("runs/a"), report.verify),
-        "eval": render.accuracy_table(
+        "report": tables.report_summary(report, Path("runs/cifar_resnet20-1")),
+        "plan": tables.plan_table(sample.plan(), report.target, proof, ("[b]rounded[/b] up to 8",)),
+        "inspect": tables.inspection(inspected),
+        "spectrum": tables.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
+        "lr": tables.lr_table(report.lr),
+        "verify": tables.verify_line(Path("runs/a"), report.verify),
+        "eval": tables.accuracy_table(
             "cifar_resnet20", "digits", Accuracy(top1=91.504, top5=None, loss=0.3124, samples=360), ("EMA weights",)
         ),
-        "recipes": render.recipe_list([("quickstart", "digits in two minutes"), ("papers/tpp_resnet56", "")]),
-        "models": render.matrix_table(sample_matrix.matrix()),
-        "architectures": render.architectures_table(sample_matrix.matrix().matching("*")),
+        "recipes": tables.recipe_list([("quickstart", "digits in two minutes"), ("papers/tpp_resnet56", "")]),
+        "models": tables.matrix_table(sample_matrix.matrix()),
+        "architectures": tables.architectures_table(sample_matrix.matrix().matching("*")),
     }
 
 
@@ -118,7 +118,7 @@ def test_a_run_without_data_or_target_or_spectrum():
     bare = sample.stages()[1].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
     dense = sample.stages()[0].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
     report = sample.report(stages=(dense, bare), target=None, lr=None, finetune=None, verify=None, recovery=())
-    shown = text(render.report_summary(report, Path("runs/a")), 200)
+    shown = text(tables.report_summary(report, Path("runs/a")), 200)
     assert "its accuracy was not measured" in shown
     assert "top-1" not in shown.split("stage")[0]
     assert "runs/a/report.html" in shown
@@ -127,7 +127,7 @@ def test_a_run_without_data_or_target_or_spectrum():
 
 def test_a_failed_verification_says_so():
     failed = VerifyReport(reload_max_abs_diff=0.5, classes_equal=False, ok=False)
-    shown = text(render.verify_line(Path("runs/a"), failed), 200)
+    shown = text(tables.verify_line(Path("runs/a"), failed), 200)
     assert "FAILED" in shown
     assert "5.0e-01" in shown
     assert "another number of classes" in shown
@@ -187,20 +187,20 @@ def test_a_phase_of_gates_says_how_many_are_open():
     gate = PhaseReport(
         name="gate", method="abp", steps=400, epochs=10, lr=0.1, open_before=0.592, open_after=0.8025, seconds=593.0
     )
-    told = " ".join(text(render.report_summary(sample.report(phases=(gate,)), Path("runs/a")), width=200).split())
+    told = " ".join(text(tables.report_summary(sample.report(phases=(gate,)), Path("runs/a")), width=200).split())
     assert "abp, every channel has a gate that learns whether it is needed: 400 steps = 10 epochs at LR 0.1; " in told
     assert "open gates 59.2 % → 80.2 %" in told  # 80.25 is a shade below in binary
 
 
 def test_a_phase_that_was_taught_says_so():
     phase = PhaseReport(name="push", method="tpp", steps=400, epochs=10, lr=0.01, distill=0.9, seconds=1.0)
-    told = " ".join(text(render.report_summary(sample.report(phases=(phase,)), Path("runs/a")), width=200).split())
+    told = " ".join(text(tables.report_summary(sample.report(phases=(phase,)), Path("runs/a")), width=200).split())
     assert "at LR 0.01; 0.9 of the loss distilled from the dense model" in told
 
 
 def test_phases_before_the_cut_are_told_with_the_budget():
     grow, push = sample.phases()
-    told = text(render.report_summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
+    told = text(tables.report_summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
     lines = [" ".join(line.split()) for line in told.splitlines() if line.startswith(("before", "budget"))]
     assert lines == [
         "before the cut tpp, a small penalty grows on all channels, then they are picked: 3,900 steps = 10 epochs at "

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from prunecli import wording
+from prunecli.show import wording
 from prunecli.values.report import LayerReport, PhaseReport, Stage
 
 SPECTRA_SHOWN = 24

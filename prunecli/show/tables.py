@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from prunecli import wording
+from prunecli.show import wording
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
     Accuracy,

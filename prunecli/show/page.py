@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from prunecli import plots, wording
+from prunecli.show import plots, wording
 from prunecli.values.plan import Plan
 from prunecli.values.report import LayerReport, PhaseReport, RecoveryStep, Report, SpectrumSummary
 
