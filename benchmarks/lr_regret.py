@@ -44,6 +44,7 @@ from prunecli.evaluation import lost_top1
 from prunecli.files import write_tensors
 from prunecli.job import Job, open_job
 from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
+from prunecli.models.load import load_model
 from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.recovering import recovery_context
@@ -51,7 +52,6 @@ from prunecli.recovery_steps import apply_steps, has_batch_norm
 from prunecli.retraining import adaptive_peak
 from prunecli.schedule import build_optimizer
 from prunecli.spectrum import jacobian_spectrum
-from prunecli.zoo import load_model
 
 RESULTS = Path(__file__).parent / "results" / "lr_regret.json"
 GRIDS = {

@@ -28,8 +28,9 @@ import torch_pruning as tp
 from own_process import in_own_process
 from torch import nn
 
-from prunecli import budget, score, surgery, zoo
+from prunecli import budget, score, surgery
 from prunecli.graph import build_graph
+from prunecli.models.load import input_spec
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.values import support_matrix
 from prunecli.values.plan import Cost, ModelRef, PlannedGroup
@@ -92,7 +93,7 @@ def timed(run: Callable[[nn.Module, tuple[int, int, int]], nn.Module], name: str
     """Time one plan and cut of a fresh model, then try the result."""
     torch.manual_seed(0)
     ref = ModelRef(name=name, num_classes=CLASSES, timm=timm.__version__)
-    model, size = timm.create_model(name, num_classes=CLASSES).eval(), zoo.input_spec(ref).size
+    model, size = timm.create_model(name, num_classes=CLASSES).eval(), input_spec(ref).size
     began = time.perf_counter()
     failure = None
     try:

@@ -28,10 +28,10 @@ from torch.nn import functional
 from prunecli.checkpoint import prefixed, unprefixed
 from prunecli.data import CropFlip, epoch_order
 from prunecli.files import read_tensors, write_tensors
+from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import build_optimizer, build_schedule
 from prunecli.trainer import wants_bf16
-from prunecli.zoo import InputSpec
 
 _CHUNK = 10_000  # images augmented at once
 

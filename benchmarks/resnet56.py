@@ -38,11 +38,11 @@ from resident import Course, Resident
 from torch import nn
 
 from prunecli.data import epoch_order, open_data
+from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
 from prunecli.spectrum import jacobian_spectrum
 from prunecli.store import RunFolder, load_exported
-from prunecli.zoo import input_spec, load_model
 
 RESULTS = Path(__file__).parent / "results" / "resnet56.json"
 NET = "cifar_resnet56"

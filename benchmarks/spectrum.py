@@ -31,7 +31,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import prunecli.nets  # noqa: F401 - registers the CIFAR nets with timm
+import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR nets with timm
 from prunecli.spectrum import jacobian_spectrum
 
 CASES = ("cifar_resnet20:32:16:10", "cifar_resnet20:32:2:10", "resnet18:64:4:100", "regnety_002:64:2:200")

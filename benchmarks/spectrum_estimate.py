@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import prunecli.nets  # noqa: F401 - registers the CIFAR nets with timm
+import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR nets with timm
 from prunecli.spectrum import jacobian_estimate, jacobian_spectrum
 
 EXACT = ("resnet18:64:4:100", "regnety_002:64:2:200")

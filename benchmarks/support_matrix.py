@@ -28,9 +28,10 @@ from typing import Any, TypeVar
 import timm
 import torch
 
-from prunecli import stages, trial, zoo
+from prunecli import stages, trial
 from prunecli.errors import PruneError
 from prunecli.graph import build_graph
+from prunecli.models.load import build, input_spec
 from prunecli.summary import versions
 from prunecli.values import support_matrix
 from prunecli.values.plan import ModelRef, Value
@@ -55,8 +56,8 @@ def survey(work: Path) -> dict[str, Row]:
         for name in timm.list_models():
             if name not in known:
                 ref = reference(name)
-                size = zoo.input_spec(ref).size
-                known[name] = trial.blank_row(name, zoo.build(ref), model_args=ref.args, input_size=size)
+                size = input_spec(ref).size
+                known[name] = trial.blank_row(name, build(ref), model_args=ref.args, input_size=size)
                 lines.write(known[name].model_dump_json() + "\n")
                 lines.flush()
     return known
@@ -81,7 +82,7 @@ def representatives(known: Mapping[str, Row]) -> dict[str, str]:
 def one(name: str, out: Path) -> Row:
     """Try one architecture here; its graph is timed and weighed first, on a model without weights."""
     ref = reference(name)
-    model, size = zoo.build(ref), zoo.input_spec(ref).size
+    model, size = build(ref), input_spec(ref).size
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     start, before = time.perf_counter(), resident_mib("VmRSS")
     graph = build_graph(model, size)
@@ -98,7 +99,7 @@ def fewer_layers(ref: ModelRef, structure: str) -> dict[str, Any]:
     """Arguments that build the same structure with fewer layers; none where no known argument does."""
     for args in FEWER_LAYERS:
         try:
-            smaller = zoo.build(ref.model_copy(update={"args": {**ref.args, **args}}))
+            smaller = build(ref.model_copy(update={"args": {**ref.args, **args}}))
         except (PruneError, RuntimeError, IndexError):
             continue
         if trial.structure_of(smaller) == structure:
@@ -134,7 +135,7 @@ def trace_all(work: Path, names: Iterable[str]) -> list[Traced]:
 def trace_one(name: str) -> Traced:
     """Time, groups and prunable share of one architecture."""
     ref = reference(name)
-    model, size = zoo.build(ref), zoo.input_spec(ref).size
+    model, size = build(ref), input_spec(ref).size
     params = sum(parameter.numel() for parameter in model.parameters())
     start = time.perf_counter()
     try:
@@ -164,7 +165,7 @@ def several(names: Sequence[str], place: Path) -> None:
 def refused(name: str, problem: str) -> Row:
     """A row that says only why there is none."""
     ref = reference(name)
-    blank = trial.blank_row(name, zoo.build(ref), model_args=ref.args, input_size=zoo.input_spec(ref).size)
+    blank = trial.blank_row(name, build(ref), model_args=ref.args, input_size=input_spec(ref).size)
     return blank.model_copy(update={"problem": problem})
 
 
@@ -290,7 +291,7 @@ def page(matrix: Matrix) -> str:
         error = "" if row.worst_error is None else f"{row.worst_error:.0e}"
         said = f"{row.status}{': ' if row.reason else ''}{row.reason}".replace("|", "\\|")
         name = row.name + "".join(f" {key}={value}" for key, value in row.model_args.items())
-        if row.input_size != zoo.input_spec(reference(row.name)).size:
+        if row.input_size != input_spec(reference(row.name)).size:
             name += f" at {row.input_size[1]}x{row.input_size[2]} px"
         cells = [
             name,

@@ -16,11 +16,12 @@ from pathlib import Path
 import timm
 import torch
 
-from prunecli import nets, train
+from prunecli import train
 from prunecli.data import open_data
 from prunecli.files import write_tensors
+from prunecli.models import paper_nets
+from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
-from prunecli.zoo import input_spec, load_model
 
 SEED = 0
 PEAK_LR = 0.1
@@ -31,7 +32,7 @@ SETTINGS = FinetuneSettings(optimizer="sgd", schedule="cosine", warmup_epochs=1.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=nets.ASSETS / "cifar_resnet20_digits.safetensors")
+    parser.add_argument("--out", type=Path, default=paper_nets.ASSETS / "cifar_resnet20_digits.safetensors")
     asked = parser.parse_args()
 
     torch.set_num_threads(1)  # the same bits wherever it runs with the same torch

@@ -299,7 +299,7 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
         from prunecli import store
-        from prunecli.factory import Function
+        from prunecli.models.user_function import Function
         from prunecli.recipe.recipe import parse_assignments
         from prunecli.show import tables
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunecli.errors import PruneError, UsageError
+from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import DataSettings
 from prunecli.sources import UNREADABLE, ArraySplit, Split, open_source
-from prunecli.zoo import InputSpec
 
 log = logging.getLogger("prunecli")
 

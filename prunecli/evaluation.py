@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli.errors import PruneError
-from prunecli.outputs import logits_of
+from prunecli.models.outputs import logits_of
 from prunecli.values.report import Accuracy
 
 

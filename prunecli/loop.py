@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from prunecli import checkpoint
 from prunecli.checkpoint import Progress
 from prunecli.errors import DivergedError, InterruptedRunError, PruneError
+from prunecli.models.load import state_digest
 from prunecli.stopping import Stopped, stop_if_asked, until
 from prunecli.trainer import Trainer, TrainingImages
-from prunecli.zoo import state_digest
 
 Event = dict[str, Any]
 _EVENT_SECONDS = 0.5  # at most one step event in this time

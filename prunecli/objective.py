@@ -23,7 +23,7 @@ from torch.nn import functional
 from prunecli import checkpoint
 from prunecli.data import Companion
 from prunecli.errors import UsageError
-from prunecli.outputs import logits_of
+from prunecli.models.outputs import logits_of
 from prunecli.recipe.recipe import FinetuneSettings
 
 Net = Callable[[Tensor], Any]  # images [B, C, H, W] -> logits [B, K], as ``outputs`` finds them

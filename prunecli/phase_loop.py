@@ -16,6 +16,7 @@ from torch import nn
 from prunecli.errors import PruneError
 from prunecli.gates import Gated, GateSteps
 from prunecli.loop import Event, Loop, Run, settle_
+from prunecli.models.load import state_digest
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
@@ -25,7 +26,6 @@ from prunecli.stopping import stop_requests
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport
-from prunecli.zoo import state_digest
 
 
 def train_phase_(

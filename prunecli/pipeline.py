@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from prunecli import cost, data, gate_plan, phase, phase_stage, spectrum, store, train
 from prunecli.budget import Learned
 from prunecli.errors import PruneError, TargetError, UsageError
-from prunecli.factory import Function
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph import build_graph
 from prunecli.job import (
@@ -37,6 +36,7 @@ from prunecli.job import (
     recommended_lr,
     reload_,
 )
+from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunecli.channels import row_index, rows, silencing_slices, slices
+from prunecli.models.channels import row_index, rows, silencing_slices, slices
 from prunecli.penalty import Penalty, gram_loss
 from prunecli.phase import Phase
 from prunecli.values.groups import Member, module_of

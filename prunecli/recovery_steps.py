@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli import data, recover
 from prunecli.evaluation import recalibrate_bn_
+from prunecli.models.load import InputSpec
 from prunecli.probe import HELD_OUT
 from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
@@ -23,7 +24,6 @@ from prunecli.spectrum import JacobianSpectrum
 from prunecli.stages import spectrum_batch
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
-from prunecli.zoo import InputSpec
 
 _CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # BatchNorm's old ones mean nothing after them
 _NAMED: Final = 3  # layers left alone that are named; the rest are counted

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunecli.channels import row_index, rows
 from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.models.channels import row_index, rows
 from prunecli.values.groups import Group, Member, Role, module_of
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunecli import data
 from prunecli.errors import UsageError
 from prunecli.gates import is_open
-from prunecli.outputs import logits_of
+from prunecli.models.outputs import logits_of
 from prunecli.prospect import prospect_scores
 from prunecli.recipe.recipe import Recipe
 from prunecli.score import Scores, score_model

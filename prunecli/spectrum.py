@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunecli import lanczos
 from prunecli.errors import PruneError, UnsupportedError
-from prunecli.outputs import logits_of
+from prunecli.models.outputs import logits_of
 from prunecli.recover import evaluating, weight_layers, weight_matrices
 from prunecli.values.report import SpectrumSummary
 

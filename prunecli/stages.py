@@ -14,10 +14,11 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, cost, data, score, spectrum, store, surgery, zoo
+from prunecli import budget, check, cost, data, score, spectrum, store, surgery
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
-from prunecli.factory import Function
 from prunecli.graph import build_graph
+from prunecli.models.load import InputSpec, input_spec, load_model
+from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.score import Scores
 from prunecli.values.groups import Graph
@@ -39,7 +40,7 @@ class Source:
 
     model: nn.Module
     ref: ModelRef
-    spec: zoo.InputSpec
+    spec: InputSpec
     digest: str
     cost: Cost
     notes: tuple[str, ...]
@@ -158,7 +159,7 @@ def load_source(recipe: Recipe) -> Source:
             f"{recipe.model} is no run folder, so {recipe.function!r} cannot have made it.", hint="Name one."
         )
     else:
-        loaded = zoo.load_model(
+        loaded = load_model(
             recipe.model,
             weights=recipe.weights,
             pretrained=recipe.pretrained,
@@ -171,7 +172,7 @@ def load_source(recipe: Recipe) -> Source:
     broken += [name for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]  # a mask may be infinite
     if broken:
         raise PruneError(f"The weights of {recipe.weights or recipe.model} are not finite, first in {broken[0]}.")
-    spec = zoo.input_spec(ref)
+    spec = input_spec(ref)
     return Source(
         model=model, ref=ref, spec=spec, digest=digest, cost=cost.measure(model, spec.size), notes=tuple(notes)
     )
@@ -379,7 +380,7 @@ def jacobian_spectrum(
     return spectrum.jacobian_estimate(model.to(device), batch, steps=settings.steps, seed=recipe.seed)
 
 
-def spectrum_batch(images: data.Images | None, spec: zoo.InputSpec, count: int, *, seed: int) -> Tensor:
+def spectrum_batch(images: data.Images | None, spec: InputSpec, count: int, *, seed: int) -> Tensor:
     """Images [count, C, H, W] for the Jacobian: training images in evaluation preprocessing, else Gaussian noise."""
     if images is not None:
         return images.calibration(count)[0]

@@ -26,11 +26,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prunecli import __version__, factory, surgery, zoo
+from prunecli import __version__, surgery
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
-from prunecli.factory import Function
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
-from prunecli.outputs import as_rows, logits_of
+from prunecli.models import user_function
+from prunecli.models.load import build, input_spec
+from prunecli.models.outputs import as_rows, logits_of
+from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.values.report import Report, VerifyReport
@@ -288,7 +290,7 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
         PruneError: the disk refuses, or what ``ref`` names makes another module than before.
     """
     function = Function.of(ref)
-    plain = zoo.build(ref) if function is None else factory.make(function, title=f"Model {function}")
+    plain = build(ref) if function is None else user_function.make(function, title=f"Model {function}")
     structure = surgery.structure_of(plain, model, whole=function is not None)
     held = surgery.named_tensors(model)
     tensors = {**model.state_dict(), **{name: held[name] for name in structure.extra}}
@@ -362,8 +364,8 @@ def _plain(folder: Path, ref: ModelRef, function: Callable[[], object] | None) -
     """
     _require_consent(folder, ref, function)
     if function is None:
-        return zoo.build(ref)
-    return factory.make(function, title=f"Model {function}" if isinstance(function, Function) else "The function")
+        return build(ref)
+    return user_function.make(function, title=f"Model {function}" if isinstance(function, Function) else "The function")
 
 
 def _require_consent(folder: Path, ref: ModelRef, function: Callable[[], object] | None) -> None:
@@ -501,7 +503,7 @@ def _reference_logits(model: nn.Module, ref: ModelRef) -> Tensor:
     was_training, threads = cpu_model.training, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        output = cpu_model.eval()(reference_input(zoo.input_spec(ref).size))
+        output = cpu_model.eval()(reference_input(input_spec(ref).size))
     finally:
         torch.set_num_threads(threads)
     cpu_model.train(was_training)

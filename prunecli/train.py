@@ -16,6 +16,7 @@ from prunecli import checkpoint
 from prunecli.errors import PruneError, UsageError
 from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.loop import Event, Loop, Run, settle_
+from prunecli.models.load import state_digest
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty
 from prunecli.probe import ProbeResult, probe_loss
@@ -24,7 +25,6 @@ from prunecli.schedule import optimizer_name
 from prunecli.stopping import stop_requests, until
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
 from prunecli.values.report import Accuracy, FinetuneReport
-from prunecli.zoo import state_digest
 
 __all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]
 

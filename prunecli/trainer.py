@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 from prunecli.data import Companion
 from prunecli.errors import PruneError
+from prunecli.models.outputs import logits_of
 from prunecli.objective import Objective
-from prunecli.outputs import logits_of
 from prunecli.penalty import Penalty
 from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import Schedule, build_optimizer, build_schedule

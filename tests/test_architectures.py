@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import prunecli
-from prunecli import pipeline, zoo
+from prunecli import pipeline
 from prunecli.errors import UsageError
-from prunecli.outputs import tensors_of
+from prunecli.models.load import load_model
+from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
 from prunecli.store import reference_input
 
@@ -51,7 +52,7 @@ def test_feature_extractors_keep_their_widths_and_reload(name, tmp_path):
     assert report.verify.reload_max_abs_diff == 0
     assert any("no classifier" in warning for warning in report.warnings)
     images = reference_input((3, 224, 224))
-    plain = zoo.load_model(name, pretrained=False, model_args=FEATURES[name]).model
+    plain = load_model(name, pretrained=False, model_args=FEATURES[name]).model
     with torch.no_grad():
         widths = [[t.shape for t in tensors_of(m(images))] for m in (plain, prunecli.load(tmp_path / "run"))]
     assert widths[0] == widths[1]

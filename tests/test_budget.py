@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prunecli.nets  # noqa: F401 (registers cifar_resnet56)
+import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
 from prunecli.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError

@@ -260,9 +260,9 @@ def weights_file(tmp_path: Path, kind: str) -> Path:
 
 
 def prunecli_state() -> dict[str, torch.Tensor]:
-    from prunecli import zoo
+    from prunecli.models.load import load_model
 
-    return dict(zoo.load_model("lenet5_relu", pretrained=False).model.state_dict())
+    return dict(load_model("lenet5_relu", pretrained=False).model.state_dict())
 
 
 @pytest.mark.parametrize(

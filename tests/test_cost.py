@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-import prunecli.nets  # noqa: F401 (registers cifar_resnet56)
+import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
 from prunecli.cost import count_macs, measure
 from prunecli.surgery import named_tensors
 

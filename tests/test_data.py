@@ -24,9 +24,9 @@ from torchvision.transforms import functional as tv
 
 from prunecli.data import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
 from prunecli.errors import PruneError, UsageError
+from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.recipe.recipe import DataSettings
 from prunecli.sources import ArraySplit, FolderSplit, open_source
-from prunecli.zoo import InputSpec, input_spec, load_model
 
 CIFAR_SPEC = InputSpec(
     size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear", crop_pct=1.0

@@ -13,8 +13,8 @@ import user_nets
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError, UsageError
-from prunecli.factory import Function, count_classes, declared_input, make, names_function
-from prunecli.zoo import load_model
+from prunecli.models.load import load_model
+from prunecli.models.user_function import Function, count_classes, declared_input, make, names_function
 
 MINE = """
 import sys

@@ -13,7 +13,7 @@ from axes_nets import INPUT, ChunkMix, Residual, Stack
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import prunecli.nets  # noqa: F401 - registers the CIFAR networks
+import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR networks
 from prunecli.errors import UsageError
 from prunecli.graph import build_graph
 from prunecli.values.groups import Graph

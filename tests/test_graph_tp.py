@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import prunecli.nets  # noqa: F401 (registers cifar_resnet20)
+import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet20)
 from prunecli.check import equivalence_error
 from prunecli.cost import measure
 from prunecli.errors import UnsupportedError

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import prunecli.nets
+import prunecli.models.paper_nets
 
 # name -> (parameters, input size, num_features, head_hidden_size). ResNet counts: He et al. 2016 / METHODS; the others
 # by hand: MLP 1024*100+100 + 5*(100*100+100) + 100*10+10; LeNet 156 + 2416 + 48120 + 10164 + 850.
@@ -113,7 +113,7 @@ def test_digits_tag_has_its_own_input_and_leaves_the_plain_name_alone() -> None:
 
 
 def test_shipped_digits_checkpoint_loads_offline() -> None:
-    file = prunecli.nets.ASSETS / "cifar_resnet20_digits.safetensors"
+    file = prunecli.models.paper_nets.ASSETS / "cifar_resnet20_digits.safetensors"
     if not file.is_file():
         pytest.skip("the shipped checkpoint is not there yet")
     assert file.stat().st_size <= 2 * 2**20

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunecli.errors import UnsupportedError
-from prunecli.outputs import logits_of, tensors_of
+from prunecli.models.outputs import logits_of, tensors_of
 
 LOGITS, OTHER = torch.zeros(2, 3), torch.ones(2, 5)
 Named = namedtuple("Named", ["aux", "logits"])  # as torchvision's InceptionOutputs

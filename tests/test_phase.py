@@ -18,10 +18,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net, train_toy_phase
 
-from prunecli import nets  # noqa: F401 - registers the papers' networks
-from prunecli.channels import silencing_slices
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph import build_graph
+from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
+from prunecli.models.channels import silencing_slices
 from prunecli.penalty import gram_loss
 from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_

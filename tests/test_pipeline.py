@@ -22,11 +22,11 @@ from prunecli.errors import TargetError
 from prunecli.files import write_json
 from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
+from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
 from prunecli.values.report import Report
-from prunecli.zoo import load_model
 
 ROOT = Path(__file__).parents[1]
 SAVING = "finetune.checkpoint_every=3"

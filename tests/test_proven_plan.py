@@ -12,10 +12,10 @@ from prunecli import pipeline, score, stages
 from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
+from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
 from prunecli.values.plan import ModelRef
-from prunecli.zoo import InputSpec
 
 SIZE = (3, 4, 4)
 

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prunecli import cost, store, zoo
+from prunecli import cost, store
 from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import write_json
+from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.store import RunFolder, locate
 
@@ -29,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain model, exported."""
     folder = RunFolder(path=tmp_path_factory.mktemp("exported"))
-    loaded = zoo.load_model("lenet5_relu", pretrained=False)
-    size = cost.measure(loaded.model, zoo.input_spec(loaded.ref).size)
+    loaded = load_model("lenet5_relu", pretrained=False)
+    size = cost.measure(loaded.model, input_spec(loaded.ref).size)
     store.export(folder, loaded.model, ref=loaded.ref, base=size, final=size)
     return folder.path
 
@@ -131,7 +132,7 @@ def test_resume_and_force_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_a_model_comes_back_to_the_bit(exported: Path) -> None:
-    state = zoo.load_model("lenet5_relu", pretrained=False).model.state_dict()
+    state = load_model("lenet5_relu", pretrained=False).model.state_dict()
     found = store.load(exported).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
@@ -247,8 +248,8 @@ def test_the_reference_images_are_the_same_everywhere() -> None:
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    loaded = zoo.load_model("lenet5_relu", pretrained=False)
+    loaded = load_model("lenet5_relu", pretrained=False)
     model: nn.Module = loaded.model.train()
-    size = cost.measure(model, zoo.input_spec(loaded.ref).size)
+    size = cost.measure(model, input_spec(loaded.ref).size)
     store.export(RunFolder(path=tmp_path), model, ref=loaded.ref, base=size, final=size)
     assert model.training

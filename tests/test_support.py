@@ -8,7 +8,7 @@ import pytest
 import timm
 from sample_matrix import matrix, row, trials
 
-import prunecli.nets  # noqa: F401 (registers the papers' networks)
+import prunecli.models.paper_nets  # noqa: F401 (registers the papers' networks)
 from prunecli.errors import UsageError
 from prunecli.values.support_matrix import Matrix, stored_matrix
 

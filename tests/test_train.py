@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, ToyImages, toy_net
 
-from prunecli import checkpoint, nets, train
+from prunecli import checkpoint, train
 from prunecli.data import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.models import paper_nets
+from prunecli.models.load import input_spec, load_model
 from prunecli.penalty import Orthogonality
 from prunecli.recipe.recipe import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.stopping import Stopped, stop_if_asked, stop_requests
-from prunecli.zoo import input_spec, load_model
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
 
@@ -458,7 +459,7 @@ def test_no_epochs_or_no_batches() -> None:
 
 
 def test_the_digits_checkpoint_is_what_its_metadata_says() -> None:
-    path = nets.ASSETS / "cifar_resnet20_digits.safetensors"
+    path = paper_nets.ASSETS / "cifar_resnet20_digits.safetensors"
     metadata = _header(path)
     assert path.stat().st_size < 2_000_000
     assert metadata["made_by"].startswith("benchmarks/train_digits.py")

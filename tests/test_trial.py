@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 
-from prunecli import zoo
+from prunecli.models.load import build
 from prunecli.trial import reload_difference, structure_of, try_architecture
 from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Row, stored_matrix
@@ -41,7 +41,7 @@ def test_what_the_matrix_says_holds(shipped: Row, tmp_path: Path):
 
 
 def plain(name: str, **args: Any):
-    return zoo.build(ModelRef(name=name, args=args, num_classes=10, timm=timm.__version__))
+    return build(ModelRef(name=name, args=args, num_classes=10, timm=timm.__version__))
 
 
 def test_structures_ignore_sizes_and_repetitions_only():

@@ -18,10 +18,11 @@ from test_cli import JOB, call, sentence
 from torch import nn
 
 import prunecli
-from prunecli import cost, pipeline, stages, store, zoo
+from prunecli import cost, pipeline, stages, store
 from prunecli.errors import PruneError, UsageError
 from prunecli.graph import build_graph
-from prunecli.outputs import tensors_of
+from prunecli.models.load import input_spec, load_model
+from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
 from prunecli.spectrum import jacobian_spectrum
 from prunecli.surgery import named_tensors
@@ -72,7 +73,7 @@ def test_a_function_gives_what_the_same_model_gives_by_its_timm_name() -> None:
     """The papers' networks are functions decorated with ``register_model``, as a user's registered model is."""
     recipe = Recipe.from_mapping({"target": "macs=50%", "pretrained": False, "prune": {"round_to": 1}})
     sources, plans, cuts = [], [], []
-    for name in ("lenet5_relu", "prunecli.nets:lenet5_relu"):
+    for name in ("lenet5_relu", "prunecli.models.paper_nets:lenet5_relu"):
         source = stages.load_source(recipe.model_copy(update={"model": name}))
         planned, _ = pipeline.plan_and_prove(source, recipe, None)
         assert planned.plan.model.name == name
@@ -268,8 +269,8 @@ def test_arguments_are_named_by_the_user_too(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_of_timm_needs_no_function(tmp_path: Path) -> None:
-    loaded = zoo.load_model("lenet5_relu", pretrained=False)
-    size = cost.measure(loaded.model, zoo.input_spec(loaded.ref).size)
+    loaded = load_model("lenet5_relu", pretrained=False)
+    size = cost.measure(loaded.model, input_spec(loaded.ref).size)
     store.export(store.RunFolder(path=tmp_path), loaded.model, ref=loaded.ref, base=size, final=size)
     for arguments, said in ([NAMED], "Leave --model out"), (["--model-arg=width=3"], "Name it with --model"):
         result = call("verify", str(tmp_path), *arguments)

@@ -24,8 +24,8 @@ from timm.models import _registry as registry
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
+from prunecli.models.load import build, input_spec, load_model, state_digest
 from prunecli.values.plan import ModelRef
-from prunecli.zoo import build, input_spec, load_model, state_digest
 
 SMALL = "mlp7_relu"  # 154,010 parameters: quick to write and read
 
@@ -400,7 +400,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 HUB_SCRIPT = """
 import sys, time, urllib.request
 from prunecli.errors import PruneError
-from prunecli.zoo import load_model
+from prunecli.models.load import load_model
 for name in sys.argv[2:]:
     if name == "stop":
         urllib.request.urlopen(sys.argv[1] + "/stop").read()
@@ -449,7 +449,7 @@ def test_a_client_that_closed_itself_is_an_unreachable_server(monkeypatch: pytes
     def refused(_name: str) -> None:
         raise RuntimeError("Cannot send a request, as the client has been closed.")  # as httpx says it to hub 1.x
 
-    monkeypatch.setattr("prunecli.zoo.load_model_config_from_hf", refused)
+    monkeypatch.setattr("prunecli.models.load.load_model_config_from_hf", refused)
     with pytest.raises(PruneError, match="cannot be reached"):
         load_model("hf-hub:me/other")
 

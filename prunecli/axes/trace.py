@@ -25,7 +25,7 @@ from prunecli.axes.ints import Attribute, TracedInt, untraced
 from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
 from prunecli.axes.rules import WHOLE_CALLS, apply_rule, run_whole
 from prunecli.errors import UnsupportedError
-from prunecli.outputs import tensors_of
+from prunecli.models.outputs import tensors_of
 
 INPUT = "it is an axis of the network's input"
 OUTPUT = "it is an axis of the network's output (classes)"

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 __all__ = ["MLP7", "CifarResNet", "CifarVGG", "LeNet5"]
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # of scikit-learn's digits, scaled to [0, 1]
 
 VGG19_WIDTHS = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)

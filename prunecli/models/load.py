@@ -2,7 +2,8 @@
 
 ``load_model`` resolves a timm name, ``hf-hub:owner/name`` or ``local-dir:PATH``, loads weights strictly and says where
 they come from. ``build`` makes the plain module of a reference again without reading any weights. ``input_spec`` is the
-checkpoint's own preprocessing. The papers' networks (``prunecli.nets``) are registered by importing this module.
+checkpoint's own preprocessing. The papers' networks (``prunecli.models.paper_nets``) are registered by importing this
+module.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from timm.models._hub import load_model_config_from_path  # the one public way t
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunecli import factory
-from prunecli import nets as _registered  # noqa: F401 - import registers the papers' networks
 from prunecli.errors import PruneError, UsageError, nearest, one_line
+from prunecli.models import paper_nets as _registered  # noqa: F401 - import registers the papers' networks
+from prunecli.models import user_function
 from prunecli.values.plan import ModelRef
 
 log = logging.getLogger("prunecli")
@@ -117,8 +118,8 @@ def load_model(
     """
     file = _existing_file(weights) if weights is not None else None
     given = _plain_args(model_args or {})
-    if factory.names_function(name):
-        function = factory.Function(name=name, args=given)
+    if user_function.names_function(name):
+        function = user_function.Function(name=name, args=given)
         return _load_function(function, file, pretrained=pretrained, preprocessing=preprocessing or {}, seed=seed)
     if own := sorted(OWN_ARGS & set(given)):
         raise UsageError(f"Model argument {own[0]!r} cannot be set.", hint="Weights are chosen by name or --weights.")
@@ -148,7 +149,7 @@ def load_model(
 
 
 def _load_function(
-    function: factory.Function,
+    function: user_function.Function,
     file: Path | None,
     *,
     pretrained: bool,
@@ -158,13 +159,13 @@ def _load_function(
     """A model of the user's own, with the weights it comes with or those of ``file``. Raises as ``load_model``."""
     title = f"Model {function}"
     notes: list[str] = []
-    model = factory.make(function, title=title, seed=seed, notes=notes)
-    cfg = {**factory.declared_input(model), **preprocessing}
+    model = user_function.make(function, title=title, seed=seed, notes=notes)
+    cfg = {**user_function.declared_input(model), **preprocessing}
     ref = ModelRef(
         name=function.name, args=dict(function.args), num_classes=0, pretrained_cfg=cfg, timm=timm.__version__
     )
     spec = input_spec(ref)
-    ref = ref.model_copy(update={"num_classes": factory.count_classes(model, spec.size, title=title)})
+    ref = ref.model_copy(update={"num_classes": user_function.count_classes(model, spec.size, title=title)})
     if file is not None:
         _load_strictly_(model, _read_state(file, notes), file=file, ref=ref)
     else:

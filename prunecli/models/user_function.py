@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UnsupportedError, UsageError, nearest, one_line
-from prunecli.outputs import logits_of
+from prunecli.models.outputs import logits_of
 from prunecli.recipe.recipe import DataSettings
 from prunecli.surgery import clear_caches_
 from prunecli.values.plan import ModelRef

@@ -1,0 +1,1 @@
+"""Models: building, loading, their weights, tensors, layers and outputs."""
