@@ -38,7 +38,7 @@ from side_by_side import Arm, SideBySide
 from torch import Tensor, nn
 
 from prunecli import stages, train
-from prunecli.data import Images, epoch_order
+from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.evaluation import lost_top1
 from prunecli.files import write_tensors

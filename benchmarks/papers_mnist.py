@@ -31,7 +31,7 @@ from papers import Split, fresh, pruned, row, spread, stacked
 from side_by_side import Arm, SideBySide, State
 from torch import nn
 
-from prunecli.data import epoch_order, open_data
+from prunecli.data.images import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings

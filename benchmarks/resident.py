@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunecli.checkpoint import prefixed, unprefixed
-from prunecli.data import CropFlip, epoch_order
+from prunecli.data.images import CropFlip, epoch_order
 from prunecli.files import read_tensors, write_tensors
 from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import FinetuneSettings

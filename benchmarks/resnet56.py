@@ -37,7 +37,7 @@ from papers import Split, fresh, pruned, row, spread, stacked
 from resident import Course, Resident
 from torch import nn
 
-from prunecli.data import epoch_order, open_data
+from prunecli.data.images import epoch_order, open_data
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_

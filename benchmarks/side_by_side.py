@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from prunecli.data import epoch_order
+from prunecli.data.images import epoch_order
 from prunecli.files import read_tensors, write_tensors
 from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.schedule import build_optimizer, build_schedule

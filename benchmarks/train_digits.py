@@ -17,7 +17,7 @@ import timm
 import torch
 
 from prunecli import train
-from prunecli.data import open_data
+from prunecli.data.images import open_data
 from prunecli.files import write_tensors
 from prunecli.models import paper_nets
 from prunecli.models.load import input_spec, load_model

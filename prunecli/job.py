@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import cost, data, evaluation, lr, phase, retraining, schedule, spectrum, store
+from prunecli import cost, evaluation, lr, phase, retraining, schedule, spectrum, store
+from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
 from prunecli.recipe.recipe import FinetuneSettings, Recipe
@@ -95,7 +96,7 @@ class Job:
     recipe: Recipe
     folder: store.RunFolder
     source: Source
-    images: data.Images | None
+    images: Images | None
     device: torch.device
     notify: Notify
     progress: Progress
@@ -273,7 +274,7 @@ def lr_report(
     *,
     lost_top1: float | None,
     epochs: int,
-    images: data.Images | None,
+    images: Images | None,
     distill_share: float,
 ) -> LRReport:
     """Feed the measured damage and the budget to ``lr.recommend_lr``."""
@@ -299,7 +300,7 @@ def lr_report(
     )
 
 
-def _lost(past: Past, images: data.Images | None) -> float | None:
+def _lost(past: Past, images: Images | None) -> float | None:
     """Share of the dense top-1 that the model lacks; none where that was not measured."""
     dense, now = past.dense, past.now
     if not images or not dense or dense.top1 is None or not now or now.top1 is None:
@@ -371,7 +372,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     )
 
 
-def _require_possible(command: Command, recipe: Recipe, images: data.Images | None) -> None:
+def _require_possible(command: Command, recipe: Recipe, images: Images | None) -> None:
     """Raises UsageError where a later stage would find that what it needs is not there."""
     if recipe.init is not None:
         _require_start(command, recipe, images)
@@ -387,7 +388,7 @@ def _require_possible(command: Command, recipe: Recipe, images: data.Images | No
         )
 
 
-def _require_start(command: Command, recipe: Recipe, images: data.Images | None) -> None:
+def _require_start(command: Command, recipe: Recipe, images: Images | None) -> None:
     """Raises UsageError where a new start makes no sense."""
     if images is None:
         raise UsageError(f"init {recipe.init} is the start of a training, so it needs data.", hint="Give --data.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunecli import checkpoint
-from prunecli.data import Companion
+from prunecli.data.images import Companion
 from prunecli.errors import UsageError
 from prunecli.models.outputs import logits_of
 from prunecli.recipe.recipe import FinetuneSettings

@@ -17,8 +17,9 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import cost, data, gate_plan, phase, phase_stage, spectrum, store, train
+from prunecli import cost, gate_plan, phase, phase_stage, spectrum, store, train
 from prunecli.budget import Learned
+from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph import build_graph
@@ -96,7 +97,7 @@ def _planned(job: Job) -> Planned:
 
 
 def plan_and_prove(
-    source: Source, recipe: Recipe, images: data.Images | None, gates: Magnitudes | None = None
+    source: Source, recipe: Recipe, images: Images | None, gates: Magnitudes | None = None
 ) -> tuple[Planned, str]:
     """Trace, score, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
 

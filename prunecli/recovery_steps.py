@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli import data, recover
+from prunecli import recover
+from prunecli.data.images import Images
 from prunecli.evaluation import recalibrate_bn_
 from prunecli.models.load import InputSpec
 from prunecli.probe import HELD_OUT
@@ -50,7 +51,7 @@ class RecoveryContext:
 
     dense: nn.Module
     plan: Plan
-    images: data.Images | None
+    images: Images | None
     spec: InputSpec
     settings: RecoverSettings
     finetune: FinetuneSettings

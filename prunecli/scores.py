@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from prunecli import data
+from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.gates import is_open
 from prunecli.models.outputs import logits_of
@@ -19,7 +19,7 @@ from prunecli.stages import Source, resolve_device
 from prunecli.values.groups import Graph
 
 
-def scores_of(source: Source, graph: Graph, recipe: Recipe, images: data.Images | None) -> Scores:
+def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | None) -> Scores:
     """Scores of every group, by the recipe's method or criterion.
 
     Args:

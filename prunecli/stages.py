@@ -14,7 +14,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, cost, data, score, spectrum, store, surgery
+from prunecli import budget, check, cost, score, spectrum, store, surgery
+from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph import build_graph
 from prunecli.models.load import InputSpec, input_spec, load_model
@@ -178,7 +179,7 @@ def load_source(recipe: Recipe) -> Source:
     )
 
 
-def open_images(recipe: Recipe, source: Source) -> data.Images | None:
+def open_images(recipe: Recipe, source: Source) -> Images | None:
     """The data of a recipe, or None where it names none. Raises UsageError, PruneError."""
     if recipe.data.name is None:
         return None
@@ -187,7 +188,7 @@ def open_images(recipe: Recipe, source: Source) -> data.Images | None:
             f"Model {recipe.model!r} has no classifier, so data cannot say how good it is.",
             hint="Give --model-arg num_classes=N to put a new one on it, or no --data.",
         )
-    return data.open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
+    return open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
 
 
 def make_plan(
@@ -367,7 +368,7 @@ def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tup
 
 
 def jacobian_spectrum(
-    recipe: Recipe, source: Source, model: nn.Module, images: data.Images | None, device: torch.device
+    recipe: Recipe, source: Source, model: nn.Module, images: Images | None, device: torch.device
 ) -> spectrum.JacobianSpectrum | None:
     """The Jacobian spectrum of ``model``, a stage of ``source``; None where it is off or would take too long."""
     how, count = jacobian_effort(recipe, source, device)
@@ -380,7 +381,7 @@ def jacobian_spectrum(
     return spectrum.jacobian_estimate(model.to(device), batch, steps=settings.steps, seed=recipe.seed)
 
 
-def spectrum_batch(images: data.Images | None, spec: InputSpec, count: int, *, seed: int) -> Tensor:
+def spectrum_batch(images: Images | None, spec: InputSpec, count: int, *, seed: int) -> Tensor:
     """Images [count, C, H, W] for the Jacobian: training images in evaluation preprocessing, else Gaussian noise."""
     if images is not None:
         return images.calibration(count)[0]

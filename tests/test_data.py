@@ -22,11 +22,11 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
-from prunecli.data import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
+from prunecli.data.images import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
+from prunecli.data.sources import ArraySplit, FolderSplit, open_source
 from prunecli.errors import PruneError, UsageError
 from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.recipe.recipe import DataSettings
-from prunecli.sources import ArraySplit, FolderSplit, open_source
 
 CIFAR_SPEC = InputSpec(
     size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear", crop_pct=1.0
@@ -545,7 +545,7 @@ def test_hub_datasets_are_read_through_timms_reader(folder: Path, monkeypatch: p
         assert (name, root, input_img_mode) == ("hfds/me/pets", None, "RGB")
         return FakeDataset(sorted((folder / {"train": "train", "validation": "val"}[split]).rglob("*.png")))
 
-    monkeypatch.setattr("prunecli.sources.create_dataset", create)
+    monkeypatch.setattr("prunecli.data.images.sources.create_dataset", create)
     spoil(folder / "train/cat/1.png", "half")
     images = opened("hfds/me/pets", train_limit=9)
     assert images.class_names == ("cat", "horse")

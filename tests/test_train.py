@@ -23,7 +23,7 @@ from torch.nn import functional
 from toy_training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, ToyImages, toy_net
 
 from prunecli import checkpoint, train
-from prunecli.data import open_data
+from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.models import paper_nets
 from prunecli.models.load import input_spec, load_model

@@ -27,10 +27,10 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prunecli.data.sources import UNREADABLE, ArraySplit, Split, open_source
 from prunecli.errors import PruneError, UsageError
 from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import DataSettings
-from prunecli.sources import UNREADABLE, ArraySplit, Split, open_source
 
 log = logging.getLogger("prunecli")
 
