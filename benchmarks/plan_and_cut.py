@@ -28,10 +28,11 @@ import torch_pruning as tp
 from own_process import in_own_process
 from torch import nn
 
-from prunecli import budget, score, surgery
+from prunecli import budget, score
 from prunecli.graph import build_graph
 from prunecli.models.load import input_spec
 from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.surgery.cut import cut_
 from prunecli.values import support_matrix
 from prunecli.values.plan import Cost, ModelRef, PlannedGroup
 
@@ -56,7 +57,7 @@ def ours(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
         if g.name in choice.keep
     ]
     kept = {group.name: len(group.keep) for group in groups}
-    surgery.cut_(model, groups=groups, attributes=graph.solve(kept), folds=graph.folds)
+    cut_(model, groups=groups, attributes=graph.solve(kept), folds=graph.folds)
     return model
 
 

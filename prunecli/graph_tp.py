@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from prunecli.cost import count_macs
 from prunecli.errors import UnsupportedError
-from prunecli.surgery import clear_caches_, named_tensors
+from prunecli.surgery.cut import clear_caches_, named_tensors
 from prunecli.values.groups import (
     AttributeEdit,
     Const,

@@ -28,7 +28,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from prunecli import surgery
 from prunecli.activations import (
     Layer,
     See,
@@ -41,6 +40,7 @@ from prunecli.activations import (
     watch,
 )
 from prunecli.evaluation import evaluation_mode
+from prunecli.surgery.cut import cut_
 from prunecli.values.plan import Plan, removed_positions
 
 _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
@@ -210,7 +210,7 @@ def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]
         for group in plan.groups
     )
     full = copy.deepcopy(dense)
-    surgery.cut_(full, groups=groups, attributes=(), folds=plan.folds)
+    cut_(full, groups=groups, attributes=(), folds=plan.folds)
     return full
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, cost, score, spectrum, store, surgery
+from prunecli import budget, check, cost, score, spectrum, store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph import build_graph
@@ -22,6 +22,7 @@ from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.score import Scores
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
 from prunecli.values.report import TargetResult
@@ -350,7 +351,7 @@ def _refusal(plan: Plan, proof: check.Equivalence) -> UnsupportedError:
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
     """A smaller copy of ``model``, by the plan. Raises UnsupportedError where a tensor does not fit it."""
     smaller = copy.deepcopy(model)
-    surgery.cut_(smaller, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
+    cut_(smaller, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
     return smaller
 
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from prunecli import __version__, surgery
+from prunecli import __version__
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
 from prunecli.models import user_function
@@ -34,6 +34,7 @@ from prunecli.models.load import build, input_spec
 from prunecli.models.outputs import as_rows, logits_of
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe
+from prunecli.surgery.cut import fill_, named_tensors, shape_, structure_of
 from prunecli.values.plan import Cost, ModelRef, Plan, Structure, Value
 from prunecli.values.report import Report, VerifyReport
 
@@ -291,8 +292,8 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
     """
     function = Function.of(ref)
     plain = build(ref) if function is None else user_function.make(function, title=f"Model {function}")
-    structure = surgery.structure_of(plain, model, whole=function is not None)
-    held = surgery.named_tensors(model)
+    structure = structure_of(plain, model, whole=function is not None)
+    held = named_tensors(model)
     tensors = {**model.state_dict(), **{name: held[name] for name in structure.extra}}
     path = folder.path / WEIGHTS
     write_tensors(path, tensors, {"prunecli": __version__, "architecture": ref.name})
@@ -350,8 +351,8 @@ def load_exported(path: str | Path, function: Callable[[], object] | None = None
         raise PruneError(f"{folder / WEIGHTS} lacks {lost[0]}, which {CONFIG} names.")
     model = _plain(folder, exported.model, function)
     try:
-        surgery.shape_(model, exported.structure)
-        surgery.fill_(model, tensors)
+        shape_(model, exported.structure)
+        fill_(model, tensors)
     except UnsupportedError as error:
         raise _misfit(folder, exported.model, error) from None
     return model.eval(), exported

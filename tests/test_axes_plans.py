@@ -43,7 +43,7 @@ from prunecli.cost import measure
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph import build_graph
 from prunecli.recipe.recipe import PruneSettings, Target
-from prunecli.surgery import cut_
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Graph
 from prunecli.values.plan import PlannedGroup
 

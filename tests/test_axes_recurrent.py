@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunecli.cost import measure
 from prunecli.graph import build_graph
-from prunecli.surgery import cut_
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, IndexMap
 
 INPUT = (3, 4, 4)

@@ -17,7 +17,7 @@ from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.score import score_groups
-from prunecli.surgery import named_tensors
+from prunecli.surgery.cut import named_tensors
 from prunecli.values.groups import (
     AttributeConflictError,
     AttributeEdit,

@@ -11,10 +11,9 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunecli import surgery
 from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
-from prunecli.surgery import named_tensors
+from prunecli.surgery.cut import cut_, named_tensors
 from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
 from prunecli.values.plan import PlannedGroup
 
@@ -78,7 +77,7 @@ def test_a_plan_for_another_model_is_refused():
 def test_a_cut_that_removes_anything_but_the_zeros_shows(monkeypatch):
     def shifted(model, *, groups, **rest):
         moved = [g.model_copy(update={"keep": tuple(j + 1 for j in g.keep)}) for g in groups]
-        surgery.cut_(model, groups=moved, **rest)
+        cut_(model, groups=moved, **rest)
 
     monkeypatch.setattr("prunecli.check.cut_", shifted)
     model = timm.create_model("resnet18", num_classes=5)

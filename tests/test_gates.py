@@ -34,7 +34,7 @@ from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, make_plan
-from prunecli.surgery import cut_
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, Member
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport

@@ -15,7 +15,7 @@ from prunecli.cost import measure
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.graph_tp import _fit, build
-from prunecli.surgery import cut_, named_tensors
+from prunecli.surgery.cut import cut_, named_tensors
 from prunecli.values.groups import Graph, Group, IndexMap
 from prunecli.values.plan import PlannedGroup
 

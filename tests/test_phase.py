@@ -27,7 +27,7 @@ from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_
 from prunecli.push import Push
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
-from prunecli.surgery import cut_
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
 

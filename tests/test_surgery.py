@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunecli.errors import UnsupportedError
-from prunecli.surgery import clear_caches_, cut_, fill_, named_tensors, shape_, structure_of
+from prunecli.surgery.cut import clear_caches_, cut_, fill_, named_tensors, shape_, structure_of
 from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
 from prunecli.values.plan import PlannedGroup, Structure
 

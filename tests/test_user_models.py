@@ -25,7 +25,7 @@ from prunecli.models.load import input_spec, load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
 from prunecli.spectrum import jacobian_spectrum
-from prunecli.surgery import named_tensors
+from prunecli.surgery.cut import named_tensors
 
 SMALL = JOB[2:]  # without the model and --no-pretrained
 NAMED = "--model=user_nets:Residual"

@@ -1,0 +1,1 @@
+"""Cutting a model by a plan, and the structure that is left."""
