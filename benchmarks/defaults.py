@@ -34,7 +34,8 @@ from lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from papers import row
 from torch import nn
 
-from prunecli import cost, lr, pipeline, stages, train
+from prunecli import lr, pipeline, stages, train
+from prunecli.measure import cost
 from prunecli.recipe.recipe import Recipe
 from prunecli.schedule import optimizer_name
 

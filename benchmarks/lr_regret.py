@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from prunecli import stages, train
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
-from prunecli.evaluation import lost_top1
 from prunecli.files import write_tensors
 from prunecli.job import Job, open_job
 from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
+from prunecli.measure.accuracy import lost_top1
+from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
 from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
@@ -51,7 +52,6 @@ from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps, has_batch_norm
 from prunecli.retraining import adaptive_peak
 from prunecli.schedule import build_optimizer
-from prunecli.spectrum import jacobian_spectrum
 
 RESULTS = Path(__file__).parent / "results" / "lr_regret.json"
 GRIDS = {

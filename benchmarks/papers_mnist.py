@@ -33,10 +33,10 @@ from torch import nn
 
 from prunecli.data.images import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
+from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recover import orthogonalize_
-from prunecli.spectrum import jacobian_spectrum
 
 RESULTS = Path(__file__).parent / "results" / "papers_mnist.json"
 BATCH = 100

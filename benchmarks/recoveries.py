@@ -29,14 +29,14 @@ from papers import fresh
 from torch import nn
 
 from prunecli import phase_stage, stages, train
-from prunecli.evaluation import evaluate
 from prunecli.job import Job, open_job
+from prunecli.measure.accuracy import evaluate
+from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.pipeline import plan_and_prove
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps
-from prunecli.spectrum import jacobian_spectrum
 from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR nets with timm
-from prunecli.spectrum import jacobian_spectrum
+from prunecli.measure.jacobian import jacobian_spectrum
 
 CASES = ("cifar_resnet20:32:16:10", "cifar_resnet20:32:2:10", "resnet18:64:4:100", "regnety_002:64:2:200")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR nets with timm
-from prunecli.spectrum import jacobian_estimate, jacobian_spectrum
+from prunecli.measure.jacobian import jacobian_estimate, jacobian_spectrum
 
 EXACT = ("resnet18:64:4:100", "regnety_002:64:2:200")
 LARGE = ("resnet50:224:8:1000",)

@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prunecli.lr import recommend_lr
+    from prunecli.measure.jacobian import jacobian_spectrum
     from prunecli.pipeline import compress
     from prunecli.recipe.recipe import Recipe
     from prunecli.recover import orthogonalize_
-    from prunecli.spectrum import jacobian_spectrum
     from prunecli.store import load
     from prunecli.values.report import Report
 
@@ -20,7 +20,7 @@ _HOMES = {
     "Recipe": "prunecli.recipe.recipe",
     "Report": "prunecli.values.report",
     "compress": "prunecli.pipeline",
-    "jacobian_spectrum": "prunecli.spectrum",
+    "jacobian_spectrum": "prunecli.measure.jacobian",
     "load": "prunecli.store",
     "orthogonalize_": "prunecli.recover",
     "recommend_lr": "prunecli.lr",

@@ -197,8 +197,8 @@ def spectrum(
 ) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
+        from prunecli.measure.jacobian import weight_spectra
         from prunecli.show import tables
-        from prunecli.spectrum import weight_spectra
         from prunecli.stages import jacobian_spectrum, load_source, open_images, resolve_device
 
         flags = _flags(

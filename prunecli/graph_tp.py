@@ -22,8 +22,8 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from prunecli.cost import count_macs
 from prunecli.errors import UnsupportedError
+from prunecli.measure.cost import count_macs
 from prunecli.surgery.cut import clear_caches_, named_tensors
 from prunecli.values.groups import (
     AttributeEdit,

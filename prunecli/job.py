@@ -15,10 +15,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import cost, evaluation, lr, phase, retraining, schedule, spectrum, store
+from prunecli import lr, phase, retraining, schedule, store
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
+from prunecli.measure import accuracy as measure_accuracy
+from prunecli.measure import cost
+from prunecli.measure.accuracy import knows_the_data
+from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.recipe.recipe import FinetuneSettings, Recipe
 from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.values.plan import Plan, Value
@@ -152,7 +156,7 @@ def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
     return asked if asked is not None else (DEFAULT_EPOCHS if has_data else 0)
 
 
-def jacobian(job: Job, model: nn.Module) -> spectrum.JacobianSpectrum | None:
+def jacobian(job: Job, model: nn.Module) -> JacobianSpectrum | None:
     """The Jacobian spectrum of one stage, or None where it is switched off or would cost too much."""
     return jacobian_spectrum(job.recipe, job.source, model, job.images, job.device)
 
@@ -161,7 +165,7 @@ def evaluate(job: Job, model: nn.Module) -> Accuracy | None:
     """Accuracy on the validation split, or None without data."""
     if job.images is None:
         return None
-    return evaluation.evaluate(model.to(job.device), job.images.val_loader(), device=job.device)
+    return measure_accuracy.evaluate(model.to(job.device), job.images.val_loader(), device=job.device)
 
 
 def measured_stage(
@@ -225,7 +229,7 @@ def _distill_share(job: Job) -> float:
         return asked.distill.share
     if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
         return 0.0
-    return DISTILL_SHARE if evaluation.knows_the_data(dense.top1, job.images.num_classes) else 0.0
+    return DISTILL_SHARE if knows_the_data(dense.top1, job.images.num_classes) else 0.0
 
 
 def recommended_lr(job: Job, model: nn.Module, past: Past) -> LRReport:
@@ -305,7 +309,7 @@ def _lost(past: Past, images: Images | None) -> float | None:
     dense, now = past.dense, past.now
     if not images or not dense or dense.top1 is None or not now or now.top1 is None:
         return None
-    return evaluation.lost_top1(dense.top1, now.top1, classes=images.num_classes)
+    return measure_accuracy.lost_top1(dense.top1, now.top1, classes=images.num_classes)
 
 
 def past_of(recipe: Recipe) -> Past:

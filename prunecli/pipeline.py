@@ -17,7 +17,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import cost, gate_plan, phase, phase_stage, spectrum, store, train
+from prunecli import gate_plan, phase, phase_stage, store, train
 from prunecli.budget import Learned
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
@@ -37,6 +37,7 @@ from prunecli.job import (
     recommended_lr,
     reload_,
 )
+from prunecli.measure import cost, jacobian
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
@@ -66,7 +67,7 @@ def _dense(job: Job) -> None:
     began = time.perf_counter()
     model = job.source.model
     stage, values = measured_stage(job, "dense", model, began)
-    spectra = {name: rounded(sv) for name, sv in spectrum.weight_spectra(model).items()}
+    spectra = {name: rounded(sv) for name, sv in jacobian.weight_spectra(model).items()}
     job.save(job.progress.with_stage(stage, values, dense_spectra=spectra))
 
 

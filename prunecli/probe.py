@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunecli.errors import PruneError
-from prunecli.evaluation import answers, recalibrate_bn_
+from prunecli.measure.accuracy import answers, recalibrate_bn_
 from prunecli.objective import build_objective
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings
 from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness

@@ -39,7 +39,7 @@ from prunecli.activations import (
     uncalled_once,
     watch,
 )
-from prunecli.evaluation import evaluation_mode
+from prunecli.measure.accuracy import evaluation_mode
 from prunecli.surgery.cut import cut_
 from prunecli.values.plan import Plan, removed_positions
 

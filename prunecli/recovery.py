@@ -24,7 +24,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from prunecli.evaluation import lost_top1
+from prunecli.measure.accuracy import lost_top1
 from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recovery_steps import Applied, RecoveryContext, apply_steps, has_batch_norm
 from prunecli.values.report import RecoveryStep

@@ -15,13 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli import recover
 from prunecli.data.images import Images
-from prunecli.evaluation import recalibrate_bn_
+from prunecli.measure.accuracy import recalibrate_bn_
+from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.models.load import InputSpec
 from prunecli.probe import HELD_OUT
 from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
 from prunecli.repair import repair_
-from prunecli.spectrum import JacobianSpectrum
 from prunecli.stages import spectrum_batch
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep

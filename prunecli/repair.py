@@ -34,7 +34,7 @@ from prunecli.activations import (
     uncalled_once,
     watch,
 )
-from prunecli.evaluation import evaluation_mode
+from prunecli.measure.accuracy import evaluation_mode
 from prunecli.values.plan import Plan, removed_positions
 
 _DEAD: Final = 1e-5  # a spread below this share of the larger of the two is none

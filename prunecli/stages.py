@@ -14,10 +14,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, cost, score, spectrum, store
+from prunecli import budget, check, score, store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph import build_graph
+from prunecli.measure import jacobian
+from prunecli.measure.cost import measure
 from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
@@ -175,9 +177,7 @@ def load_source(recipe: Recipe) -> Source:
     if broken:
         raise PruneError(f"The weights of {recipe.weights or recipe.model} are not finite, first in {broken[0]}.")
     spec = input_spec(ref)
-    return Source(
-        model=model, ref=ref, spec=spec, digest=digest, cost=cost.measure(model, spec.size), notes=tuple(notes)
-    )
+    return Source(model=model, ref=ref, spec=spec, digest=digest, cost=measure(model, spec.size), notes=tuple(notes))
 
 
 def open_images(recipe: Recipe, source: Source) -> Images | None:
@@ -370,7 +370,7 @@ def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tup
 
 def jacobian_spectrum(
     recipe: Recipe, source: Source, model: nn.Module, images: Images | None, device: torch.device
-) -> spectrum.JacobianSpectrum | None:
+) -> jacobian.JacobianSpectrum | None:
     """The Jacobian spectrum of ``model``, a stage of ``source``; None where it is off or would take too long."""
     how, count = jacobian_effort(recipe, source, device)
     if count == 0:
@@ -378,8 +378,8 @@ def jacobian_spectrum(
     batch = spectrum_batch(images, source.spec, count, seed=recipe.seed).to(device)
     settings = recipe.spectrum
     if how == "exact":
-        return spectrum.jacobian_spectrum(model.to(device), batch, chunk=settings.chunk)
-    return spectrum.jacobian_estimate(model.to(device), batch, steps=settings.steps, seed=recipe.seed)
+        return jacobian.jacobian_spectrum(model.to(device), batch, chunk=settings.chunk)
+    return jacobian.jacobian_estimate(model.to(device), batch, steps=settings.steps, seed=recipe.seed)
 
 
 def spectrum_batch(images: Images | None, spec: InputSpec, count: int, *, seed: int) -> Tensor:

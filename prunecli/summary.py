@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunecli import __version__, recover, spectrum, store
+from prunecli import __version__, recover, store
 from prunecli.job import Job, Progress
+from prunecli.measure import jacobian
 from prunecli.stages import jacobian_effort
 from prunecli.values.plan import Cost
 from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
@@ -64,7 +65,7 @@ def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[f
             sv_before=dense_spectra[name],
             sv_after=rounded(values),
         )
-        for name, values in spectrum.weight_spectra(final).items()
+        for name, values in jacobian.weight_spectra(final).items()
     )
 
 

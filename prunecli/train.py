@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prunecli import checkpoint
 from prunecli.errors import PruneError, UsageError
-from prunecli.evaluation import evaluate, recalibrate_bn_
 from prunecli.loop import Event, Loop, Run, settle_
+from prunecli.measure.accuracy import evaluate, recalibrate_bn_
 from prunecli.models.load import state_digest
 from prunecli.objective import build_objective
 from prunecli.penalty import Orthogonality, Penalty

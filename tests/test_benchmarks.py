@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prunecli.cost import measure
 from prunecli.data.images import Images, epoch_order
 from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
 from prunecli.lr import EVIDENCE
+from prunecli.measure.cost import measure
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings, Recipe
 from prunecli.train import finetune

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
-from prunecli.cost import count_macs, measure
+from prunecli.measure.cost import count_macs, measure
 from prunecli.surgery.cut import named_tensors
 
 

@@ -9,8 +9,8 @@ from test_spectrum import Net, random
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
-from prunecli.lanczos import Density, spectral_density
-from prunecli.spectrum import jacobian_estimate, jacobian_spectrum
+from prunecli.measure.jacobian import jacobian_estimate, jacobian_spectrum
+from prunecli.measure.lanczos import Density, spectral_density
 
 
 def density_of(values: Tensor, *, samples: int, steps: int, seed: int, columns: int = 80) -> Density:

@@ -12,6 +12,7 @@ from prunecli import pipeline, score, stages
 from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
+from prunecli.measure import cost
 from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
@@ -41,7 +42,7 @@ def source_of(model: nn.Module) -> stages.Source:
         ref=ModelRef(name="sly", num_classes=5, timm="0"),
         spec=InputSpec(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
         digest="",
-        cost=stages.cost.measure(model, SIZE),
+        cost=cost.measure(model, SIZE),
         notes=(),
     )
 

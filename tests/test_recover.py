@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunecli.errors import PruneError, UsageError
+from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.recover import (
     activation_gain,
     blend_,
@@ -21,7 +22,6 @@ from prunecli.recover import (
     weight_layers,
     weight_matrices,
 )
-from prunecli.spectrum import jacobian_spectrum
 
 METHODS = ("qr", "polar", "newton_schulz")
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from prunecli import pipeline, stages
 from prunecli.errors import UsageError
-from prunecli.evaluation import knows_the_data, lost_top1
 from prunecli.job import open_job
+from prunecli.measure.accuracy import knows_the_data, lost_top1
 from prunecli.probe import calibrated_losses
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import Recipe, layered

@@ -10,7 +10,7 @@ from test_reconstruction import Standardised, half_plan, random
 from torch import Tensor, nn
 from user_nets import Residual
 
-from prunecli.evaluation import recalibrate_bn_
+from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.repair import Spread, repair_
 from prunecli.stages import cut
 

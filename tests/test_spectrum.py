@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli import spectrum
 from prunecli.errors import PruneError, UnsupportedError
-from prunecli.spectrum import jacobian_spectrum, singular_values, summarise, weight_spectra
+from prunecli.measure import jacobian
+from prunecli.measure.jacobian import jacobian_spectrum, singular_values, summarise, weight_spectra
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -78,7 +78,7 @@ def test_chunk_changes_nothing_but_speed(net):
 def test_few_jacobians_at_a_time_where_memory_is_short(net, monkeypatch):
     images = random(4, 3, 8, 8)
     at_once = jacobian_spectrum(net, images).values
-    monkeypatch.setattr(spectrum, "_HELD_ELEMENTS", 1)
+    monkeypatch.setattr(jacobian, "_HELD_ELEMENTS", 1)
     torch.testing.assert_close(jacobian_spectrum(net, images).values, at_once, atol=1e-6, rtol=0)
 
 

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prunecli import cost, store
+from prunecli import store
 from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import write_json
+from prunecli.measure import cost
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.store import RunFolder, locate

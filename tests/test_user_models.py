@@ -18,13 +18,14 @@ from test_cli import JOB, call, sentence
 from torch import nn
 
 import prunecli
-from prunecli import cost, pipeline, stages, store
+from prunecli import pipeline, stages, store
 from prunecli.errors import PruneError, UsageError
 from prunecli.graph import build_graph
+from prunecli.measure import cost
+from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
-from prunecli.spectrum import jacobian_spectrum
 from prunecli.surgery.cut import named_tensors
 
 SMALL = JOB[2:]  # without the model and --no-pretrained

@@ -29,8 +29,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from prunecli import lanczos
 from prunecli.errors import PruneError, UnsupportedError
+from prunecli.measure import lanczos
 from prunecli.models.outputs import logits_of
 from prunecli.recover import evaluating, weight_layers, weight_matrices
 from prunecli.values.report import SpectrumSummary
