@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from prunecli import check
 from prunecli.gates import Gated, planned_gates
+from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.score import Scores, score_model
 from prunecli.stages import EQUIVALENCE_TOLERANCE, Source, make_plan
@@ -84,7 +84,7 @@ def _wrong(source: Source, groups: Sequence[PlannedGroup], *, seed: int) -> tupl
 
     def differs(some: Sequence[PlannedGroup]) -> bool:
         close = partial(_closed, groups=some)
-        error = check.gating_error(source.model, close, groups=some, input_size=source.spec.size, seed=seed)
+        error = gating_error(source.model, close, groups=some, input_size=source.spec.size, seed=seed)
         return error > EQUIVALENCE_TOLERANCE
 
     if not differs(groups):

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, check, score, store
+from prunecli import budget, score, store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph import build_graph
@@ -22,6 +22,7 @@ from prunecli.measure import jacobian
 from prunecli.measure.cost import measure
 from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.models.user_function import Function
+from prunecli.proof import equivalence
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.score import Scores
 from prunecli.surgery.cut import cut_
@@ -64,7 +65,7 @@ class Proven:
     """A plan that was shown to be right, and the graph it was made with: groups that were not right are frozen."""
 
     planned: Planned
-    proof: check.Equivalence
+    proof: equivalence.Equivalence
     graph: Graph
 
 
@@ -326,10 +327,10 @@ def _culprits(source: Source, graph: Graph, plan: Plan, *, seed: int) -> tuple[s
     return units[bad - 1]
 
 
-def _proof(source: Source, graph: Graph, plan: Plan, kept: Mapping[str, int], *, seed: int) -> check.Equivalence:
+def _proof(source: Source, graph: Graph, plan: Plan, kept: Mapping[str, int], *, seed: int) -> equivalence.Equivalence:
     """Try a plan where only the groups of ``kept`` are cut."""
     whole = {group.name: tuple(range(group.width)) for group in plan.groups if group.name not in kept}
-    return check.equivalence_error(
+    return equivalence.equivalence_error(
         source.model,
         groups=tuple(g.model_copy(update={"keep": whole.get(g.name, g.keep)}) for g in plan.groups),
         attributes=graph.solve(kept),
@@ -339,7 +340,7 @@ def _proof(source: Source, graph: Graph, plan: Plan, kept: Mapping[str, int], *,
     )
 
 
-def _refusal(plan: Plan, proof: check.Equivalence) -> UnsupportedError:
+def _refusal(plan: Plan, proof: equivalence.Equivalence) -> UnsupportedError:
     return UnsupportedError(
         f"{plan.model.name} cannot be pruned correctly: the pruned net differs from the dense net with those "
         f"channels silenced by {proof.relative_error:.2g} (relative, float64; limit {EQUIVALENCE_TOLERANCE:g}). "

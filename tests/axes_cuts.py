@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from prunecli.check import Equivalence, equivalence_error
+from prunecli.proof.equivalence import Equivalence, equivalence_error
 from prunecli.values.groups import Bundle, Graph, Tie
 from prunecli.values.plan import PlannedGroup
 

@@ -38,10 +38,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunecli.budget import TOLERANCE, Choice, choose
-from prunecli.check import equivalence_error
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph import build_graph
 from prunecli.measure.cost import measure
+from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Graph

@@ -11,8 +11,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
+from prunecli.proof.equivalence import Equivalence, equivalence_error
 from prunecli.surgery.cut import cut_, named_tensors
 from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
 from prunecli.values.plan import PlannedGroup
@@ -79,7 +79,7 @@ def test_a_cut_that_removes_anything_but_the_zeros_shows(monkeypatch):
         moved = [g.model_copy(update={"keep": tuple(j + 1 for j in g.keep)}) for g in groups]
         cut_(model, groups=moved, **rest)
 
-    monkeypatch.setattr("prunecli.check.cut_", shifted)
+    monkeypatch.setattr("prunecli.proof.equivalence.cut_", shifted)
     model = timm.create_model("resnet18", num_classes=5)
     assert check(model, [group(BLOCK, width=64, keep=KEEP)], size=(3, 64, 64)).relative_error > 1e-3
 
@@ -401,7 +401,7 @@ def test_rounding_that_grows_with_depth_is_told_from_a_mistake(monkeypatch):
     wrong = [at("convs.5.weight"), *bn("bns.5"), at("convs.6.weight", 1, "in", offset=1)]
     assert check(Chaotic(), [group(members, width=8, keep=(1, 2, 4))]).relative_error < TOLERANCE
     assert check(Chaotic(), [group(wrong, width=7, keep=(1, 2, 4))]).relative_error > 1e-3
-    monkeypatch.setattr("prunecli.check._ROUNDING", math.inf)
+    monkeypatch.setattr("prunecli.proof.equivalence._ROUNDING", math.inf)
     assert check(Chaotic(), [group(members, width=8, keep=(1, 2, 4))]).relative_error > TOLERANCE
 
 

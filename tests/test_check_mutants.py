@@ -28,9 +28,9 @@ from axes_nets import (
 from axes_vocabulary import ClassToken, ConvNext, GatedMlps, PatchMerging, Recurrent, ShiftedWindows, UnevenSplit
 from torch import Tensor, nn
 
-from prunecli.check import Equivalence, equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
+from prunecli.proof.equivalence import Equivalence, equivalence_error
 from prunecli.values.groups import Graph, Group, IndexMap, Member
 from prunecli.values.plan import PlannedGroup
 
@@ -218,5 +218,5 @@ def test_groups_that_are_dead_under_some_parameters_are_seen_under_others(monkey
     for seed in range(6):
         outcome = judged(model, graph, kept, seed=seed)
         assert (outcome.unseen, outcome.relative_error < 1e-12) == ((), True)
-    monkeypatch.setattr("prunecli.check._DRAWS", 1)
+    monkeypatch.setattr("prunecli.proof.equivalence._DRAWS", 1)
     assert any(judged(model, graph, kept, seed=seed).unseen for seed in range(6))

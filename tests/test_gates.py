@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net
 
-from prunecli.check import gating_error
 from prunecli.errors import InterruptedRunError, UsageError
 from prunecli.gate_plan import gateable, without_norms
 from prunecli.gates import (
@@ -32,6 +31,7 @@ from prunecli.gates import (
 from prunecli.graph import build_graph
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
+from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, make_plan
 from prunecli.surgery.cut import cut_

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet20)
-from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.graph_tp import _fit, build
 from prunecli.measure.cost import measure
+from prunecli.proof.equivalence import equivalence_error
 from prunecli.surgery.cut import cut_, named_tensors
 from prunecli.values.groups import Graph, Group, IndexMap
 from prunecli.values.plan import PlannedGroup

@@ -17,12 +17,13 @@ import torch
 from test_cli import JOB, call, sentence
 from torch import Tensor, nn
 
-from prunecli import check, pipeline, store
+from prunecli import pipeline, store
 from prunecli.errors import TargetError
 from prunecli.files import write_json
 from prunecli.graph import build_graph
 from prunecli.job import learning_rate_at, open_job
 from prunecli.models.load import load_model
+from prunecli.proof import equivalence
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
@@ -394,8 +395,8 @@ def test_another_process_may_not_work_in_the_same_folder(
 def test_a_cut_that_cannot_be_proved_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = check.Equivalence(relative_error=0.3, exact=False, norms=())
-    monkeypatch.setattr(check, "equivalence_error", lambda *_, **__: wrong)
+    wrong = equivalence.Equivalence(relative_error=0.3, exact=False, norms=())
+    monkeypatch.setattr(equivalence, "equivalence_error", lambda *_, **__: wrong)
     result = call("compress", *JOB, f"--out={tmp_path / 'run'}")
     assert result.exit_code == 6, result.stderr
     assert "lenet5_relu cannot be pruned correctly" in sentence(result)

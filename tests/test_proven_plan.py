@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prunecli import pipeline, score, stages
-from prunecli.check import equivalence_error
 from prunecli.errors import UnsupportedError
 from prunecli.graph import build_graph
 from prunecli.measure import cost
 from prunecli.models.load import InputSpec
+from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
 from prunecli.values.plan import ModelRef
