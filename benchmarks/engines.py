@@ -22,7 +22,7 @@ from own_process import in_own_process
 
 from prunecli import stages
 from prunecli.errors import PruneError
-from prunecli.graph import ENGINES, build_graph
+from prunecli.graph.build import ENGINES, build_graph
 from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
 from prunecli.values import support_matrix

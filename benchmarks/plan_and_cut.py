@@ -29,7 +29,7 @@ from own_process import in_own_process
 from torch import nn
 
 from prunecli import budget, score
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.models.load import input_spec
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.surgery.cut import cut_

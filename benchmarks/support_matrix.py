@@ -30,7 +30,7 @@ import torch
 
 from prunecli import stages, trial
 from prunecli.errors import PruneError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.models.load import build, input_spec
 from prunecli.summary import versions
 from prunecli.values import support_matrix

@@ -22,7 +22,7 @@ from prunecli.budget import Learned
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.job import (
     Job,
     Notify,

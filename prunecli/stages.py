@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunecli import budget, score, store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.measure import jacobian
 from prunecli.measure.cost import measure
 from prunecli.models.load import InputSpec, input_spec, load_model

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunecli import stages, store
 from prunecli.errors import PruneError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.recipe.recipe import Recipe, Target
 from prunecli.score import score_model
 from prunecli.values.groups import Frozen, Graph

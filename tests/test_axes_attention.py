@@ -9,7 +9,7 @@ import pytest
 import timm
 from axes_cuts import error_of
 
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 
 
 @pytest.mark.slow

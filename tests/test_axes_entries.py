@@ -14,7 +14,7 @@ from axes_cuts import error_of, planned
 from axes_nets import INPUT, Stack
 from torch import Tensor, nn
 
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import AttributeConflictError, Graph
 
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -17,11 +17,11 @@ from axes_vocabulary import VOCABULARY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunecli.axes.collect import TABLE
-from prunecli.axes.rules.registry import SPATIAL
-from prunecli.axes.trace import INPUT as OF_INPUT
-from prunecli.axes.trace import OUTPUT as OF_OUTPUT
-from prunecli.graph import build_graph
+from prunecli.graph.axes.collect import TABLE
+from prunecli.graph.axes.rules.registry import SPATIAL
+from prunecli.graph.axes.trace import INPUT as OF_INPUT
+from prunecli.graph.axes.trace import OUTPUT as OF_OUTPUT
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import Graph
 
 NETWORKS = int(os.environ.get("PRUNECLI_FUZZ", "300"))

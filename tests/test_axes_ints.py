@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunecli.axes.ints import (
+from prunecli.graph.axes.ints import (
     Attribute,
     Extent,
     Fact,
@@ -28,7 +28,7 @@ from prunecli.axes.ints import (
     expression_of,
     untraced,
 )
-from prunecli.axes.terms import Atom, product
+from prunecli.graph.axes.terms import Atom, product
 
 A, B = Attribute("m", "a"), Attribute("m", "b")
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod]

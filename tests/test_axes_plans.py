@@ -39,7 +39,7 @@ from torch import nn
 
 from prunecli.budget import TOLERANCE, Choice, choose
 from prunecli.errors import NothingPrunedError, TargetError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import PruneSettings, Target

@@ -11,7 +11,7 @@ import torch
 from axes_cuts import error_of, planned
 from torch import Tensor, nn
 
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, IndexMap

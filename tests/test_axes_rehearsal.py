@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from axes_cuts import error_of
 from torch import Tensor, nn
 
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import Graph
 
 INPUT = (3, 4, 4)

@@ -76,7 +76,7 @@ from axes_nets import (
 )
 from torch import Tensor, nn
 
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import Graph, Group, IndexMap, Member
 
 

@@ -11,10 +11,10 @@ import torch
 from axes_nets import BLOCKS, INPUT, Block, Conv, Inverted, Stack
 from torch import Tensor, nn
 
-from prunecli.axes import dry, record
-from prunecli.axes.shapes import Shapes, is_elementwise
 from prunecli.errors import UnsupportedError
-from prunecli.graph import build_graph
+from prunecli.graph.axes import dry, record
+from prunecli.graph.axes.shapes import Shapes, is_elementwise
+from prunecli.graph.build import build_graph
 
 aten = torch.ops.aten
 IMAGE = torch.randn(2, 4, 6, 5)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunecli.axes.terms import (
+from prunecli.graph.axes.terms import (
     Atom,
     MisfitError,
     blocks,

@@ -29,10 +29,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunecli.axes.elimination import Constraint
-from prunecli.axes.polynomials import Polynomial
-from prunecli.axes.shares import Shares, shares
-from prunecli.graph import build_graph
+from prunecli.graph.axes.elimination import Constraint
+from prunecli.graph.axes.polynomials import Polynomial
+from prunecli.graph.axes.shares import Shares, shares
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import AttributeConflictError, Bundle, Graph, Tie
 
 Product = tuple[int, ...]

@@ -10,9 +10,9 @@ import torch
 from axes_nets import INPUT, Attention, Inverted, Residual, Stack
 from torch import Tensor, nn
 
-from prunecli.axes.trace import trace
 from prunecli.errors import ExitCode, UnsupportedError
-from prunecli.graph import build_graph
+from prunecli.graph.axes.trace import trace
+from prunecli.graph.build import build_graph
 
 
 def contents(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:

@@ -29,7 +29,7 @@ from axes_vocabulary import ClassToken, ConvNext, GatedMlps, PatchMerging, Recur
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.proof.equivalence import Equivalence, equivalence_error
 from prunecli.values.groups import Graph, Group, IndexMap, Member
 from prunecli.values.plan import PlannedGroup

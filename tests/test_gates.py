@@ -28,7 +28,7 @@ from prunecli.gates import (
     planned_gates,
     straight_through,
 )
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.phase import Phase, phases_of
 from prunecli.phase_loop import train_phase_
 from prunecli.proof.equivalence import gating_error

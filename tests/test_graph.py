@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prunecli.models.paper_nets  # noqa: F401 - registers the CIFAR networks
 from prunecli.errors import UsageError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.values.groups import Graph
 
 #: Image sizes: small where the architecture takes any.

@@ -11,8 +11,8 @@ from torch import nn
 
 import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet20)
 from prunecli.errors import UnsupportedError
-from prunecli.graph import build_graph
-from prunecli.graph_tp import _fit, build
+from prunecli.graph.build import build_graph
+from prunecli.graph.torch_pruning_engine import _fit, build
 from prunecli.measure.cost import measure
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.surgery.cut import cut_, named_tensors

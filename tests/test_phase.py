@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net, train_toy_phase
 
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
 from prunecli.penalty import gram_loss

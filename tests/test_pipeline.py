@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunecli import pipeline, store
 from prunecli.errors import TargetError
 from prunecli.files import write_json
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.job import learning_rate_at, open_job
 from prunecli.models.load import load_model
 from prunecli.proof import equivalence

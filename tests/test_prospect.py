@@ -17,7 +17,7 @@ from toy_training import CPU, ToyImages
 from prunecli import pipeline, prospect
 from prunecli.errors import PruneError, UnsupportedError, UsageError
 from prunecli.gates import gate_places, gated_weights
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.models.load import load_model
 from prunecli.objective import LastBatch, build_objective
 from prunecli.prospect import prospect_scores

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunecli import pipeline, score, stages
 from prunecli.errors import UnsupportedError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.measure import cost
 from prunecli.models.load import InputSpec
 from prunecli.proof.equivalence import equivalence_error

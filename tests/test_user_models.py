@@ -20,7 +20,7 @@ from torch import nn
 import prunecli
 from prunecli import pipeline, stages, store
 from prunecli.errors import PruneError, UsageError
-from prunecli.graph import build_graph
+from prunecli.graph.build import build_graph
 from prunecli.measure import cost
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model

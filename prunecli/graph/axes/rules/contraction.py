@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunecli.axes.record import KERNEL, Call, DefaultScale, Record, Value
-from prunecli.axes.rules.registry import SPATIAL, rows, rule, silent_at
-from prunecli.axes.terms import Atom, freeze, is_frozen, product, unify
+from prunecli.graph.axes.record import KERNEL, Call, DefaultScale, Record, Value
+from prunecli.graph.axes.rules.registry import SPATIAL, rows, rule, silent_at
+from prunecli.graph.axes.terms import Atom, freeze, is_frozen, product, unify
 
 
 @rule("mm")

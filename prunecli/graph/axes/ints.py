@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from prunecli.axes.terms import Atom, leaves
+from prunecli.graph.axes.terms import Atom, leaves
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class TracedInt(int):
 
     Some uses go unseen, because the interpreter reads the value of an int subclass without asking: ``range(n)``,
     ``sequence[n]``, a float on the left (``0.5 * n``), ``math.gcd`` and the like. A number so made is a literal to the
-    trace where it sizes something, which freezes; where it does anything else, `prunecli.axes.rehearsal` finds it.
+    trace where it sizes something, which freezes; where it does anything else, `prunecli.graph.axes.rehearsal` finds
+    it.
     """
 
     expression: Expression

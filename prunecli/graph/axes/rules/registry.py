@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record, Value
-from prunecli.axes.terms import (
+from prunecli.graph.axes.record import Call, Record, Value
+from prunecli.graph.axes.terms import (
     Atom,
     MisfitError,
     blocks,

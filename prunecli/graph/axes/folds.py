@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunecli.axes.record import Call, Made, Record
-from prunecli.axes.rules.registry import words, wrap
+from prunecli.graph.axes.record import Call, Made, Record
+from prunecli.graph.axes.rules.registry import words, wrap
 
 _Step = Callable[[Tensor], Tensor]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules.registry import POSITIONS, opaque, rule, unrelated, wrap
-from prunecli.axes.terms import Atom, find, freeze, unify
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules.registry import POSITIONS, opaque, rule, unrelated, wrap
+from prunecli.graph.axes.terms import Atom, find, freeze, unify
 
 
 @rule("index")

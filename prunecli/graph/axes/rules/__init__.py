@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules import blocks, contraction, layout, lookup, space, statistics
-from prunecli.axes.rules.contraction import sdpa
-from prunecli.axes.rules.elementwise import pointwise
-from prunecli.axes.rules.recurrent import GATES, recurrent, recurrent_outputs
-from prunecli.axes.rules.registry import RULES, opaque
-from prunecli.axes.rules.statistics import layer_norm
-from prunecli.axes.shapes import is_elementwise
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules import blocks, contraction, layout, lookup, space, statistics
+from prunecli.graph.axes.rules.contraction import sdpa
+from prunecli.graph.axes.rules.elementwise import pointwise
+from prunecli.graph.axes.rules.recurrent import GATES, recurrent, recurrent_outputs
+from prunecli.graph.axes.rules.registry import RULES, opaque
+from prunecli.graph.axes.rules.statistics import layer_norm
+from prunecli.graph.axes.shapes import is_elementwise
 
 __all__ = ["WHOLE_CALLS", "apply_rule", "blocks", "contraction", "layout", "lookup", "run_whole", "space", "statistics"]
 

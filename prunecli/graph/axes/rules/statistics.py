@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules.elementwise import pointwise
-from prunecli.axes.rules.registry import BY_PRODUCT, rows, rule, unrelated, wrap
-from prunecli.axes.terms import Atom, find, freeze, is_frozen, unify
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules.elementwise import pointwise
+from prunecli.graph.axes.rules.registry import BY_PRODUCT, rows, rule, unrelated, wrap
+from prunecli.graph.axes.terms import Atom, find, freeze, is_frozen, unify
 
 
 def _affine_silent(record: Record, weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prunecli.axes.rules.registry import words
-from prunecli.axes.shapes import Shapes
+from prunecli.graph.axes.rules.registry import words
+from prunecli.graph.axes.shapes import Shapes
 
 #: Runs an operator: ``(function, args, kwargs) -> outputs``.
 Runner = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]

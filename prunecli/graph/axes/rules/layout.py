@@ -7,10 +7,10 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record, Value
-from prunecli.axes.rules.entries import put_view
-from prunecli.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, words, wrap
-from prunecli.axes.terms import Atom, MisfitError, product
+from prunecli.graph.axes.record import Call, Record, Value
+from prunecli.graph.axes.rules.entries import put_view
+from prunecli.graph.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, words, wrap
+from prunecli.graph.axes.terms import Atom, MisfitError, product
 
 ONE_LENGTH = "it is broadcast to a length that no module attribute gives"
 #: Calls that broadcast one operand to the other, with whose axis it is then made one.

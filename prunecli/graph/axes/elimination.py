@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from prunecli.axes.ints import ARITHMETIC, Attribute, Expression, Extent, Fact, Number, Operation, attributes_in
-from prunecli.axes.polynomials import Monomial, Polynomial
-from prunecli.axes.record import Record
-from prunecli.axes.terms import Atom, find
+from prunecli.graph.axes.ints import ARITHMETIC, Attribute, Expression, Extent, Fact, Number, Operation, attributes_in
+from prunecli.graph.axes.polynomials import Monomial, Polynomial
+from prunecli.graph.axes.record import Record
+from prunecli.graph.axes.terms import Atom, find
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prunecli.axes.elimination import Constraint
-from prunecli.axes.polynomials import Monomial
+from prunecli.graph.axes.elimination import Constraint
+from prunecli.graph.axes.polynomials import Monomial
 
 _Exponents: TypeAlias = dict[int, int]
 

@@ -6,16 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prunecli.axes.elimination import System, eliminate
-from prunecli.axes.ints import Attribute, attributes_in, axes_in
-from prunecli.axes.named import named_sizes
-from prunecli.axes.policy import freeze_numbers, freeze_rebuilt, freeze_statistics
-from prunecli.axes.record import KERNEL, Record
-from prunecli.axes.relations import Sizes, exclusive_pairs
-from prunecli.axes.scales import foldable_scales, head_scales, scale_folds
-from prunecli.axes.shares import Choices, Shrinking, shares
-from prunecli.axes.solve import Check, Formula, Solver
-from prunecli.axes.terms import Atom, freeze, leaves, occurrences
+from prunecli.graph.axes.elimination import System, eliminate
+from prunecli.graph.axes.ints import Attribute, attributes_in, axes_in
+from prunecli.graph.axes.named import named_sizes
+from prunecli.graph.axes.policy import freeze_numbers, freeze_rebuilt, freeze_statistics
+from prunecli.graph.axes.record import KERNEL, Record
+from prunecli.graph.axes.relations import Sizes, exclusive_pairs
+from prunecli.graph.axes.scales import foldable_scales, head_scales, scale_folds
+from prunecli.graph.axes.shares import Choices, Shrinking, shares
+from prunecli.graph.axes.solve import Check, Formula, Solver
+from prunecli.graph.axes.terms import Atom, freeze, leaves, occurrences
 from prunecli.values.groups import Bundle, Frozen, Graph, Group, IndexMap, Kind, Member, OpCost, Role, Tie, module_of
 
 TABLE = "it only runs through tables of tokens or positions, never through a layer's weight"

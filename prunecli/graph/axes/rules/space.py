@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from prunecli.axes.record import KERNEL, Call, Record
-from prunecli.axes.rules.registry import SPATIAL, rows, rule
-from prunecli.axes.terms import Atom, freeze, product
+from prunecli.graph.axes.record import KERNEL, Call, Record
+from prunecli.graph.axes.rules.registry import SPATIAL, rows, rule
+from prunecli.graph.axes.terms import Atom, freeze, product
 
 
 @rule("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d")

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunecli.axes.record import Entries, Record, Value
-from prunecli.axes.rules.registry import flat_sizes, regroup, regrouped_silence
-from prunecli.axes.terms import Atom, blocks, concat, find, is_frozen, product, split_front, unify
+from prunecli.graph.axes.record import Entries, Record, Value
+from prunecli.graph.axes.rules.registry import flat_sizes, regroup, regrouped_silence
+from prunecli.graph.axes.terms import Atom, blocks, concat, find, is_frozen, product, split_front, unify
 
 #: More entries than this are no fused projection, but a grid or a table.
 _MOST = 8

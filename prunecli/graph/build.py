@@ -27,13 +27,13 @@ def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: s
         UsageError: no such engine.
     """
     if engine == "axes":
-        from prunecli.axes.rehearsal import rehearsed
-        from prunecli.axes.trace import trace
+        from prunecli.graph.axes.rehearsal import rehearsed
+        from prunecli.graph.axes.trace import trace
 
         with _no_collection():
             return rehearsed(trace(model, input_size), input_size)
     if engine == "torch_pruning":
-        from prunecli.graph_tp import build
+        from prunecli.graph.torch_pruning_engine import build
 
         return build(model, input_size)
     raise UsageError(f"There is no graph engine {engine!r}.", hint=nearest(engine, ENGINES))

@@ -1,8 +1,8 @@
 """Run a model's own forward once without data and record what happens to axes.
 
 Two modes are stacked: a dispatch mode (aten operators → rules) and a function mode (Python calls, where ints still
-know their origin). No data is touched (`prunecli.axes.dry`). Int attributes of modules are replaced by `TracedInt` for
-the time of the trace; the model is left exactly as it was found.
+know their origin). No data is touched (`prunecli.graph.axes.dry`). Int attributes of modules are replaced by
+`TracedInt` for the time of the trace; the model is left exactly as it was found.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunecli.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
-from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
-from prunecli.axes.ints import Attribute, TracedInt, untraced
-from prunecli.axes.record import Call, ModuleCall, Record, Value, tensors_in
-from prunecli.axes.rules import WHOLE_CALLS, apply_rule, run_whole
 from prunecli.errors import UnsupportedError
+from prunecli.graph.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
+from prunecli.graph.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
+from prunecli.graph.axes.ints import Attribute, TracedInt, untraced
+from prunecli.graph.axes.record import Call, ModuleCall, Record, Value, tensors_in
+from prunecli.graph.axes.rules import WHOLE_CALLS, apply_rule, run_whole
 from prunecli.models.outputs import tensors_of
 
 INPUT = "it is an axis of the network's input"

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from prunecli.axes.ints import Attribute, attributes_in
-from prunecli.axes.record import ModuleCall, Record, Value
-from prunecli.axes.solve import NamedSize
-from prunecli.axes.terms import Atom, find, is_frozen
+from prunecli.graph.axes.ints import Attribute, attributes_in
+from prunecli.graph.axes.record import ModuleCall, Record, Value
+from prunecli.graph.axes.solve import NamedSize
+from prunecli.graph.axes.terms import Atom, find, is_frozen
 from prunecli.values.groups import Size
 
 _OF_INPUT = frozenset({"in_features", "in_channels", "in_chs", "in_dim"})

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from prunecli.axes.ints import axes_in
-from prunecli.axes.record import Record
-from prunecli.axes.terms import freeze, leaves
+from prunecli.graph.axes.ints import axes_in
+from prunecli.graph.axes.record import Record
+from prunecli.graph.axes.terms import freeze, leaves
 
 
 def freeze_statistics(record: Record) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunecli.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
-from prunecli.axes.shapes import Shapes
-from prunecli.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
+from prunecli.graph.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
+from prunecli.graph.axes.shapes import Shapes
+from prunecli.graph.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
 from prunecli.values.groups import Role
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"

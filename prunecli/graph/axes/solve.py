@@ -1,6 +1,6 @@
 """From kept widths to module attributes: each attribute that sizes something is a formula over widths.
 
-The formulas come from `prunecli.axes.elimination`. Afterwards everything that was learnt about a changed size is
+The formulas come from `prunecli.graph.axes.elimination`. Afterwards everything that was learnt about a changed size is
 checked as the program would compute it: ties and frozen axes leave nothing that could fail here, and if something does
 the cut is refused, with the groups in the way.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prunecli.axes.ints import COMPARISONS, Attribute, Fact, evaluate
-from prunecli.axes.polynomials import Polynomial
-from prunecli.axes.terms import Atom, find
+from prunecli.graph.axes.ints import COMPARISONS, Attribute, Fact, evaluate
+from prunecli.graph.axes.polynomials import Polynomial
+from prunecli.graph.axes.terms import Atom, find
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Size
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules.registry import rule, silent_at, words
-from prunecli.axes.terms import Atom, find, unify
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules.registry import rule, silent_at, words
+from prunecli.graph.axes.terms import Atom, find, unify
 
 _ZERO_KEEPING = words(
     "abs asin asinh atan ceil celu deg2rad elu erf expm1 floor frac gelu hardshrink hardswish leaky_relu log1p",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunecli.axes.folds import Readers, Rows, Trail, UnknownQueryError, reads_any, trail
-from prunecli.axes.record import DefaultScale, Record
-from prunecli.axes.solve import HeadScale
-from prunecli.axes.terms import Atom, factors, find, freeze, is_frozen, leaves
+from prunecli.graph.axes.folds import Readers, Rows, Trail, UnknownQueryError, reads_any, trail
+from prunecli.graph.axes.record import DefaultScale, Record
+from prunecli.graph.axes.solve import HeadScale
+from prunecli.graph.axes.terms import Atom, factors, find, freeze, is_frozen, leaves
 from prunecli.values.groups import ScaleFold, Size
 
 

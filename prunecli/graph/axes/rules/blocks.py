@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules.entries import put_entries, put_entry
-from prunecli.axes.rules.registry import cut, rows, rule
-from prunecli.axes.terms import Atom, concat, freeze, is_frozen, unify
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules.entries import put_entries, put_entry
+from prunecli.graph.axes.rules.registry import cut, rows, rule
+from prunecli.graph.axes.terms import Atom, concat, freeze, is_frozen, unify
 
 
 @rule("cat")

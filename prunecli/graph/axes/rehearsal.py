@@ -1,11 +1,11 @@
 """The cut rehearsed without data: the pruned forward must take the traced path, with the sizes that were predicted.
 
 A number can lose its origin: ``range(n)``, ``0.5 * n``, ``math.log2(n)`` read an int without asking (see
-`prunecli.axes.ints`). Where such a number sizes a tensor the trace takes it for a literal and freezes; where it decides
-how often a loop runs, which layer comes next or what a tensor is multiplied by, nothing notices. So the forward is run
-again, without values, at half the widths, and every operator is held to the trace: which it is, the extents of what it
-gives, the stored tensors and the numbers it is given. At the first difference the group behind it is looked for by
-halving, frozen with what was seen and where, and all is inferred again.
+`prunecli.graph.axes.ints`). Where such a number sizes a tensor the trace takes it for a literal and freezes; where it
+decides how often a loop runs, which layer comes next or what a tensor is multiplied by, nothing notices. So the forward
+is run again, without values, at half the widths, and every operator is held to the trace: which it is, the extents of
+what it gives, the stored tensors and the numbers it is given. At the first difference the group behind it is looked for
+by halving, frozen with what was seen and where, and all is inferred again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunecli.axes.collect import Inference, infer
-from prunecli.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
-from prunecli.axes.record import Call, Record, tensors_in
-from prunecli.axes.rules import WHOLE_CALLS, run_whole
-from prunecli.axes.rules.registry import words
-from prunecli.axes.terms import Atom, freeze, leaves
+from prunecli.graph.axes.collect import Inference, infer
+from prunecli.graph.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
+from prunecli.graph.axes.record import Call, Record, tensors_in
+from prunecli.graph.axes.rules import WHOLE_CALLS, run_whole
+from prunecli.graph.axes.rules.registry import words
+from prunecli.graph.axes.terms import Atom, freeze, leaves
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
 
 _ROUNDS = 3  # groups that exclude each other cannot all be cut at once

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunecli.axes.ints import TracedInt, untraced
-from prunecli.axes.record import Record
-from prunecli.axes.rules.registry import rows, words
-from prunecli.axes.terms import Atom, MisfitError, blocks, find, is_frozen
+from prunecli.graph.axes.ints import TracedInt, untraced
+from prunecli.graph.axes.record import Record
+from prunecli.graph.axes.rules.registry import rows, words
+from prunecli.graph.axes.terms import Atom, MisfitError, blocks, find, is_frozen
 
 Args = Sequence[Any]
 Kwargs = Mapping[str, Any]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunecli.axes.record import Call, Record
-from prunecli.axes.rules.registry import opaque, rows
-from prunecli.axes.terms import Atom, concat, freeze, unify
+from prunecli.graph.axes.record import Call, Record
+from prunecli.graph.axes.rules.registry import opaque, rows
+from prunecli.graph.axes.terms import Atom, concat, freeze, unify
 
 #: Calls of ``torch`` by the rows of weights that one hidden channel has.
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from prunecli.axes.record import Record
-from prunecli.axes.terms import Atom, factors, find, leaves
+from prunecli.graph.axes.record import Record
+from prunecli.graph.axes.terms import Atom, factors, find, leaves
 from prunecli.values.groups import Const, Product, Size, Sum, Width
 
 
