@@ -34,10 +34,13 @@ from lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from papers import row
 from torch import nn
 
-from prunecli import lr, pipeline, stages, train
+from prunecli import pipeline, stages
 from prunecli.measure import cost
 from prunecli.recipe.recipe import Recipe
-from prunecli.schedule import optimizer_name
+from prunecli.training import finetune as finetuning
+from prunecli.training import recommended_lr
+from prunecli.training.finetune import evaluate
+from prunecli.training.schedule import optimizer_name
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
 NETS = ("vgg11_bn", "test_convnext", "test_vit")
@@ -81,9 +84,9 @@ def recipe_of(plain: Recipe, arm: str, seed: int, rate: float) -> Recipe:
     return Recipe.from_mapping(values)
 
 
-def published_rate(optimizer: lr.Optimizer, batch_size: int) -> float:
+def published_rate(optimizer: recommended_lr.Optimizer, batch_size: int) -> float:
     """What the tool takes where it knows nothing of the cut."""
-    return lr.recommend_lr(
+    return recommended_lr.recommend_lr(
         optimizer=optimizer,
         epochs=EPOCHS,
         batch_size=batch_size,
@@ -120,12 +123,12 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     device = torch.device(recipe.device)
     net = halved(source.model, source.spec.size)
     size = cost.measure(net, source.spec.size)
-    done = train.finetune(
+    done = finetuning.finetune(
         net, images, recipe.finetune, lr=rate, epochs=EPOCHS, device=device, seed=recipe.seed, teacher=source.model
     )
     return {
-        "dense": train.evaluate(source.model, images.val_loader(), device=device).top1,
-        "pruned": train.evaluate(halved(source.model, source.spec.size), images.val_loader(), device=device).top1,
+        "dense": evaluate(source.model, images.val_loader(), device=device).top1,
+        "pruned": evaluate(halved(source.model, source.spec.size), images.val_loader(), device=device).top1,
         "top1": done.last_top1,
         "best": done.best_top1,
         "lr": rate,

@@ -37,12 +37,11 @@ from papers_mnist import NETS, Bench, mnist, train_base
 from side_by_side import Arm, SideBySide
 from torch import Tensor, nn
 
-from prunecli import stages, train
+from prunecli import stages
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.files import write_tensors
 from prunecli.job import Job, open_job
-from prunecli.lr import Optimizer, distillation_pull, kind_of, recommend_lr, short_peak, short_peak_adamw
 from prunecli.measure.accuracy import lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
@@ -50,8 +49,17 @@ from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps, has_batch_norm
-from prunecli.retraining import adaptive_peak
-from prunecli.schedule import build_optimizer
+from prunecli.training import finetune
+from prunecli.training.recommended_lr import (
+    Optimizer,
+    distillation_pull,
+    kind_of,
+    recommend_lr,
+    short_peak,
+    short_peak_adamw,
+)
+from prunecli.training.retraining_rates import adaptive_peak
+from prunecli.training.schedule import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "lr_regret.json"
 GRIDS = {
@@ -361,7 +369,7 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
         settings = SETTINGS[how.optimizer].model_copy(
             update={"min_lr": how.peak / 100, "warmup_epochs": how.base.warmup}
         )
-        done = train.finetune(
+        done = finetune.finetune(
             job.source.model,
             job.images,
             settings,
@@ -415,7 +423,7 @@ def cifar_run(
 ) -> dict[str, float]:
     """Top-1 after the fine-tuning; that of guessing where the loss is no number."""
     try:
-        done = train.finetune(
+        done = finetune.finetune(
             net, images, case.settings(lr), lr=lr, epochs=case.epochs, device=job.device, seed=seed, teacher=dense
         )
     except DivergedError as reason:
@@ -436,8 +444,8 @@ def cifar_inputs(case: Case, images: Images, dense: nn.Module, net: nn.Module) -
     device = next(net.parameters()).device
     return {
         **inputs(case, dense, net, images.calibration(64)[0], batches, steps=case.epochs * images.steps_per_epoch),
-        "dense_top1": train.evaluate(dense, images.val_loader(), device=device).top1,
-        "start": train.evaluate(net, images.val_loader(), device=device).top1,
+        "dense_top1": finetune.evaluate(dense, images.val_loader(), device=device).top1,
+        "start": finetune.evaluate(net, images.val_loader(), device=device).top1,
     }
 
 

@@ -28,7 +28,7 @@ from ledger import Ledger
 from papers import fresh
 from torch import nn
 
-from prunecli import phase_stage, stages, train
+from prunecli import phase_stage, stages
 from prunecli.job import Job, open_job
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.jacobian import jacobian_spectrum
@@ -37,6 +37,7 @@ from prunecli.recipe import packaged
 from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovering import recovery_context
 from prunecli.recovery_steps import apply_steps
+from prunecli.training import finetune
 from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"
@@ -132,7 +133,7 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
     began = time.perf_counter()  # what was only looked at does not count
     settings = job.recipe.finetune
     distill = DistillSettings.model_validate(teacher(options) if arm.endswith("kd") else {"alpha": 0.0})
-    done = train.finetune(
+    done = finetune.finetune(
         model,
         job.images,
         settings.model_copy(update={"distill": distill}),

@@ -25,13 +25,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.checkpoint import prefixed, unprefixed
 from prunecli.data.images import CropFlip, epoch_order
 from prunecli.files import read_tensors, write_tensors
 from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import FinetuneSettings
-from prunecli.schedule import build_optimizer, build_schedule
-from prunecli.trainer import wants_bf16
+from prunecli.training.checkpoint import prefixed, unprefixed
+from prunecli.training.schedule import build_optimizer, build_schedule
+from prunecli.training.step import wants_bf16
 
 _CHUNK = 10_000  # images augmented at once
 

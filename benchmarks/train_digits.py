@@ -16,12 +16,12 @@ from pathlib import Path
 import timm
 import torch
 
-from prunecli import train
 from prunecli.data.images import open_data
 from prunecli.files import write_tensors
 from prunecli.models import paper_nets
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
+from prunecli.training import finetune
 
 SEED = 0
 PEAK_LR = 0.1
@@ -39,7 +39,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     loaded = load_model("cifar_resnet20.digits", pretrained=False)
     model, images = loaded.model, open_data(DATA, input_spec(loaded.ref), num_classes=10, seed=SEED)
-    report = train.finetune(
+    report = finetune.finetune(
         model,
         images,
         SETTINGS,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from prunecli.lr import recommend_lr
     from prunecli.measure.jacobian import jacobian_spectrum
     from prunecli.pipeline import compress
     from prunecli.recipe.recipe import Recipe
     from prunecli.recover import orthogonalize_
     from prunecli.store import load
+    from prunecli.training.recommended_lr import recommend_lr
     from prunecli.values.report import Report
 
 _HOMES = {
@@ -23,7 +23,7 @@ _HOMES = {
     "jacobian_spectrum": "prunecli.measure.jacobian",
     "load": "prunecli.store",
     "orthogonalize_": "prunecli.recover",
-    "recommend_lr": "prunecli.lr",
+    "recommend_lr": "prunecli.training.recommended_lr",
 }
 __all__ = ["Recipe", "Report", "__version__", "compress", "jacobian_spectrum", "load", "orthogonalize_", "recommend_lr"]
 

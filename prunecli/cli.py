@@ -267,10 +267,10 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
-        from prunecli import train
         from prunecli.recipe.recipe import layered
         from prunecli.show import tables
         from prunecli.stages import load_source, open_images, resolve_device
+        from prunecli.training import finetune as finetuning
 
         flags = _flags(
             weights=weights,
@@ -288,7 +288,7 @@ def evaluate(
         images = open_images(resolved, source)
         assert images is not None
         where = resolve_device(resolved.device)
-        found = train.evaluate(source.model.to(where), images.val_loader(), device=where)
+        found = finetuning.evaluate(source.model.to(where), images.val_loader(), device=where)
         name = resolved.data.name
         document = {"model": source.ref.name, "data": name, **found.model_dump(mode="json")}
         show(document, tables.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)

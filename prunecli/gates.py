@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prunecli.penalty import Penalty
+from prunecli.training.penalty import Penalty
 from prunecli.values.groups import Group, Member, module_of
 from prunecli.values.plan import PlannedGroup
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import lr, phase, retraining, schedule, store
+from prunecli import phase, store
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
@@ -25,6 +25,8 @@ from prunecli.measure.accuracy import knows_the_data
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.recipe.recipe import FinetuneSettings, Recipe
 from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
+from prunecli.training import retraining_rates, schedule
+from prunecli.training.recommended_lr import recommend_lr
 from prunecli.values.plan import Plan, Value
 from prunecli.values.report import (
     Accuracy,
@@ -256,7 +258,7 @@ def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs:
     """Feed the norms of the weights before and after the cut to the schedules that have rates of their own."""
     cut_too = plan is not None and recipe.finetune.schedule == "allr"
     dense = _weight_norm(source.model) if cut_too else 0.0
-    return retraining.prescribed_lr(
+    return retraining_rates.prescribed_lr(
         recipe.finetune,
         epochs=epochs,
         sparsity=1 - plan.predicted.params / plan.base.params if plan else 0.0,
@@ -286,7 +288,7 @@ def lr_report(
     cut_groups = plan.cut_groups if plan else ()
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
     ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
-    return lr.recommend_lr(
+    return recommend_lr(
         optimizer=schedule.optimizer_name(recipe.finetune, model),
         epochs=epochs,
         batch_size=recipe.data.batch_size,
@@ -381,7 +383,7 @@ def _require_possible(command: Command, recipe: Recipe, images: Images | None) -
     if recipe.init is not None:
         _require_start(command, recipe, images)
     if command == "finetune" and recipe.finetune.schedule == "allr":
-        raise UsageError(retraining.NEEDS_A_CUT)
+        raise UsageError(retraining_rates.NEEDS_A_CUT)
     for step in recipe.recover.steps:
         if step in _NEEDS_IMAGES and images is None:
             raise UsageError(f"Recovery step {step} {_NEEDS_IMAGES[step]}, so it needs --data.")

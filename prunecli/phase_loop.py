@@ -15,15 +15,15 @@ from torch import nn
 
 from prunecli.errors import PruneError
 from prunecli.gates import Gated, GateSteps
-from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.models.load import state_digest
-from prunecli.objective import build_objective
-from prunecli.penalty import Orthogonality, Penalty
 from prunecli.phase import Phase
 from prunecli.push import Push
 from prunecli.recipe.recipe import FinetuneSettings
-from prunecli.stopping import stop_requests
-from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training.loop import Event, Loop, Run, settle_
+from prunecli.training.objective import build_objective
+from prunecli.training.penalty import Orthogonality, Penalty
+from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training.stopping import stop_requests
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport
 

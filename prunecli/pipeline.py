@@ -17,7 +17,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import gate_plan, phase, phase_stage, store, train
+from prunecli import gate_plan, phase, phase_stage, store
 from prunecli.budget import Learned
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
@@ -48,6 +48,7 @@ from prunecli.show import page
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
 from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise
+from prunecli.training import finetune as finetuning
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import RecoveryStep, Report, TargetResult
@@ -250,7 +251,7 @@ def _finetuned(job: Job, model: nn.Module) -> nn.Module:
     assert job.images is not None
     began = time.perf_counter()
     job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
-    result = train.finetune(
+    result = finetuning.finetune(
         model,
         job.images,
         finetune_settings(job),

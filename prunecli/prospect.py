@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.gates import gate_places, gated_weights
-from prunecli.objective import Net, Objective, build_objective
 from prunecli.recipe.recipe import DistillSettings, EpsdSettings, FinetuneSettings
-from prunecli.trainer import TrainingImages, own_randomness
+from prunecli.training.objective import Net, Objective, build_objective
+from prunecli.training.step import TrainingImages, own_randomness
 from prunecli.values.groups import Group
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.models.channels import row_index, rows, silencing_slices, slices
-from prunecli.penalty import Penalty, gram_loss
 from prunecli.phase import Phase
+from prunecli.training.penalty import Penalty, gram_loss
 from prunecli.values.groups import Member, module_of
 from prunecli.values.plan import PlannedGroup, Positions, channel_positions
 

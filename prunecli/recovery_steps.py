@@ -18,11 +18,11 @@ from prunecli.data.images import Images
 from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.models.load import InputSpec
-from prunecli.probe import HELD_OUT
 from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
 from prunecli.reconstruction import reconstruct_
 from prunecli.repair import repair_
 from prunecli.stages import spectrum_batch
+from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 

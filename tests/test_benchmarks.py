@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from prunecli.data.images import Images, epoch_order
 from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
-from prunecli.lr import EVIDENCE
 from prunecli.measure.cost import measure
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings, Recipe
-from prunecli.train import finetune
+from prunecli.training.finetune import finetune
+from prunecli.training.recommended_lr import EVIDENCE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

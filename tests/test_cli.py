@@ -26,7 +26,7 @@ import prunecli
 from prunecli.cli import app
 from prunecli.console import reported
 from prunecli.errors import InterruptedRunError
-from prunecli.lr import short_peak
+from prunecli.training.recommended_lr import short_peak
 
 # A real job in a few seconds: LeNet-5 on 256 handwritten digits.
 JOB = [

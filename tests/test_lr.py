@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from prunecli.lr import distillation_pull, recommend_lr
-from prunecli.objective import distillation_loss
+from prunecli.training.objective import distillation_loss
+from prunecli.training.recommended_lr import distillation_pull, recommend_lr
 from prunecli.values.report import LRReport
 
 

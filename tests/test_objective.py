@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from prunecli.errors import UsageError
-from prunecli.objective import Progressive, Supervised, build_objective, distillation_loss
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.training.objective import Progressive, Supervised, build_objective, distillation_loss
 
 
 def test_distillation_is_the_scaled_divergence() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.penalty import Orthogonality, gram_loss, kernorth, orthconv
+from prunecli.training.penalty import Orthogonality, gram_loss, kernorth, orthconv
 
 # Three filters of four weights; the second is pruned.
 FILTERS = torch.tensor([[1.0, 0, 2, 0], [0, 1, 1, 0], [3, 0, 0, 1]], dtype=torch.float64)

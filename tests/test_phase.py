@@ -22,12 +22,12 @@ from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
-from prunecli.penalty import gram_loss
 from prunecli.phase import Phase, phases_of, require_time
 from prunecli.phase_loop import train_phase_
 from prunecli.push import Push
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.surgery.cut import cut_
+from prunecli.training.penalty import gram_loss
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
 

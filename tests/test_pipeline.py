@@ -27,6 +27,7 @@ from prunecli.proof import equivalence
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
+from prunecli.training import finetune
 from prunecli.values.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -437,7 +438,7 @@ def test_python_callers_get_the_same_errors(tmp_path: Path) -> None:
 
 def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkeypatch):
     taught = []
-    real = pipeline.train.finetune
+    real = finetune.finetune
 
     def watched(model: nn.Module, *args: Any, teacher: nn.Module, **kwargs: Any) -> Any:
         before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -446,7 +447,7 @@ def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkey
         taught.append(teacher is not model and all(before[name].equal(after[name]) for name in before))
         return report
 
-    monkeypatch.setattr(pipeline.train, "finetune", watched)
+    monkeypatch.setattr(finetune, "finetune", watched)
     recipe = Recipe.from_mapping(
         {
             "model": "lenet5_relu",

@@ -19,12 +19,12 @@ from prunecli.errors import PruneError, UnsupportedError, UsageError
 from prunecli.gates import gate_places, gated_weights
 from prunecli.graph.build import build_graph
 from prunecli.models.load import load_model
-from prunecli.objective import LastBatch, build_objective
 from prunecli.prospect import prospect_scores
 from prunecli.recipe.recipe import EpsdSettings, FinetuneSettings, Recipe
 from prunecli.scores import scores_of
 from prunecli.stages import load_source, open_images
 from prunecli.store import RunFolder
+from prunecli.training.objective import LastBatch, build_objective
 from prunecli.values.groups import Group, Member
 
 HIDDEN = Group(

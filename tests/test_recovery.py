@@ -14,11 +14,11 @@ from prunecli import pipeline, stages
 from prunecli.errors import UsageError
 from prunecli.job import open_job
 from prunecli.measure.accuracy import knows_the_data, lost_top1
-from prunecli.probe import calibrated_losses
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import Recipe, layered
 from prunecli.recovering import recovery_context
 from prunecli.recovery import CANDIDATES, candidates_for, compare, recover_stage
+from prunecli.training.probe import calibrated_losses
 
 
 def test_a_gain_counts_beyond_two_standard_errors_and_one_percent():

@@ -8,7 +8,7 @@ import pytest
 
 from prunecli.errors import UsageError
 from prunecli.recipe.recipe import FinetuneSettings
-from prunecli.retraining import adaptive_peak, prescribed_lr
+from prunecli.training.retraining_rates import adaptive_peak, prescribed_lr
 from prunecli.values.report import LRReport
 
 

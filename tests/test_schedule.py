@@ -11,7 +11,7 @@ from torch import nn
 
 from prunecli.errors import UsageError
 from prunecli.recipe.recipe import FinetuneSettings
-from prunecli.schedule import build_optimizer, build_schedule, optimizer_name
+from prunecli.training.schedule import build_optimizer, build_schedule, optimizer_name
 
 
 def rates(lr: float, *, epochs: int, steps: int, **settings: Any) -> list[float]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prunecli import files, train
+from prunecli import files
 from prunecli.phase import Phase
 from prunecli.phase_loop import train_phase_
 from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.training import finetune
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport
@@ -150,4 +151,4 @@ if __name__ == "__main__":
     if moment == "in-write":
         _kill_in_write(4)
     images = ToyImages(kill_at=None if moment == "in-write" else int(moment))
-    train.finetune(toy_net(), images, {"sgd": SGD, "adamw": ADAMW}[name], folder=Path(where), **RUN)
+    finetune.finetune(toy_net(), images, {"sgd": SGD, "adamw": ADAMW}[name], folder=Path(where), **RUN)

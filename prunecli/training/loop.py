@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from prunecli import checkpoint
-from prunecli.checkpoint import Progress
 from prunecli.errors import DivergedError, InterruptedRunError, PruneError
 from prunecli.models.load import state_digest
-from prunecli.stopping import Stopped, stop_if_asked, until
-from prunecli.trainer import Trainer, TrainingImages
+from prunecli.training import checkpoint
+from prunecli.training.checkpoint import Progress
+from prunecli.training.step import Trainer, TrainingImages
+from prunecli.training.stopping import Stopped, stop_if_asked, until
 
 Event = dict[str, Any]
 _EVENT_SECONDS = 0.5  # at most one step event in this time

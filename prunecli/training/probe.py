@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from prunecli.errors import PruneError
 from prunecli.measure.accuracy import answers, recalibrate_bn_
-from prunecli.objective import build_objective
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings
-from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training.objective import build_objective
+from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
 
 HELD_OUT = 512  # most images a probe is judged on
 _BYTES = 2**29  # most memory a probe's images take

@@ -12,18 +12,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from prunecli import checkpoint
 from prunecli.errors import PruneError, UsageError
-from prunecli.loop import Event, Loop, Run, settle_
 from prunecli.measure.accuracy import evaluate, recalibrate_bn_
 from prunecli.models.load import state_digest
-from prunecli.objective import build_objective
-from prunecli.penalty import Orthogonality, Penalty
-from prunecli.probe import ProbeResult, probe_loss
 from prunecli.recipe.recipe import FinetuneSettings
-from prunecli.schedule import optimizer_name
-from prunecli.stopping import stop_requests, until
-from prunecli.trainer import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training import checkpoint
+from prunecli.training.loop import Event, Loop, Run, settle_
+from prunecli.training.objective import build_objective
+from prunecli.training.penalty import Orthogonality, Penalty
+from prunecli.training.probe import ProbeResult, probe_loss
+from prunecli.training.schedule import optimizer_name
+from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training.stopping import stop_requests, until
 from prunecli.values.report import Accuracy, FinetuneReport
 
 __all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]

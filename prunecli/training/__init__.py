@@ -1,0 +1,1 @@
+"""Training: objectives, schedules, steps, checkpoints, learning rates."""
