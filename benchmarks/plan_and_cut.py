@@ -28,9 +28,9 @@ import torch_pruning as tp
 from own_process import in_own_process
 from torch import nn
 
-from prunecli import budget, score
 from prunecli.graph.build import build_graph
 from prunecli.models.load import input_spec
+from prunecli.planning import budget, score
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.surgery.cut import cut_
 from prunecli.values import support_matrix

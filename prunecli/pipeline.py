@@ -18,7 +18,6 @@ from typing import Final
 from torch import Tensor, nn
 
 from prunecli import gate_plan, phase, phase_stage, store
-from prunecli.budget import Learned
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
@@ -39,10 +38,11 @@ from prunecli.job import (
 )
 from prunecli.measure import cost, jacobian
 from prunecli.models.user_function import Function
+from prunecli.planning.budget import Learned
+from prunecli.planning.score import Scores
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
 from prunecli.recovery import recover_stage
-from prunecli.score import Scores
 from prunecli.scores import gate_scores, open_gates, scores_of
 from prunecli.show import page
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan

@@ -12,9 +12,9 @@ from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.gates import is_open
 from prunecli.models.outputs import logits_of
+from prunecli.planning.score import Scores, score_model
 from prunecli.prospect import prospect_scores
 from prunecli.recipe.recipe import Recipe
-from prunecli.score import Scores, score_model
 from prunecli.stages import Source, resolve_device
 from prunecli.values.groups import Graph
 

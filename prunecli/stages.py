@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import budget, score, store
+from prunecli import store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph.build import build_graph
@@ -22,9 +22,10 @@ from prunecli.measure import jacobian
 from prunecli.measure.cost import measure
 from prunecli.models.load import InputSpec, input_spec, load_model
 from prunecli.models.user_function import Function
+from prunecli.planning import budget, score
+from prunecli.planning.score import Scores
 from prunecli.proof import equivalence
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
-from prunecli.score import Scores
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from prunecli import stages, store
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
+from prunecli.planning.score import score_model
 from prunecli.recipe.recipe import Recipe, Target
-from prunecli.score import score_model
 from prunecli.values.groups import Frozen, Graph
 from prunecli.values.plan import Plan
 from prunecli.values.support_matrix import FrozenShare, Row, Trial

@@ -37,10 +37,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prunecli.budget import TOLERANCE, Choice, choose
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
+from prunecli.planning.budget import TOLERANCE, Choice, choose
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import PruneSettings, Target
 from prunecli.surgery.cut import cut_

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
-from prunecli.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
+from prunecli.planning.budget import TOLERANCE, Choice, Learned, choose
+from prunecli.planning.score import score_groups
 from prunecli.recipe.recipe import PruneSettings, Target
-from prunecli.score import score_groups
 from prunecli.surgery.cut import named_tensors
 from prunecli.values.groups import (
     AttributeConflictError,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunecli import pipeline, score, stages
+from prunecli import pipeline, stages
 from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
 from prunecli.models.load import InputSpec
+from prunecli.planning import score
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.scores import scores_of
