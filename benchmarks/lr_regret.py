@@ -48,7 +48,7 @@ from prunecli.models.load import load_model
 from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.recovering import recovery_context
-from prunecli.recovery_steps import apply_steps, has_batch_norm
+from prunecli.recovery.steps import apply_steps, has_batch_norm
 from prunecli.training import finetune
 from prunecli.training.recommended_lr import (
     Optimizer,

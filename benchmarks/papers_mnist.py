@@ -36,7 +36,7 @@ from prunecli.files import read_tensors, write_tensors
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
-from prunecli.recover import orthogonalize_
+from prunecli.recovery.orthogonal import orthogonalize_
 
 RESULTS = Path(__file__).parent / "results" / "papers_mnist.json"
 BATCH = 100

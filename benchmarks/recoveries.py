@@ -36,7 +36,7 @@ from prunecli.pipeline import plan_and_prove
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
 from prunecli.recovering import recovery_context
-from prunecli.recovery_steps import apply_steps
+from prunecli.recovery.steps import apply_steps
 from prunecli.training import finetune
 from prunecli.values.plan import Plan
 

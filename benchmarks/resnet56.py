@@ -41,7 +41,7 @@ from prunecli.data.images import epoch_order, open_data
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
-from prunecli.recover import orthogonalize_
+from prunecli.recovery.orthogonal import orthogonalize_
 from prunecli.store import RunFolder, load_exported
 
 RESULTS = Path(__file__).parent / "results" / "resnet56.json"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prunecli.measure.jacobian import jacobian_spectrum
     from prunecli.pipeline import compress
     from prunecli.recipe.recipe import Recipe
-    from prunecli.recover import orthogonalize_
+    from prunecli.recovery.orthogonal import orthogonalize_
     from prunecli.store import load
     from prunecli.training.recommended_lr import recommend_lr
     from prunecli.values.report import Report
@@ -22,7 +22,7 @@ _HOMES = {
     "compress": "prunecli.pipeline",
     "jacobian_spectrum": "prunecli.measure.jacobian",
     "load": "prunecli.store",
-    "orthogonalize_": "prunecli.recover",
+    "orthogonalize_": "prunecli.recovery.orthogonal",
     "recommend_lr": "prunecli.training.recommended_lr",
 }
 __all__ = ["Recipe", "Report", "__version__", "compress", "jacobian_spectrum", "load", "orthogonalize_", "recommend_lr"]

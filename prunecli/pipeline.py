@@ -42,7 +42,7 @@ from prunecli.planning.budget import Learned
 from prunecli.planning.score import Scores
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
 from prunecli.recovering import recovery_context
-from prunecli.recovery import recover_stage
+from prunecli.recovery.choose import recover_stage
 from prunecli.scores import gate_scores, open_gates, scores_of
 from prunecli.show import page
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan

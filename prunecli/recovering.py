@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from prunecli.job import Job, jacobian
-from prunecli.recovery_steps import RecoveryContext
+from prunecli.recovery.steps import RecoveryContext
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 

@@ -8,8 +8,9 @@ import time
 import torch
 from torch import nn
 
-from prunecli import recover, sao
+from prunecli import sao
 from prunecli.recipe.recipe import Recipe
+from prunecli.recovery.orthogonal import activation_gain
 from prunecli.show import wording
 from prunecli.values.report import RecoveryStep
 
@@ -26,7 +27,7 @@ def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, in
     asked = recipe.sao
     pattern = asked.activation
     if pattern == "auto":
-        gain = recover.activation_gain(model, torch.zeros(1, *input_size))
+        gain = activation_gain(model, torch.zeros(1, *input_size))
         pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
     sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
     found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunecli import __version__, recover, store
+from prunecli import __version__, store
 from prunecli.job import Job, Progress
 from prunecli.measure import jacobian
+from prunecli.recovery.orthogonal import weight_layers
 from prunecli.stages import jacobian_effort
 from prunecli.values.plan import Cost
 from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
@@ -56,7 +57,7 @@ def _figures(size: Cost, stage: Stage | None) -> dict[str, Any]:
 
 def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[float, ...]]) -> tuple[LayerReport, ...]:
     """Widths and weight spectra of every layer, before and after."""
-    before, after = recover.weight_layers(dense), recover.weight_layers(final)
+    before, after = weight_layers(dense), weight_layers(final)
     return tuple(
         LayerReport(
             name=name,

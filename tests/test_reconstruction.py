@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from user_nets import Residual
 
 from prunecli.graph.build import build_graph
-from prunecli.reconstruction import Moments, find_readers, reconstruct_, solve
+from prunecli.recovery.least_squares import Moments, find_readers, reconstruct_, solve
 from prunecli.stages import cut
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
 

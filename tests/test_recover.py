@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from prunecli.errors import PruneError, UsageError
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.recover import (
+from prunecli.recovery.orthogonal import (
     activation_gain,
     blend_,
     orthogonal,

@@ -17,7 +17,7 @@ from prunecli.measure.accuracy import knows_the_data, lost_top1
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import Recipe, layered
 from prunecli.recovering import recovery_context
-from prunecli.recovery import CANDIDATES, candidates_for, compare, recover_stage
+from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
 from prunecli.training.probe import calibrated_losses
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from user_nets import Residual
 
 from prunecli.measure.accuracy import recalibrate_bn_
-from prunecli.repair import Spread, repair_
+from prunecli.recovery.repair import Spread, repair_
 from prunecli.stages import cut
 
 

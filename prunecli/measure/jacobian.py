@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.measure import lanczos
 from prunecli.models.outputs import logits_of
-from prunecli.recover import evaluating, weight_layers, weight_matrices
+from prunecli.recovery.orthogonal import evaluating, weight_layers, weight_matrices
 from prunecli.values.report import SpectrumSummary
 
 _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.recover import weight_layers
+from prunecli.recovery.orthogonal import weight_layers
 
 
 class Penalty:

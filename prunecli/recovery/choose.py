@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.measure.accuracy import lost_top1
-from prunecli.recovery_steps import Applied, RecoveryContext, apply_steps, has_batch_norm
+from prunecli.recovery.steps import Applied, RecoveryContext, apply_steps, has_batch_norm
 from prunecli.training.probe import ProbeResult, probe_loss
 from prunecli.values.report import RecoveryStep
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli import recover
 from prunecli.data.images import Images
 from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.models.load import InputSpec
 from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
-from prunecli.reconstruction import reconstruct_
-from prunecli.repair import repair_
+from prunecli.recovery.least_squares import reconstruct_
+from prunecli.recovery.orthogonal import blend_, orthogonalize_
+from prunecli.recovery.repair import repair_
 from prunecli.stages import spectrum_batch
 from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
@@ -113,12 +113,12 @@ _Did = tuple[float | None, str]
 def _orthp_(context: RecoveryContext, model: nn.Module) -> _Did:
     settings = context.settings
     example = spectrum_batch(context.images, context.spec, 1, seed=context.seed).to(context.device)
-    done = recover.orthogonalize_(model, settings.orthp_method, gain=settings.gain, example=example, seed=context.seed)
+    done = orthogonalize_(model, settings.orthp_method, gain=settings.gain, example=example, seed=context.seed)
     return done.residual, ""
 
 
 def _blend_(context: RecoveryContext, model: nn.Module) -> _Did:
-    recover.blend_(model, context.settings.blend)
+    blend_(model, context.settings.blend)
     return None, ""
 
 

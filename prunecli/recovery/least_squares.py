@@ -28,7 +28,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from prunecli.activations import (
+from prunecli.measure.accuracy import evaluation_mode
+from prunecli.recovery.activations import (
     Layer,
     See,
     bent,
@@ -39,7 +40,6 @@ from prunecli.activations import (
     uncalled_once,
     watch,
 )
-from prunecli.measure.accuracy import evaluation_mode
 from prunecli.surgery.cut import cut_
 from prunecli.values.plan import Plan, removed_positions
 

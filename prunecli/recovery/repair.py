@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli.activations import (
+from prunecli.measure.accuracy import evaluation_mode
+from prunecli.recovery.activations import (
     Layer,
     See,
     bent,
@@ -34,7 +35,6 @@ from prunecli.activations import (
     uncalled_once,
     watch,
 )
-from prunecli.measure.accuracy import evaluation_mode
 from prunecli.values.plan import Plan, removed_positions
 
 _DEAD: Final = 1e-5  # a spread below this share of the larger of the two is none
