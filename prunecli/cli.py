@@ -483,7 +483,8 @@ def _run_job(
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
-    from prunecli import phase, pipeline
+    from prunecli import pipeline
+    from prunecli.methods import phase
     from prunecli.show import tables
     from prunecli.stages import load_source, open_images
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import phase, store
+from prunecli import store
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
@@ -23,6 +23,7 @@ from prunecli.measure import accuracy as measure_accuracy
 from prunecli.measure import cost
 from prunecli.measure.accuracy import knows_the_data
 from prunecli.measure.jacobian import JacobianSpectrum
+from prunecli.methods import phase
 from prunecli.recipe.recipe import FinetuneSettings, Recipe
 from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.training import retraining_rates, schedule

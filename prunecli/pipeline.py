@@ -17,7 +17,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import gate_plan, phase, phase_stage, store
+from prunecli import phase_stage, store
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
@@ -37,6 +37,8 @@ from prunecli.job import (
     reload_,
 )
 from prunecli.measure import cost, jacobian
+from prunecli.methods import gateable, phase
+from prunecli.methods.start import start_anew_
 from prunecli.models.user_function import Function
 from prunecli.planning.budget import Learned
 from prunecli.planning.score import Scores
@@ -46,7 +48,6 @@ from prunecli.recovery.choose import recover_stage
 from prunecli.scores import gate_scores, open_gates, scores_of
 from prunecli.show import page
 from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
-from prunecli.start import start_anew_
 from prunecli.summary import rounded, summarise
 from prunecli.training import finetune as finetuning
 from prunecli.values.groups import Graph
@@ -114,7 +115,7 @@ def plan_and_prove(
     if gates is not None:
         goal = _gated_goal(graph, recipe, gates)
     elif recipe.method == "abp":
-        found = gate_plan.gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
+        found = gateable.gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
         goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
     else:
         assert recipe.target is not None
@@ -146,7 +147,7 @@ class _Goal:
 
 def _gated_goal(graph: Graph, recipe: Recipe, gates: Magnitudes) -> _Goal:
     """Learnt gates rank the channels; without a target they also say how many stay."""
-    graph, notes = gate_plan.without_norms(graph)
+    graph, notes = gateable.without_norms(graph)
     scores = gate_scores(gates, seed=recipe.seed)
     needed = open_gates(scores)
     if recipe.target is None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from prunecli.data.images import Images
 from prunecli.errors import UsageError
-from prunecli.gates import is_open
+from prunecli.methods.epsd import prospect_scores
+from prunecli.methods.gates import is_open
 from prunecli.models.outputs import logits_of
 from prunecli.planning.score import Scores, score_model
-from prunecli.prospect import prospect_scores
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import Source, resolve_device
 from prunecli.values.groups import Graph

@@ -18,8 +18,9 @@ from torch.nn import functional
 from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net
 
 from prunecli.errors import InterruptedRunError, UsageError
-from prunecli.gate_plan import gateable, without_norms
-from prunecli.gates import (
+from prunecli.graph.build import build_graph
+from prunecli.methods.gateable import gateable, without_norms
+from prunecli.methods.gates import (
     Gated,
     GateSteps,
     drawn_gates,
@@ -28,9 +29,8 @@ from prunecli.gates import (
     planned_gates,
     straight_through,
 )
-from prunecli.graph.build import build_graph
-from prunecli.phase import Phase, phases_of
-from prunecli.phase_loop import train_phase_
+from prunecli.methods.phase import Phase, phases_of
+from prunecli.methods.train_phase import train_phase_
 from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.stages import load_source, make_plan

@@ -20,11 +20,11 @@ from toy_training import ADAMW, CPU, ToyImages, toy_groups, toy_net, train_toy_p
 
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph.build import build_graph
+from prunecli.methods.phase import Phase, phases_of, require_time
+from prunecli.methods.push import Push
+from prunecli.methods.train_phase import train_phase_
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
-from prunecli.phase import Phase, phases_of, require_time
-from prunecli.phase_loop import train_phase_
-from prunecli.push import Push
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
 from prunecli.surgery.cut import cut_
 from prunecli.training.penalty import gram_loss

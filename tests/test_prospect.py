@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_training import CPU, ToyImages
 
-from prunecli import pipeline, prospect
+from prunecli import pipeline
 from prunecli.errors import PruneError, UnsupportedError, UsageError
-from prunecli.gates import gate_places, gated_weights
 from prunecli.graph.build import build_graph
+from prunecli.methods import epsd
+from prunecli.methods.epsd import prospect_scores
+from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.models.load import load_model
-from prunecli.prospect import prospect_scores
 from prunecli.recipe.recipe import EpsdSettings, FinetuneSettings, Recipe
 from prunecli.scores import scores_of
 from prunecli.stages import load_source, open_images
@@ -116,7 +117,7 @@ def test_scores_are_the_derivative_of_the_loss_behind_the_steps(loss: Any) -> No
         trained.load_state_dict(gated_weights(dict(model.named_parameters()), places, masks), strict=False)
         objective, own = (build_objective(FinetuneSettings(loss=loss), num_classes=6, epochs=3) for _ in range(2))
         optimizer = torch.optim.SGD([*trained.parameters(), *base.parameters()], lr=0.2)
-        batches = prospect._batches(images, objective, CPU)
+        batches = epsd._batches(images, objective, CPU)
         for step in range(3):
             batch = next(batches)
             value = objective.loss(lambda x: trained(x) if torch.is_grad_enabled() else base(x), *batch)

@@ -12,9 +12,9 @@ from torch import nn
 
 from prunecli import store
 from prunecli.errors import UsageError
+from prunecli.methods.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
+from prunecli.methods.start import start_anew_
 from prunecli.recipe.recipe import Recipe
-from prunecli.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
-from prunecli.start import start_anew_
 from prunecli.store import RunFolder
 
 SHAPES = [(8, 8, 2), (8, 16, 4), (4, 16, 4), (16, 16, 2), (6, 12, 6), (12, 12, 3)]

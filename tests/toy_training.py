@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunecli import files
-from prunecli.phase import Phase
-from prunecli.phase_loop import train_phase_
+from prunecli.methods.phase import Phase
+from prunecli.methods.train_phase import train_phase_
 from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.training import finetune
 from prunecli.values.groups import IndexMap, Member

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from prunecli import sao
+from prunecli.methods import sao
 from prunecli.recipe.recipe import Recipe
 from prunecli.recovery.orthogonal import activation_gain
 from prunecli.show import wording

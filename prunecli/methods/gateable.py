@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from prunecli.gates import Gated, planned_gates
+from prunecli.methods.gates import Gated, planned_gates
 from prunecli.planning.score import Scores, score_model
 from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import PruneSettings, Target

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunecli.methods.phase import Phase
 from prunecli.models.channels import row_index, rows, silencing_slices, slices
-from prunecli.phase import Phase
 from prunecli.training.penalty import Penalty, gram_loss
 from prunecli.values.groups import Member, module_of
 from prunecli.values.plan import PlannedGroup, Positions, channel_positions

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from prunecli.errors import PruneError
-from prunecli.gates import Gated, GateSteps
+from prunecli.methods.gates import Gated, GateSteps
+from prunecli.methods.phase import Phase
+from prunecli.methods.push import Push
 from prunecli.models.load import state_digest
-from prunecli.phase import Phase
-from prunecli.push import Push
 from prunecli.recipe.recipe import FinetuneSettings
 from prunecli.training.loop import Event, Loop, Run, settle_
 from prunecli.training.objective import build_objective

@@ -1,0 +1,1 @@
+"""Methods that train before the cut, a paper a file."""
