@@ -34,9 +34,10 @@ from lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from papers import row
 from torch import nn
 
-from prunecli import pipeline, stages
 from prunecli.measure import cost
 from prunecli.recipe.recipe import Recipe
+from prunecli.run import pipeline
+from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training import recommended_lr
 from prunecli.training.finetune import evaluate
@@ -117,8 +118,8 @@ def ours(recipe: Recipe) -> dict[str, Any]:
 
 def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     """Torch-Pruning's cut, trained by the same loop."""
-    source = stages.load_source(recipe)
-    images = stages.open_images(recipe, source)
+    source = load_source(recipe)
+    images = open_images(recipe, source)
     assert images is not None
     device = torch.device(recipe.device)
     net = halved(source.model, source.spec.size)
@@ -177,7 +178,7 @@ def their_cut(dense: nn.Module, size: tuple[int, int, int], ratio: float) -> nn.
 def run(net: str, arm: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     """One record."""
     plain = recipe_for(net, trained_base(net, asked), CIFAR_IMAGES, asked)
-    dense = stages.load_source(plain).model
+    dense = load_source(plain).model
     rate = published_rate(optimizer_name(plain.finetune, dense), plain.data.batch_size)
     if arm == "torch-pruning":
         return theirs(recipe_of(plain, "plain", seed, rate), rate)

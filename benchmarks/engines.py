@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from own_process import in_own_process
 
-from prunecli import stages
 from prunecli.errors import PruneError
 from prunecli.graph.build import ENGINES, build_graph
 from prunecli.recipe.recipe import Recipe
-from prunecli.scores import scores_of
+from prunecli.run.scores import scores_of
+from prunecli.run.source import Source, load_source, proven_plan, prunable_share
 from prunecli.values import support_matrix
 from prunecli.values.groups import Graph
 
@@ -36,12 +36,12 @@ def places(graph: Graph) -> dict[tuple[int, frozenset[tuple[str, int]]], str]:
     return {(g.width, frozenset((m.tensor, m.dim) for m in g.members)): g.name for g in graph.groups}
 
 
-def verdict(source: stages.Source, recipe: Recipe, graph: Graph) -> str:
+def verdict(source: Source, recipe: Recipe, graph: Graph) -> str:
     """The error of half of every group cut, with the groups that had to stay whole for it; or why there is none."""
     try:
         assert recipe.target is not None
         scores = scores_of(source, graph, recipe, None)
-        proven = stages.proven_plan(source, graph, scores, recipe.target, recipe.prune)
+        proven = proven_plan(source, graph, scores, recipe.target, recipe.prune)
     except PruneError as error:
         return str(error)
     return "; ".join([f"{proven.proof.relative_error:.0e}", *proven.planned.notes])
@@ -53,7 +53,7 @@ def compare(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = {"model": name, "pretrained": False, "target": "ratio=0.5", "prune": {"round_to": 1}}
     recipe = Recipe.from_mapping(settings)
-    source = stages.load_source(recipe)
+    source = load_source(recipe)
     found: dict[str, Any] = {"name": name}
     coupled = {}
     for engine in ENGINES:
@@ -65,7 +65,7 @@ def compare(name: str) -> dict[str, Any]:
         coupled[engine] = places(graph)
         found[engine] = {
             "groups": len(graph.groups),
-            "share": round(stages.prunable_share(source.model, graph), 4),
+            "share": round(prunable_share(source.model, graph), 4),
             "proof": verdict(source, recipe, graph),
         }
     if len(coupled) == len(ENGINES):

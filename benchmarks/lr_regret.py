@@ -37,18 +37,18 @@ from papers_mnist import NETS, Bench, mnist, train_base
 from side_by_side import Arm, SideBySide
 from torch import Tensor, nn
 
-from prunecli import stages
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.files import write_tensors
-from prunecli.job import Job, open_job
 from prunecli.measure.accuracy import lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
-from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
-from prunecli.recovering import recovery_context
 from prunecli.recovery.steps import apply_steps, has_batch_norm
+from prunecli.run.job import Job, open_job
+from prunecli.run.pipeline import plan_and_prove
+from prunecli.run.recovery_context import recovery_context
+from prunecli.run.source import cut, open_images
 from prunecli.training import finetune
 from prunecli.training.recommended_lr import (
     Optimizer,
@@ -403,13 +403,13 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
         images, dense = job.images, job.source.model
         plan = plan_and_prove(job.source, recipe, images)[0].plan
         steps = ("lstsq",) * case.solved + ("bn",) * has_batch_norm(dense)
-        net = apply_steps(recovery_context(job, dense, plan), stages.cut(dense, plan), steps).model
+        net = apply_steps(recovery_context(job, dense, plan), cut(dense, plan), steps).model
         if not inputs_known(case, ledger.records):
             ledger.add({str(case): cifar_inputs(case, images, dense, net)}, device=job.device)
         for seed, lr in itertools.product(case.seeds, case.grid):
             if case.key(lr, seed) in ledger.records:
                 continue
-            shuffled = stages.open_images(recipe.model_copy(update={"seed": seed}), job.source)
+            shuffled = open_images(recipe.model_copy(update={"seed": seed}), job.source)
             assert shuffled is not None
             ledger.add(
                 {case.key(lr, seed): cifar_run(case, job, copy.deepcopy(net), shuffled, dense, lr, seed)},

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prunecli.pipeline import plan_and_prove
 from prunecli.recipe.recipe import Recipe
-from prunecli.stages import cut, load_source
+from prunecli.run.pipeline import plan_and_prove
+from prunecli.run.source import cut, load_source
 
 
 @dataclass(frozen=True, kw_only=True)

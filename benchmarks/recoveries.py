@@ -28,15 +28,16 @@ from ledger import Ledger
 from papers import fresh
 from torch import nn
 
-from prunecli import phase_stage, stages
-from prunecli.job import Job, open_job
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.pipeline import plan_and_prove
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
-from prunecli.recovering import recovery_context
 from prunecli.recovery.steps import apply_steps
+from prunecli.run import phases
+from prunecli.run.job import Job, open_job
+from prunecli.run.pipeline import plan_and_prove
+from prunecli.run.recovery_context import recovery_context
+from prunecli.run.source import cut
 from prunecli.training import finetune
 from prunecli.values.plan import Plan
 
@@ -110,14 +111,14 @@ def teacher(options: argparse.Namespace) -> dict[str, float]:
 def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
     """The net that fine-tuning starts from, and the epochs it has had."""
     if arm == "scratch":
-        return fresh(stages.cut(job.source.model, plan), job.recipe.seed), 0
+        return fresh(cut(job.source.model, plan), job.recipe.seed), 0
     if job.recipe.method == "oneshot":
         steps = tuple(step for step in arm.split("+") if step != "kd")
         context = recovery_context(job, job.source.model, plan)
-        return apply_steps(context, stages.cut(job.source.model, plan), steps).model, 0
-    trained = phase_stage.before_cut(job, plan)
+        return apply_steps(context, cut(job.source.model, plan), steps).model, 0
+    trained = phases.before_cut(job, plan)
     (phase,) = job.progress.phases
-    return stages.cut(trained, plan), round(phase.epochs)
+    return cut(trained, plan), round(phase.epochs)
 
 
 def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
-from prunecli.store import RunFolder, load_exported
+from prunecli.run.folder import RunFolder, load_exported
 
 RESULTS = Path(__file__).parent / "results" / "resnet56.json"
 NET = "cifar_resnet56"

@@ -28,11 +28,12 @@ from typing import Any, TypeVar
 import timm
 import torch
 
-from prunecli import stages, trial
+from prunecli import trial
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.models.load import build, input_spec
-from prunecli.summary import versions
+from prunecli.run.source import prunable_share
+from prunecli.run.summary import versions
 from prunecli.values import support_matrix
 from prunecli.values.plan import ModelRef, Value
 from prunecli.values.support_matrix import Matrix, Row, Traced
@@ -146,7 +147,7 @@ def trace_one(name: str) -> Traced:
         name=name,
         params=params,
         groups=len(graph.groups),
-        prunable_share=stages.prunable_share(model, graph),
+        prunable_share=prunable_share(model, graph),
         seconds=round(time.perf_counter() - start, 2),
     )
 

@@ -9,19 +9,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prunecli.measure.jacobian import jacobian_spectrum
-    from prunecli.pipeline import compress
     from prunecli.recipe.recipe import Recipe
     from prunecli.recovery.orthogonal import orthogonalize_
-    from prunecli.store import load
+    from prunecli.run.folder import load
+    from prunecli.run.pipeline import compress
     from prunecli.training.recommended_lr import recommend_lr
     from prunecli.values.report import Report
 
 _HOMES = {
     "Recipe": "prunecli.recipe.recipe",
     "Report": "prunecli.values.report",
-    "compress": "prunecli.pipeline",
+    "compress": "prunecli.run.pipeline",
     "jacobian_spectrum": "prunecli.measure.jacobian",
-    "load": "prunecli.store",
+    "load": "prunecli.run.folder",
     "orthogonalize_": "prunecli.recovery.orthogonal",
     "recommend_lr": "prunecli.training.recommended_lr",
 }

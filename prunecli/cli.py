@@ -117,7 +117,7 @@ def compress(
         elif dry_run:
             _show_plan(resolved, as_json=as_json)
         else:
-            from prunecli import pipeline
+            from prunecli.run import pipeline
 
             _run_job(pipeline.compress, resolved, out, resume, force, as_json, quiet)
 
@@ -153,7 +153,7 @@ def finetune(
         if print_config:
             write(resolved.to_yaml())
             return
-        from prunecli import pipeline
+        from prunecli.run import pipeline
 
         _run_job(pipeline.finetune, resolved, out, resume, force, as_json, quiet)
 
@@ -170,8 +170,8 @@ def inspect(
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
     with reported():
         from prunecli.errors import UnsupportedError
+        from prunecli.run.source import inspection, load_source
         from prunecli.show import tables
-        from prunecli.stages import inspection, load_source
 
         flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
         resolved = _resolved(words, None, flags | _given(prune=_given(graph=engine)), model=model)
@@ -198,8 +198,8 @@ def spectrum(
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
         from prunecli.measure.jacobian import weight_spectra
+        from prunecli.run.source import jacobian_spectrum, load_source, open_images, resolve_device
         from prunecli.show import tables
-        from prunecli.stages import jacobian_spectrum, load_source, open_images, resolve_device
 
         flags = _flags(
             weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
@@ -240,7 +240,7 @@ def lr(
 ) -> None:
     """The recommended fine-tuning LR with its evidence."""
     with reported():
-        from prunecli.job import lr_of_source
+        from prunecli.run.job import lr_of_source
         from prunecli.show import tables
 
         flags = _flags(
@@ -268,8 +268,8 @@ def evaluate(
     """Top-1, top-5 and loss on the validation split."""
     with reported():
         from prunecli.recipe.recipe import layered
+        from prunecli.run.source import load_source, open_images, resolve_device
         from prunecli.show import tables
-        from prunecli.stages import load_source, open_images, resolve_device
         from prunecli.training import finetune as finetuning
 
         flags = _flags(
@@ -298,15 +298,15 @@ def evaluate(
 def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = None, as_json: JsonOpt = False) -> None:
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
-        from prunecli import store
         from prunecli.models.user_function import Function
         from prunecli.recipe.recipe import parse_assignments
+        from prunecli.run import folder
         from prunecli.show import tables
 
         args = parse_assignments(model_arg or [])
         if args and model is None:
             raise UsageError("--model-arg belongs to a function.", hint="Name it with --model.")
-        found = store.verify(run, Function(name=model, args=args) if model is not None else None)
+        found = folder.verify(run, Function(name=model, args=args) if model is not None else None)
         show(found.model_dump(mode="json"), tables.verify_line(run, found), as_json=as_json)
 
 
@@ -450,7 +450,7 @@ def _resolved(
 
 
 def _recipe_of_run(out: Path | None) -> Recipe:
-    from prunecli.store import RunFolder
+    from prunecli.run.folder import RunFolder
 
     if out is None:
         raise UsageError("--resume needs to know what to resume.", hint="Give --out DIR.")
@@ -483,10 +483,10 @@ def _run_job(
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
-    from prunecli import pipeline
     from prunecli.methods import phase
+    from prunecli.run import pipeline
+    from prunecli.run.source import load_source, open_images
     from prunecli.show import tables
-    from prunecli.stages import load_source, open_images
 
     source = load_source(recipe)
     images = open_images(recipe, source)

@@ -13,11 +13,12 @@ import timm
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from prunecli import stages, store
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.planning.score import score_model
 from prunecli.recipe.recipe import Recipe, Target
+from prunecli.run import folder
+from prunecli.run.source import Source, cut, load_source, proven_plan, prunable_share
 from prunecli.values.groups import Frozen, Graph
 from prunecli.values.plan import Plan
 from prunecli.values.support_matrix import FrozenShare, Row, Trial
@@ -89,7 +90,7 @@ def try_architecture(
     args = dict(model_args or {})
     settings = {"model": name, "pretrained": False, "model_args": args, "seed": seed, "prune": {"round_to": 1}}
     recipe = Recipe.from_mapping({**settings, "data": {"input_size": input_size}})
-    source = stages.load_source(recipe)
+    source = load_source(recipe)
     row = blank_row(name, source.model, model_args=args, input_size=source.spec.size)
     row = row.model_copy(update={"macs": source.cost.macs})
     try:
@@ -98,12 +99,12 @@ def try_architecture(
         return row.model_copy(update={"problem": str(error)})
     trials, plans = zip(*(try_cut(source, graph, recipe, target) for target in TARGETS), strict=True)
     if (plan := plans[-1]) is not None:
-        small = stages.cut(source.model, plan)
-        store.export(store.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
+        small = cut(source.model, plan)
+        folder.export(folder.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
     return row.model_copy(
         update={
             "groups": len(graph.groups),
-            "prunable_share": stages.prunable_share(source.model, graph),
+            "prunable_share": prunable_share(source.model, graph),
             "frozen": _frozen(source.model, graph),
             "unknown_ops": tuple(sorted(graph.unknown_ops)),
             "trials": trials,
@@ -111,12 +112,12 @@ def try_architecture(
     )
 
 
-def try_cut(source: stages.Source, graph: Graph, recipe: Recipe, target: str) -> tuple[Trial, Plan | None]:
+def try_cut(source: Source, graph: Graph, recipe: Recipe, target: str) -> tuple[Trial, Plan | None]:
     """Plan one cut and prove it; no plan where it was refused."""
     settings = recipe.prune
     try:
         scores = score_model(source.model, graph.groups, criterion=settings.criterion, seed=recipe.seed)
-        proven = stages.proven_plan(source, graph, scores, Target.parse(target), settings)
+        proven = proven_plan(source, graph, scores, Target.parse(target), settings)
     except PruneError as error:
         return Trial(target=target, problem=str(error)), None
     planned = proven.planned
@@ -136,7 +137,7 @@ def reload_difference(out: Path) -> float | None:
 
     None where nothing was exported to ``out``.
     """
-    return store.verify_here(out).reload_max_abs_diff if (out / store.CONFIG).is_file() else None
+    return folder.verify_here(out).reload_max_abs_diff if (out / folder.CONFIG).is_file() else None
 
 
 def _frozen(model: nn.Module, graph: Graph) -> tuple[FrozenShare, ...]:

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from prunecli import cli, pipeline, store  # noqa: F401 - imported once, for all jobs
+from prunecli import cli
+from prunecli.run import folder as run_folder
+from prunecli.run import pipeline  # noqa: F401 - imported once, for all jobs
 from prunecli.show import tables  # noqa: F401 - imported once, for all jobs
 
 CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"})
@@ -51,7 +53,7 @@ def job(order: dict[str, Any], record: int, said: int) -> None:
     os.dup2(said, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
     if not order.get("fresh"):
-        store.verify = store.verify_here  # a fresh process a job would take most of the time
+        run_folder.verify = run_folder.verify_here  # a fresh process a job would take most of the time
     watch(os.path.realpath(order["folder"]), order.get("stop_at"), order.get("signal", 9), record)
     try:
         cli.app(args=order["arguments"], prog_name="prunecli")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import prunecli
-from prunecli import pipeline
 from prunecli.errors import UsageError
 from prunecli.models.load import load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
-from prunecli.store import reference_input
+from prunecli.run import pipeline
+from prunecli.run.folder import reference_input
 
 ARCHITECTURES = {
     "resnet18": {},

@@ -33,7 +33,7 @@ from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
 from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import Recipe
-from prunecli.stages import load_source, make_plan
+from prunecli.run.source import load_source, make_plan
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, Member
 from prunecli.values.plan import PlannedGroup

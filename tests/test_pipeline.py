@@ -17,16 +17,17 @@ import torch
 from test_cli import JOB, call, sentence
 from torch import Tensor, nn
 
-from prunecli import pipeline, store
 from prunecli.errors import TargetError
 from prunecli.files import write_json
 from prunecli.graph.build import build_graph
-from prunecli.job import learning_rate_at, open_job
 from prunecli.models.load import load_model
 from prunecli.proof import equivalence
 from prunecli.recipe.recipe import Recipe
-from prunecli.stages import load_source, open_images
-from prunecli.store import RunFolder
+from prunecli.run import folder as run_folder
+from prunecli.run import pipeline
+from prunecli.run.folder import RunFolder
+from prunecli.run.job import learning_rate_at, open_job
+from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune
 from prunecli.values.report import Report
 
@@ -115,7 +116,7 @@ def killed_and_resumed(jobs: Jobs, folder: Path, place: str) -> None:
     assert resumed["status"] == 0, resumed["stderr"]
     assert jobs.is_whole(folder)
     assert names(folder) == names(jobs.whole)
-    assert store.verify_here(folder).ok
+    assert run_folder.verify_here(folder).ok
 
 
 @pytest.mark.parametrize("place", FEW)
@@ -380,10 +381,10 @@ def test_a_run_is_resumed_only_by_its_own_recipe_and_command(unfinished: Path) -
 def test_another_process_may_not_work_in_the_same_folder(
     jobs: Jobs, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0)
     folder = tmp_path / "run"
     shutil.copytree(unfinished, folder)
-    with store.held(RunFolder(path=folder)):
+    with run_folder.held(RunFolder(path=folder)):
         result = call("compress", "--resume", f"--out={folder}")
     assert result.exit_code == 2
     assert "Another process is working in" in sentence(result)

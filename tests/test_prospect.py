@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy_training import CPU, ToyImages
 
-from prunecli import pipeline
 from prunecli.errors import PruneError, UnsupportedError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.methods import epsd
@@ -22,9 +21,10 @@ from prunecli.methods.epsd import prospect_scores
 from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import EpsdSettings, FinetuneSettings, Recipe
-from prunecli.scores import scores_of
-from prunecli.stages import load_source, open_images
-from prunecli.store import RunFolder
+from prunecli.run import pipeline
+from prunecli.run.folder import RunFolder
+from prunecli.run.scores import scores_of
+from prunecli.run.source import load_source, open_images
 from prunecli.training.objective import LastBatch, build_objective
 from prunecli.values.groups import Group, Member
 

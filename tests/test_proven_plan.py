@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunecli import pipeline, stages
 from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
@@ -16,7 +15,9 @@ from prunecli.models.load import InputSpec
 from prunecli.planning import score
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe
-from prunecli.scores import scores_of
+from prunecli.run import pipeline
+from prunecli.run.scores import scores_of
+from prunecli.run.source import Proven, Source, proven_plan
 from prunecli.values.plan import ModelRef
 
 SIZE = (3, 4, 4)
@@ -37,8 +38,8 @@ class Sly(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def source_of(model: nn.Module) -> stages.Source:
-    return stages.Source(
+def source_of(model: nn.Module) -> Source:
+    return Source(
         model=model.eval(),
         ref=ModelRef(name="sly", num_classes=5, timm="0"),
         spec=InputSpec(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
@@ -48,13 +49,13 @@ def source_of(model: nn.Module) -> stages.Source:
     )
 
 
-def proven(model: nn.Module, **target: Any) -> stages.Proven:
+def proven(model: nn.Module, **target: Any) -> Proven:
     torch.manual_seed(0)
     source = source_of(model)
     recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}} | target)
     graph = build_graph(model, SIZE)
     assert recipe.target is not None
-    return stages.proven_plan(source, graph, scores_of(source, graph, recipe, None), recipe.target, recipe.prune)
+    return proven_plan(source, graph, scores_of(source, graph, recipe, None), recipe.target, recipe.prune)
 
 
 def test_the_group_behind_a_wrong_cut_is_found_left_whole_and_said() -> None:

@@ -10,14 +10,15 @@ import torch
 from test_cli import JOB, call
 from torch import nn
 
-from prunecli import pipeline, stages
 from prunecli.errors import UsageError
-from prunecli.job import open_job
 from prunecli.measure.accuracy import knows_the_data, lost_top1
 from prunecli.recipe import packaged
 from prunecli.recipe.recipe import Recipe, layered
-from prunecli.recovering import recovery_context
 from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
+from prunecli.run import pipeline
+from prunecli.run.job import open_job
+from prunecli.run.recovery_context import recovery_context
+from prunecli.run.source import cut
 from prunecli.training.probe import calibrated_losses
 
 
@@ -115,7 +116,7 @@ def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path
             return 0.001 * len(damages)
 
         context = recovery_context(job, dense, plan)
-        rows = {row.name: row for row in recover_stage(context, stages.cut(dense, plan), rate)[1]}
+        rows = {row.name: row for row in recover_stage(context, cut(dense, plan), rate)[1]}
     plain, *candidates = damages[:5]
     assert plain is not None
     assert plain > 0.9, "the cut alone leaves the digits net guessing"

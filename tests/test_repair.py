@@ -12,7 +12,7 @@ from user_nets import Residual
 
 from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.recovery.repair import Spread, repair_
-from prunecli.stages import cut
+from prunecli.run.source import cut
 
 
 class Plain(nn.Sequential):

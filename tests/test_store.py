@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prunecli import store
 from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import write_json
 from prunecli.measure import cost
 from prunecli.models.load import input_spec, load_model
 from prunecli.recipe.recipe import Recipe
-from prunecli.store import RunFolder, locate
+from prunecli.run import folder as run_folder
+from prunecli.run.folder import RunFolder, locate
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = RunFolder(path=tmp_path_factory.mktemp("exported"))
     loaded = load_model("lenet5_relu", pretrained=False)
     size = cost.measure(loaded.model, input_spec(loaded.ref).size)
-    store.export(folder, loaded.model, ref=loaded.ref, base=size, final=size)
+    run_folder.export(folder, loaded.model, ref=loaded.ref, base=size, final=size)
     return folder.path
 
 
@@ -45,7 +45,7 @@ def damaged(exported: Path, tmp_path: Path) -> Path:
 
 def begun(path: Path) -> RunFolder:
     folder = RunFolder(path=path)
-    store.prepare_(folder, Recipe(model="resnet18"), resume=False, force=False)
+    run_folder.prepare_(folder, Recipe(model="resnet18"), resume=False, force=False)
     return folder
 
 
@@ -58,7 +58,7 @@ def test_default_folders_are_numbered_by_model(tmp_path: Path, monkeypatch: pyte
     begun(Path("runs/b-c-9"))
     assert locate(None, model="hf-hub:a/b c", resume=False, force=False).path == Path("runs/b-c-10")
     assert locate(None, model="b c", resume=True, force=False).path == Path("runs/b-c-9")
-    (tmp_path / "runs" / "b-c-9" / store.REPORT).touch()
+    (tmp_path / "runs" / "b-c-9" / run_folder.REPORT).touch()
     with pytest.raises(UsageError, match="no unfinished run of b-c"):
         locate(None, model="b c", resume=True, force=False)
 
@@ -67,7 +67,7 @@ def test_an_early_kill_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / ".recipe.yaml.123.tmp").touch()
     folder = locate(tmp_path / "run", model="resnet18", resume=False, force=False)
-    store.prepare_(folder, Recipe(model="resnet18"), resume=False, force=False)
+    run_folder.prepare_(folder, Recipe(model="resnet18"), resume=False, force=False)
     assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "checkpoints"}
 
 
@@ -84,10 +84,10 @@ def test_what_no_run_wrote_is_left_alone(tmp_path: Path, name: str, force: bool)
 
 def test_replacing_a_run_leaves_other_files(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run")
-    for name in (*store.OURS, "thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors"):
+    for name in (*run_folder.OURS, "thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors"):
         (folder.path / name).parent.mkdir(exist_ok=True)
         (folder.path / name).write_text("old")
-    store.prepare_(folder, Recipe(model="resnet18"), resume=False, force=True)
+    run_folder.prepare_(folder, Recipe(model="resnet18"), resume=False, force=True)
     assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "checkpoints", "thesis.tex"}
     assert not list(folder.checkpoints.iterdir())
 
@@ -96,16 +96,16 @@ def test_a_run_begun_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     folder = locate(tmp_path / "run", model="resnet18", resume=False, force=False)
     begun(tmp_path / "run")
     with pytest.raises(UsageError, match="holds an unfinished run"):
-        store.prepare_(folder, Recipe(model="vgg11"), resume=False, force=False)
+        run_folder.prepare_(folder, Recipe(model="vgg11"), resume=False, force=False)
     assert folder.recipe().model == "resnet18"
 
 
 def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 0)
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0)
     folder = RunFolder(path=tmp_path / "run")
-    with store.held(folder), pytest.raises(UsageError, match="Another process"), store.held(folder):
+    with run_folder.held(folder), pytest.raises(UsageError, match="Another process"), run_folder.held(folder):
         pass
-    with store.held(folder):
+    with run_folder.held(folder):
         pass
 
 
@@ -134,7 +134,7 @@ def test_resume_and_force_exclude_each_other(tmp_path: Path) -> None:
 
 def test_a_model_comes_back_to_the_bit(exported: Path) -> None:
     state = load_model("lenet5_relu", pretrained=False).model.state_dict()
-    found = store.load(exported).state_dict()
+    found = run_folder.load(exported).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
 
@@ -169,7 +169,7 @@ def test_an_edited_config_is_one_plain_error(damaged: Path, change: Change) -> N
     change(config)
     write_json(damaged / "config.json", config)
     with pytest.raises(PruneError) as caught:
-        store.load(damaged)
+        run_folder.load(damaged)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -182,7 +182,7 @@ def test_a_broken_file_is_named(damaged: Path, name: str, content: bytes | None)
     else:
         (damaged / name).write_bytes(content)
     with pytest.raises(PruneError, match=name) as caught:
-        store.load(damaged)
+        run_folder.load(damaged)
     assert caught.value.exit_code == 1
 
 
@@ -203,13 +203,13 @@ def test_weights_that_do_not_fit_are_refused(damaged: Path, change: Callable[[Te
     change(tensors)
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(PruneError, match=r"does not fit lenet5_relu .*conv\d\.bias"):
-        store.load(damaged)
+        run_folder.load(damaged)
 
 
 def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
     begun(tmp_path / "run")
     with pytest.raises(UsageError, match="unfinished run, so there is no model yet"):
-        store.load(tmp_path / "run")
+        run_folder.load(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------- verification
@@ -218,7 +218,9 @@ def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
 def test_verification_runs_this_package_whatever_lies_around(exported: Path, tmp_path: Path) -> None:
     for module in ("random", "timm", "prunecli"):
         (tmp_path / f"{module}.py").write_text("raise SystemExit('hijacked')\n")
-    code = f"from pathlib import Path; from prunecli import store; print(store.verify(Path({str(exported)!r})).ok)"
+    code = (
+        f"from pathlib import Path; from prunecli.run import folder; print(folder.verify(Path({str(exported)!r})).ok)"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd=tmp_path,
@@ -233,17 +235,17 @@ def test_verification_runs_this_package_whatever_lies_around(exported: Path, tmp
 def test_another_reference_does_not_verify(damaged: Path) -> None:
     logits = load_file(damaged / "reference.safetensors")["logits"]
     save_file({"logits": logits + 1}, damaged / "reference.safetensors")
-    assert not store.verify_here(damaged).ok
+    assert not run_folder.verify_here(damaged).ok
     save_file({"logits": logits[:, :9].clone()}, damaged / "reference.safetensors")
-    found = store.verify_here(damaged)
+    found = run_folder.verify_here(damaged)
     assert not found.ok
     assert not found.classes_equal
     with pytest.raises(VerificationError, match="class count changed"):
-        store.verify(damaged)
+        run_folder.verify(damaged)
 
 
 def test_the_reference_images_are_the_same_everywhere() -> None:
-    images = store.reference_input((1, 2, 2))
+    images = run_folder.reference_input((1, 2, 2))
     expected = [((at * 2654435761 + 40503) % 2**24) / 2**23 - 1 for at in range(8)]
     assert images.flatten().tolist() == expected
 
@@ -252,5 +254,5 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     loaded = load_model("lenet5_relu", pretrained=False)
     model: nn.Module = loaded.model.train()
     size = cost.measure(model, input_spec(loaded.ref).size)
-    store.export(RunFolder(path=tmp_path), model, ref=loaded.ref, base=size, final=size)
+    run_folder.export(RunFolder(path=tmp_path), model, ref=loaded.ref, base=size, final=size)
     assert model.training

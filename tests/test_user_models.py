@@ -18,7 +18,6 @@ from test_cli import JOB, call, sentence
 from torch import nn
 
 import prunecli
-from prunecli import pipeline, stages, store
 from prunecli.errors import PruneError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
@@ -26,6 +25,10 @@ from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
+from prunecli.run import pipeline
+from prunecli.run import source as run_source
+from prunecli.run.folder import RunFolder, export
+from prunecli.run.source import Source, load_source
 from prunecli.surgery.cut import named_tensors
 
 SMALL = JOB[2:]  # without the model and --no-pretrained
@@ -43,12 +46,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
-def halved(name: str) -> tuple[stages.Source, nn.Module]:
+def halved(name: str) -> tuple[Source, nn.Module]:
     """A model of the user's own, and a copy with half of every group cut."""
     recipe = Recipe.from_mapping({"model": name, "target": "ratio=0.5", "prune": {"round_to": 1}})
-    source = stages.load_source(recipe)
+    source = load_source(recipe)
     planned, _ = pipeline.plan_and_prove(source, recipe, None)
-    return source, stages.cut(source.model, planned.plan)
+    return source, run_source.cut(source.model, planned.plan)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -75,12 +78,12 @@ def test_a_function_gives_what_the_same_model_gives_by_its_timm_name() -> None:
     recipe = Recipe.from_mapping({"target": "macs=50%", "pretrained": False, "prune": {"round_to": 1}})
     sources, plans, cuts = [], [], []
     for name in ("lenet5_relu", "prunecli.models.paper_nets:lenet5_relu"):
-        source = stages.load_source(recipe.model_copy(update={"model": name}))
+        source = load_source(recipe.model_copy(update={"model": name}))
         planned, _ = pipeline.plan_and_prove(source, recipe, None)
         assert planned.plan.model.name == name
         sources.append((source.digest, source.spec, source.cost, source.ref.num_classes))
         plans.append(planned.plan.model_dump(mode="json", exclude={"model"}))
-        cuts.append(stages.cut(source.model, planned.plan).state_dict())
+        cuts.append(run_source.cut(source.model, planned.plan).state_dict())
     assert sources[0] == sources[1]
     assert plans[0] == plans[1]
     assert equal(*cuts)
@@ -179,16 +182,14 @@ def test_a_run_is_measured_and_pruned_again_with_its_function_named(run: Path, t
     assert report["final"]["params"] < report["base"]["params"]
     recipe = Recipe.from_file(tmp_path / "again" / "recipe.yaml")
     assert (recipe.model, recipe.function) == (str(run), "user_nets:Residual")
-    assert equal(
-        stages.load_source(recipe).model.state_dict(), prunecli.load(run, model=user_nets.Residual).state_dict()
-    )
+    assert equal(load_source(recipe).model.state_dict(), prunecli.load(run, model=user_nets.Residual).state_dict())
 
 
 @pytest.mark.parametrize("name", ["Tied", "TwoOutputs", "in_function"])
 def test_shared_weights_tables_of_chance_and_local_classes_reload_bit_equal(tmp_path: Path, name: str) -> None:
     source, smaller = halved(f"user_nets:{name}")
-    folder = store.RunFolder(path=tmp_path)
-    store.export(folder, smaller, ref=source.ref, base=source.cost, final=source.cost)
+    folder = RunFolder(path=tmp_path)
+    export(folder, smaller, ref=source.ref, base=source.cost, final=source.cost)
     model = prunecli.load(tmp_path, model=getattr(user_nets, name))
     assert equal(named_tensors(model), named_tensors(smaller))
     assert {n: t.shape for n, t in model.state_dict().items()} != {
@@ -272,7 +273,7 @@ def test_arguments_are_named_by_the_user_too(run: Path, tmp_path: Path) -> None:
 def test_a_model_of_timm_needs_no_function(tmp_path: Path) -> None:
     loaded = load_model("lenet5_relu", pretrained=False)
     size = cost.measure(loaded.model, input_spec(loaded.ref).size)
-    store.export(store.RunFolder(path=tmp_path), loaded.model, ref=loaded.ref, base=size, final=size)
+    export(RunFolder(path=tmp_path), loaded.model, ref=loaded.ref, base=size, final=size)
     for arguments, said in ([NAMED], "Leave --model out"), (["--model-arg=width=3"], "Name it with --model"):
         result = call("verify", str(tmp_path), *arguments)
         assert result.exit_code == 2

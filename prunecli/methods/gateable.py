@@ -12,7 +12,7 @@ from prunecli.methods.gates import Gated, planned_gates
 from prunecli.planning.score import Scores, score_model
 from prunecli.proof.equivalence import gating_error
 from prunecli.recipe.recipe import PruneSettings, Target
-from prunecli.stages import EQUIVALENCE_TOLERANCE, Source, make_plan
+from prunecli.run.source import EQUIVALENCE_TOLERANCE, Source, make_plan
 from prunecli.values.groups import Graph
 from prunecli.values.plan import PlannedGroup
 

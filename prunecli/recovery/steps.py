@@ -21,7 +21,7 @@ from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
 from prunecli.recovery.repair import repair_
-from prunecli.stages import spectrum_batch
+from prunecli.run.source import spectrum_batch
 from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep

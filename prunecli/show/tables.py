@@ -26,7 +26,7 @@ from prunecli.values.report import (
 )
 
 if TYPE_CHECKING:
-    from prunecli.stages import Inspection
+    from prunecli.run.source import Inspection
     from prunecli.values.groups import Frozen, Graph, Tie
     from prunecli.values.support_matrix import Matrix, Row
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prunecli import store
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, write_json
@@ -25,7 +24,8 @@ from prunecli.measure.accuracy import knows_the_data
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.methods import phase
 from prunecli.recipe.recipe import FinetuneSettings, Recipe
-from prunecli.stages import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
+from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_, read_value
+from prunecli.run.source import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.training import retraining_rates, schedule
 from prunecli.training.recommended_lr import recommend_lr
 from prunecli.values.plan import Plan, Value
@@ -101,7 +101,7 @@ class Job:
     """One run under way: what is fixed for all its stages, and the progress so far."""
 
     recipe: Recipe
-    folder: store.RunFolder
+    folder: RunFolder
     source: Source
     images: Images | None
     device: torch.device
@@ -115,8 +115,8 @@ class Job:
 
     def begin(self) -> None:
         """Make the folder, now that the job is known to be possible; from here on no other process may use it."""
-        self.closing.enter_context(store.held(self.folder))
-        store.prepare_(self.folder, self.recipe, resume=self.resume, force=self.force)
+        self.closing.enter_context(held(self.folder))
+        prepare_(self.folder, self.recipe, resume=self.resume, force=self.force)
         self.begun = True
         self.say(
             "open",
@@ -325,7 +325,7 @@ def past_of(recipe: Recipe) -> Past:
     return Past(plan=run.plan(), dense=dense, now=stages[-1] if stages else None, base_peak_lr=_base_peak_lr(run))
 
 
-def _base_peak_lr(run: store.RunFolder) -> float | None:
+def _base_peak_lr(run: RunFolder) -> float | None:
     """The rate its base was trained at, as its recipe says it; a recipe of another version says nothing."""
     try:
         original = run.recipe().finetune.original
@@ -356,7 +356,7 @@ def lr_of_source(recipe: Recipe) -> LRReport:
 def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
     """Load the model, open the data, choose the folder. Nothing is written yet: ``Job.begin`` does that."""
     device = resolve_device(recipe.device)
-    folder = store.locate(out, model=recipe.model or "", resume=resume, force=force)
+    folder = locate(out, model=recipe.model or "", resume=resume, force=force)
     earlier = _earlier(folder, recipe, command) if resume else None
     notify({"event": "start", "name": "load"})
     source = load_source(recipe)
@@ -408,7 +408,7 @@ def _require_start(command: Command, recipe: Recipe, images: Images | None) -> N
         )
 
 
-def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progress | None:
+def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> Progress | None:
     """The progress of an earlier start, None where it was killed before any. Raises where it was another job."""
     if folder.recipe().sha256() != recipe.sha256():
         raise UsageError(
@@ -417,16 +417,14 @@ def _earlier(folder: store.RunFolder, recipe: Recipe, command: Command) -> Progr
         )
     if not _progress_file(folder).is_file():
         return None
-    progress = store.read_value(Progress, _progress_file(folder))
+    progress = read_value(Progress, _progress_file(folder))
     if progress.command != command:
         raise UsageError(
             f"{folder.path} was started with `prunecli {progress.command}`.",
             hint=f"`prunecli {progress.command} --resume --out {shlex.quote(str(folder.path))}` continues it.",
         )
     if progress.recipe_sha256 != recipe.sha256():  # cut off in the middle, YAML may still be a recipe
-        raise UsageError(
-            f"{folder.path / store.RECIPE} was changed after the run had started.", hint="--force starts again."
-        )
+        raise UsageError(f"{folder.path / RECIPE} was changed after the run had started.", hint="--force starts again.")
     return progress
 
 
@@ -455,5 +453,5 @@ def interruptible(job: Job) -> Iterator[None]:
         ) from None
 
 
-def _progress_file(folder: store.RunFolder) -> Path:
+def _progress_file(folder: RunFolder) -> Path:
     return folder.checkpoints / "progress.json"

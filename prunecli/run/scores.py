@@ -15,7 +15,7 @@ from prunecli.methods.gates import is_open
 from prunecli.models.outputs import logits_of
 from prunecli.planning.score import Scores, score_model
 from prunecli.recipe.recipe import Recipe
-from prunecli.stages import Source, resolve_device
+from prunecli.run.source import Source, resolve_device
 from prunecli.values.groups import Graph
 
 

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import nn
 
-from prunecli.job import Job, jacobian
 from prunecli.recovery.steps import RecoveryContext
+from prunecli.run.job import Job, jacobian
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 

@@ -426,8 +426,8 @@ def verify(path: Path, function: Function | None = None) -> VerifyReport:
     if (ref := _recorded_model(path)) is not None:
         _require_consent(path, ref, function)
     # -P and PYTHONPATH: the child gets this very package, and no module that happens to lie in the user's folder.
-    command = [sys.executable, "-P", "-m", "prunecli.store", str(path.resolve())]
-    places = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-P", "-m", "prunecli.run.folder", str(path.resolve())]
+    places = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     if function is not None:
         command += [function.name, json.dumps(dict(function.args))]
         places += [os.path.abspath(place) for place in sys.path]  # noqa: PTH100 - text in, text out

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from prunecli.files import read_tensors, write_tensors
-from prunecli.job import Job, finetune_settings, reload_
 from prunecli.methods.gates import Gated, drawn_gates
 from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
+from prunecli.run.job import Job, finetune_settings, reload_
 from prunecli.values.plan import Plan
 
 

@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from prunecli import store
 from prunecli.data.images import Images, open_data
 from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, UsageError
 from prunecli.graph.build import build_graph
@@ -26,6 +25,7 @@ from prunecli.planning import budget, score
 from prunecli.planning.score import Scores
 from prunecli.proof import equivalence
 from prunecli.recipe.recipe import PruneSettings, Recipe, Target
+from prunecli.run.folder import RunFolder, is_run, load_exported
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
@@ -135,12 +135,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def run_of(recipe: Recipe) -> store.RunFolder | None:
+def run_of(recipe: Recipe) -> RunFolder | None:
     """The run folder whose model a recipe starts from; none where it names a model of another kind."""
     if recipe.model is None:
         return None
-    folder = store.RunFolder(path=Path(recipe.model.removeprefix("local-dir:")))
-    return folder if store.is_run(folder.path) or folder.begun else None
+    folder = RunFolder(path=Path(recipe.model.removeprefix("local-dir:")))
+    return folder if is_run(folder.path) or folder.begun else None
 
 
 def load_source(recipe: Recipe) -> Source:
@@ -157,7 +157,7 @@ def load_source(recipe: Recipe) -> Source:
         function = Function(name=recipe.function, args=recipe.model_args) if recipe.function else None
         if recipe.weights or recipe.data.preprocessing or (recipe.model_args and not function):
             raise UsageError(f"{path} is a run folder: it brings its own weights, arguments and preprocessing.")
-        model, exported = store.load_exported(path, function)
+        model, exported = load_exported(path, function)
         ref, digest = exported.model, exported.weights_sha256
         notes: tuple[str, ...] = (f"The base is the pruned model of {path}.",)
     elif recipe.function:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunecli import __version__, store
-from prunecli.job import Job, Progress
+from prunecli import __version__
 from prunecli.measure import jacobian
 from prunecli.recovery.orthogonal import weight_layers
-from prunecli.stages import jacobian_effort
+from prunecli.run import folder
+from prunecli.run.job import Job, Progress
+from prunecli.run.source import jacobian_effort
 from prunecli.values.plan import Cost
 from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
 
@@ -27,7 +28,7 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
     return Report(
         model=job.source.ref.name,
         base=_figures(job.source.cost, dense),
-        final=_figures(size, last) | {"file_bytes": (job.folder.path / store.WEIGHTS).stat().st_size},
+        final=_figures(size, last) | {"file_bytes": (job.folder.path / folder.WEIGHTS).stat().st_size},
         stages=progress.stages,
         target=progress.target,
         layers=_layers(job.source.model, model, progress.dense_spectra),

@@ -17,12 +17,20 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from prunecli import phase_stage, store
 from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph.build import build_graph
-from prunecli.job import (
+from prunecli.measure import cost, jacobian
+from prunecli.methods import gateable, phase
+from prunecli.methods.start import start_anew_
+from prunecli.models.user_function import Function
+from prunecli.planning.budget import Learned
+from prunecli.planning.score import Scores
+from prunecli.recipe.recipe import PruneSettings, Recipe, Target
+from prunecli.recovery.choose import recover_stage
+from prunecli.run import folder, phases
+from prunecli.run.job import (
     Job,
     Notify,
     Past,
@@ -36,19 +44,11 @@ from prunecli.job import (
     recommended_lr,
     reload_,
 )
-from prunecli.measure import cost, jacobian
-from prunecli.methods import gateable, phase
-from prunecli.methods.start import start_anew_
-from prunecli.models.user_function import Function
-from prunecli.planning.budget import Learned
-from prunecli.planning.score import Scores
-from prunecli.recipe.recipe import PruneSettings, Recipe, Target
-from prunecli.recovering import recovery_context
-from prunecli.recovery.choose import recover_stage
-from prunecli.scores import gate_scores, open_gates, scores_of
+from prunecli.run.recovery_context import recovery_context
+from prunecli.run.scores import gate_scores, open_gates, scores_of
+from prunecli.run.source import Planned, Source, cut, make_plan, proven_plan
+from prunecli.run.summary import rounded, summarise
 from prunecli.show import page
-from prunecli.stages import Planned, Source, cut, make_plan, proven_plan
-from prunecli.summary import rounded, summarise
 from prunecli.training import finetune as finetuning
 from prunecli.values.groups import Graph
 from prunecli.values.plan import Cost, Plan
@@ -79,20 +79,20 @@ def _planned(job: Job) -> Planned:
         plan = job.folder.plan()
         if plan.sha256() != job.progress.plan_sha256:
             raise PruneError(
-                f"{job.folder.path / store.PLAN} was changed after the run had started.", hint="--force starts again."
+                f"{job.folder.path / folder.PLAN} was changed after the run had started.", hint="--force starts again."
             )
         job.begin()
         return Planned(plan=plan, target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
     planned, proof = plan_and_prove(job.source, job.recipe, job.images)
     job.begin()
-    if phase_stage.plans_late(job):
+    if phases.plans_late(job):
         _dense(job)
-        learnt = phase_stage.before_plan(job, planned.plan)
+        learnt = phases.before_plan(job, planned.plan)
         job.notify({"event": "start", "name": "plan"})
         source = replace(job.source, model=learnt.model)
         planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates)
-    write_json(job.folder.path / store.PLAN, planned.plan.model_dump(mode="json"))
+    write_json(job.folder.path / folder.PLAN, planned.plan.model_dump(mode="json"))
     job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
     made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
     job.save(job.progress.model_copy(update=made))
@@ -159,7 +159,7 @@ def _gated_goal(graph: Graph, recipe: Recipe, gates: Magnitudes) -> _Goal:
 
 def _regularised(job: Job, plan: Plan) -> nn.Module:
     """Train through the phases before the cut, if the method has any, and measure what they made of the dense net."""
-    trained = phase_stage.before_cut(job, plan)
+    trained = phases.before_cut(job, plan)
     if job.progress.stage("regularised") or not job.progress.phases:
         return trained
     began = time.perf_counter() - math.fsum(done.seconds for done in job.progress.phases)
@@ -219,7 +219,7 @@ def _recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     if job.recipe.init is not None:
         steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
     else:
-        context = recovery_context(job, phase_stage.before_cut(job, planned.plan), planned.plan)
+        context = recovery_context(job, phases.before_cut(job, planned.plan), planned.plan)
         model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, planned.plan, smaller))
         smaller.load_state_dict(model.state_dict())
     if not any(step.kept for step in steps):
@@ -279,14 +279,14 @@ def _finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     model = model.cpu().eval()
     size = cost.measure(model, job.source.spec.size)
     job.notify({"event": "start", "name": "export"})
-    write_json(job.folder.path / store.PLAN, plan.model_dump(mode="json"))
-    store.export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
-    verified = store.verify(job.folder.path, Function.of(job.source.ref))
+    write_json(job.folder.path / folder.PLAN, plan.model_dump(mode="json"))
+    folder.export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
+    verified = folder.verify(job.folder.path, Function.of(job.source.ref))
     job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
     report = summarise(job, model, size, verified)
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
-    write_text(job.folder.path / store.PAGE, html)
-    write_json(job.folder.path / store.REPORT, report.model_dump(mode="json"))
+    write_text(job.folder.path / folder.PAGE, html)
+    write_json(job.folder.path / folder.REPORT, report.model_dump(mode="json"))
     for name in ("grow", "regularise", "push", "gate", "gates", "recovered", "finetuned"):
         (job.folder.checkpoints / f"{name}.safetensors").unlink(missing_ok=True)
     job.say("done", seconds=round(time.perf_counter() - job.started, 3))
