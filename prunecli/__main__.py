@@ -1,6 +1,6 @@
 """``python -m prunecli``."""
 
-from prunecli.cli import main
+from prunecli.cli.app import main
 
 if __name__ == "__main__":
     main()

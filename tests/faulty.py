@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from prunecli import cli
+from prunecli.cli.app import app
 from prunecli.run import folder as run_folder
 from prunecli.run import pipeline  # noqa: F401 - imported once, for all jobs
 from prunecli.show import tables  # noqa: F401 - imported once, for all jobs
@@ -56,7 +56,7 @@ def job(order: dict[str, Any], record: int, said: int) -> None:
         run_folder.verify = run_folder.verify_here  # a fresh process a job would take most of the time
     watch(os.path.realpath(order["folder"]), order.get("stop_at"), order.get("signal", 9), record)
     try:
-        cli.app(args=order["arguments"], prog_name="prunecli")
+        app(args=order["arguments"], prog_name="prunecli")
     except SystemExit as end:
         sys.stderr.flush()
         os._exit(int(end.code or 0))

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prunecli
-from prunecli.cli import app
-from prunecli.console import reported
+from prunecli.cli.app import app
+from prunecli.cli.console import reported
 from prunecli.errors import InterruptedRunError
 from prunecli.training.recommended_lr import short_peak
 

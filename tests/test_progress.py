@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from prunecli.progress import Narrator
+from prunecli.cli.progress import Narrator
 
 
 def said(*events: dict[str, object], quiet: bool = False, terminal: bool = False) -> str:

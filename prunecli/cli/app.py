@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecli import __version__
-from prunecli.console import errors, reported, settle_process, show, tell, write
+from prunecli.cli.console import errors, reported, settle_process, show, tell, write
 from prunecli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -466,7 +466,7 @@ def _recipe_of_run(out: Path | None) -> Recipe:
 def _run_job(
     job: Callable[..., Any], recipe: Recipe, out: Path | None, resume: bool, force: bool, as_json: bool, quiet: bool
 ) -> None:
-    from prunecli.progress import Narrator
+    from prunecli.cli.progress import Narrator
     from prunecli.show import tables
 
     opened: list[str] = []
