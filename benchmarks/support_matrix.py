@@ -2,7 +2,7 @@
 
     python benchmarks/support_matrix.py --work DIR --jobs 2
 
-Every registered architecture is built without weights and grouped by its structure (see `prunecli.trial`); the smallest
+Every registered architecture is built without weights and grouped by its structure (see `trial`); the smallest
 of each group is then tried: dependency graph, cuts by ``ratio=0.5`` and ``macs=50%``, each
 proved equal to the silenced dense net in float64, forward and backward, export, reload in a fresh process. Finished
 rows are kept in DIR, so an interrupted run goes on where it was. Then the graph of every architecture is built, whole.
@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+import trial
 
-from prunecli import trial
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.models.load import build, input_spec

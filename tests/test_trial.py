@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import timm
+from trial import reload_difference, structure_of, try_architecture
 
 from prunecli.models.load import build
-from prunecli.trial import reload_difference, structure_of, try_architecture
 from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Row, stored_matrix
 
