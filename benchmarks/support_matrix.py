@@ -35,8 +35,9 @@ from prunecli.models.load import build, input_spec
 from prunecli.run.source import prunable_share
 from prunecli.run.summary import versions
 from prunecli.values import support_matrix
-from prunecli.values.plan import ModelRef, Value
+from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Matrix, Row, Traced
+from prunecli.values.value import Value
 
 # The proof runs the net five times in float64. What is too large for that here is proved with fewer layers of the same
 # structure; its graph is still built, timed and weighed whole. Where that cannot be, images shrink above HUGE_MACS.

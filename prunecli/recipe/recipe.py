@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from prunecli.errors import UsageError, nearest
-from prunecli.values.plan import Value
+from prunecli.values.value import Value
 
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
 Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv", "abp", "epsd"]

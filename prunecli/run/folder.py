@@ -35,8 +35,9 @@ from prunecli.models.outputs import as_rows, logits_of
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe
 from prunecli.surgery.cut import fill_, named_tensors, shape_, structure_of
-from prunecli.values.plan import Cost, ModelRef, Plan, Structure, Value
+from prunecli.values.plan import Cost, ModelRef, Plan, Structure
 from prunecli.values.report import Report, VerifyReport
+from prunecli.values.value import Value
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"

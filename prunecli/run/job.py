@@ -28,7 +28,7 @@ from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_, read_
 from prunecli.run.source import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.training import retraining_rates, schedule
 from prunecli.training.recommended_lr import recommend_lr
-from prunecli.values.plan import Plan, Value
+from prunecli.values.plan import Plan
 from prunecli.values.report import (
     Accuracy,
     FinetuneReport,
@@ -39,6 +39,7 @@ from prunecli.values.report import (
     StageName,
     TargetResult,
 )
+from prunecli.values.value import Value
 
 Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]

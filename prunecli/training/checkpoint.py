@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from prunecli.errors import PruneError
 from prunecli.files import explained, write_tensors
-from prunecli.values.plan import Value
+from prunecli.values.value import Value
 
 logger = logging.getLogger("prunecli")
 _KEY = "prunecli_finetune"

@@ -10,17 +10,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from prunecli.values.groups import AttributeEdit, Member, ScaleFold
+from prunecli.values.value import Value
 
 Index = Annotated[int, Field(ge=0)]
-
-
-class Value(BaseModel):
-    """Base of everything that crosses a file: frozen, strict about keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelRef(Value):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from prunecli.values.plan import Value
+from prunecli.values.value import Value
 
 StageName = Literal["dense", "regularised", "pruned", "recovered", "finetuned"]
 PhaseName = Literal["grow", "push", "regularise", "gate"]

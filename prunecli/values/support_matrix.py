@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from prunecli.errors import PruneError, UsageError, nearest, one_line
-from prunecli.values.plan import Value
+from prunecli.values.value import Value
 
 STORED = files("prunecli") / "support_matrix.json"
 
