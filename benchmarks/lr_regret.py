@@ -43,7 +43,8 @@ from prunecli.files import write_tensors
 from prunecli.measure.accuracy import lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
-from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.recovery.steps import apply_steps, has_batch_norm
 from prunecli.run.job import Job, open_job
 from prunecli.run.pipeline import plan_and_prove

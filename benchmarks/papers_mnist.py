@@ -35,7 +35,7 @@ from prunecli.data.images import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
-from prunecli.recipe.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 
 RESULTS = Path(__file__).parent / "results" / "papers_mnist.json"

@@ -31,7 +31,8 @@ from torch import nn
 from prunecli.graph.build import build_graph
 from prunecli.models.load import input_spec
 from prunecli.planning import budget, score
-from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.surgery.cut import cut_
 from prunecli.values import support_matrix
 from prunecli.values.plan import Cost, ModelRef, PlannedGroup

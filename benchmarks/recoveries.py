@@ -31,7 +31,9 @@ from torch import nn
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.recipe import packaged
-from prunecli.recipe.recipe import DistillSettings, Recipe, layered, parse_assignments
+from prunecli.recipe.reading import layered, parse_assignments
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DistillSettings
 from prunecli.recovery.steps import apply_steps
 from prunecli.run import phases
 from prunecli.run.job import Job, open_job

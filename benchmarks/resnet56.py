@@ -40,7 +40,7 @@ from torch import nn
 from prunecli.data.images import epoch_order, open_data
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import input_spec, load_model
-from prunecli.recipe.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 from prunecli.run.folder import RunFolder, load_exported
 

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from prunecli.data.images import epoch_order
 from prunecli.files import read_tensors, write_tensors
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.schedule import build_optimizer, build_schedule
 
 State = Mapping[str, Tensor]

@@ -20,7 +20,7 @@ from prunecli.data.images import open_data
 from prunecli.files import write_tensors
 from prunecli.models import paper_nets
 from prunecli.models.load import input_spec, load_model
-from prunecli.recipe.recipe import DataSettings, FinetuneSettings
+from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training import finetune
 
 SEED = 0

@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.planning.score import score_model
-from prunecli.recipe.recipe import Recipe, Target
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.target import Target
 from prunecli.run import folder
 from prunecli.run.source import Source, cut, load_source, proven_plan, prunable_share
 from prunecli.values.groups import Frozen, Graph

@@ -42,7 +42,8 @@ from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
 from prunecli.planning.budget import TOLERANCE, Choice, choose
 from prunecli.proof.equivalence import equivalence_error
-from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Graph
 from prunecli.values.plan import PlannedGroup

@@ -19,7 +19,8 @@ from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
 from prunecli.measure.cost import measure
 from prunecli.models.load import input_spec, load_model
-from prunecli.recipe.recipe import DataSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune
 from prunecli.training.recommended_lr import EVIDENCE
 

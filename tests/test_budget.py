@@ -16,7 +16,8 @@ from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
 from prunecli.planning.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.planning.score import score_groups
-from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.surgery.cut import named_tensors
 from prunecli.values.groups import (
     AttributeConflictError,

@@ -26,7 +26,7 @@ from prunecli.data.images import CropFlip, EvalTransform, Images, TimmAugment, l
 from prunecli.data.sources import ArraySplit, FolderSplit, open_source
 from prunecli.errors import PruneError, UsageError
 from prunecli.models.load import InputSpec, input_spec, load_model
-from prunecli.recipe.recipe import DataSettings
+from prunecli.recipe.settings import DataSettings
 
 CIFAR_SPEC = InputSpec(
     size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear", crop_pct=1.0

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import Progressive, Supervised, build_objective, distillation_loss
 
 

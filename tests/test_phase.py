@@ -25,7 +25,8 @@ from prunecli.methods.push import Push
 from prunecli.methods.train_phase import train_phase_
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
-from prunecli.recipe.recipe import DistillSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.surgery.cut import cut_
 from prunecli.training.penalty import gram_loss
 from prunecli.values.groups import IndexMap, Member

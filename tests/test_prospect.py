@@ -20,7 +20,8 @@ from prunecli.methods import epsd
 from prunecli.methods.epsd import prospect_scores
 from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.models.load import load_model
-from prunecli.recipe.recipe import EpsdSettings, FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import EpsdSettings, FinetuneSettings
 from prunecli.run import pipeline
 from prunecli.run.folder import RunFolder
 from prunecli.run.scores import scores_of

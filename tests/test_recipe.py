@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import Recipe, Target, layered, parse_assignments, parse_yaml
+from prunecli.recipe.reading import layered, parse_assignments, parse_yaml
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.target import Target
 
 ORIGINAL = {"lr": 0.1, "epochs": 200}
 

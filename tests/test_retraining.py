@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.retraining_rates import adaptive_peak, prescribed_lr
 from prunecli.values.report import LRReport
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.schedule import build_optimizer, build_schedule, optimizer_name
 
 

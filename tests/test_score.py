@@ -8,7 +8,7 @@ import torch
 
 from prunecli.errors import PruneError, UsageError
 from prunecli.planning.score import CRITERIA, score_groups
-from prunecli.recipe.recipe import Criterion
+from prunecli.recipe.settings import Criterion
 from prunecli.values.groups import Group, IndexMap, Member
 
 WIDTH = 5

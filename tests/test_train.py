@@ -26,7 +26,7 @@ from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.models import paper_nets
 from prunecli.models.load import input_spec, load_model
-from prunecli.recipe.recipe import DataSettings, DistillSettings, FinetuneSettings
+from prunecli.recipe.settings import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.training import checkpoint, finetune
 from prunecli.training.penalty import Orthogonality
 from prunecli.training.stopping import Stopped, stop_if_asked, stop_requests

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from prunecli import files
 from prunecli.methods.phase import Phase
 from prunecli.methods.train_phase import train_phase_
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import finetune
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup

@@ -267,7 +267,7 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
-        from prunecli.recipe.recipe import layered
+        from prunecli.recipe.reading import layered
         from prunecli.run.source import load_source, open_images, resolve_device
         from prunecli.show import tables
         from prunecli.training import finetune as finetuning
@@ -299,7 +299,7 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
         from prunecli.models.user_function import Function
-        from prunecli.recipe.recipe import parse_assignments
+        from prunecli.recipe.reading import parse_assignments
         from prunecli.run import folder
         from prunecli.show import tables
 
@@ -395,7 +395,7 @@ def _flags(
     seed: int | None = None,
 ) -> dict[str, Any]:
     """The shared options as recipe keys. Raises UsageError where a number cannot be read."""
-    from prunecli.recipe.recipe import parse_assignments
+    from prunecli.recipe.reading import parse_assignments
 
     rate: str | float | None = lr
     if lr is not None and lr != "auto":
@@ -435,7 +435,8 @@ def _resolved(
     else takes the recipe of the run folder.
     """
     from prunecli.recipe import packaged
-    from prunecli.recipe.recipe import Recipe, layered, parse_assignments
+    from prunecli.recipe.reading import layered, parse_assignments
+    from prunecli.recipe.recipe import Recipe
 
     words = words or []
     models = [word for word in words if not _ASSIGNMENT.match(word)]

@@ -23,7 +23,7 @@ from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from prunecli.errors import PruneError, UsageError, nearest
-from prunecli.recipe.recipe import DataSettings
+from prunecli.recipe.settings import DataSettings
 
 ARRAY_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 FILE_DATASETS = ("imagenet", "inaturalist", "places365")

@@ -11,7 +11,8 @@ from torch import nn
 from prunecli.methods.gates import Gated, planned_gates
 from prunecli.planning.score import Scores, score_model
 from prunecli.proof.equivalence import gating_error
-from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.run.source import EQUIVALENCE_TOLERANCE, Source, make_plan
 from prunecli.values.groups import Graph
 from prunecli.values.plan import PlannedGroup

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UnsupportedError, UsageError, nearest, one_line
 from prunecli.models.outputs import logits_of
-from prunecli.recipe.recipe import DataSettings
+from prunecli.recipe.settings import DataSettings
 from prunecli.surgery.cut import clear_caches_
 from prunecli.values.plan import ModelRef
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.planning.units import Unit, find_units
-from prunecli.recipe.recipe import PruneSettings, Target
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.values.groups import AttributeConflictError, Const, Graph, Product, Size, Sum, Width
 from prunecli.values.plan import Cost
 

@@ -26,7 +26,7 @@ from typing import Final
 
 from torch import Tensor
 
-from prunecli.recipe.recipe import PruneSettings
+from prunecli.recipe.settings import PruneSettings
 from prunecli.values.groups import Bundle, Graph, Group, Tie, common_parts
 
 _COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random", "gates"})

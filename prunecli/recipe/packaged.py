@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from prunecli.errors import UsageError, nearest
-from prunecli.recipe.recipe import Recipe, parse_yaml, read_yaml
+from prunecli.recipe.reading import parse_yaml, read_yaml
+from prunecli.recipe.recipe import Recipe
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

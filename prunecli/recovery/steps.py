@@ -17,7 +17,7 @@ from prunecli.data.images import Images
 from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.models.load import InputSpec
-from prunecli.recipe.recipe import FinetuneSettings, RecoverSettings
+from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
 from prunecli.recovery.repair import repair_

@@ -23,7 +23,8 @@ from prunecli.measure import cost
 from prunecli.measure.accuracy import knows_the_data
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.methods import phase
-from prunecli.recipe.recipe import FinetuneSettings, Recipe
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_, read_value
 from prunecli.run.source import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
 from prunecli.training import retraining_rates, schedule

@@ -27,7 +27,9 @@ from prunecli.methods.start import start_anew_
 from prunecli.models.user_function import Function
 from prunecli.planning.budget import Learned
 from prunecli.planning.score import Scores
-from prunecli.recipe.recipe import PruneSettings, Recipe, Target
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.recovery.choose import recover_stage
 from prunecli.run import folder, phases
 from prunecli.run.job import (

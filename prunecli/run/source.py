@@ -24,7 +24,9 @@ from prunecli.models.user_function import Function
 from prunecli.planning import budget, score
 from prunecli.planning.score import Scores
 from prunecli.proof import equivalence
-from prunecli.recipe.recipe import PruneSettings, Recipe, Target
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
 from prunecli.run.folder import RunFolder, is_run, load_exported
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph

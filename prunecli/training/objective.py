@@ -23,7 +23,7 @@ from torch.nn import functional
 from prunecli.data.images import Companion
 from prunecli.errors import UsageError
 from prunecli.models.outputs import logits_of
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 
 Net = Callable[[Tensor], Any]  # images [B, C, H, W] -> logits [B, K], as ``outputs`` finds them

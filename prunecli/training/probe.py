@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from prunecli.errors import PruneError
 from prunecli.measure.accuracy import answers, recalibrate_bn_
-from prunecli.recipe.recipe import DistillSettings, FinetuneSettings
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import build_objective
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
 

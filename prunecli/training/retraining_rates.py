@@ -9,7 +9,7 @@ import math
 from typing import Any, Final
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import RETRAINING, FinetuneSettings, OriginalSchedule
+from prunecli.recipe.settings import RETRAINING, FinetuneSettings, OriginalSchedule
 from prunecli.values.report import LRReport
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from prunecli.errors import UsageError
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 
 _CLIMB: Final = 0.1  # share of the steps in which slr, clr and allr rise to their peak
 _CLIMB_FROM: Final = 0.01  # what slr and clr start from, as a share of the peak (1e-3 of the authors' 0.1)

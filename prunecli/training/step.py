@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from prunecli.data.images import Companion
 from prunecli.errors import PruneError
 from prunecli.models.outputs import logits_of
-from prunecli.recipe.recipe import FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.objective import Objective
 from prunecli.training.penalty import Penalty
 from prunecli.training.schedule import Schedule, build_optimizer, build_schedule
