@@ -34,7 +34,8 @@ from torch import nn
 from prunecli.data.images import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 

@@ -29,7 +29,7 @@ from own_process import in_own_process
 from torch import nn
 
 from prunecli.graph.build import build_graph
-from prunecli.models.load import input_spec
+from prunecli.models.build import input_spec
 from prunecli.planning import budget, score
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target

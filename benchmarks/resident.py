@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from prunecli.data.images import CropFlip, epoch_order
 from prunecli.files import read_tensors, write_tensors
-from prunecli.models.load import InputSpec
+from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.checkpoint import prefixed, unprefixed
 from prunecli.training.schedule import build_optimizer, build_schedule

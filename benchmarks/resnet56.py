@@ -39,7 +39,8 @@ from torch import nn
 
 from prunecli.data.images import epoch_order, open_data
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 from prunecli.run.folder import RunFolder, load_exported

@@ -31,7 +31,7 @@ import trial
 
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
-from prunecli.models.load import build, input_spec
+from prunecli.models.build import build, input_spec
 from prunecli.run.source import prunable_share
 from prunecli.run.summary import versions
 from prunecli.values import support_matrix

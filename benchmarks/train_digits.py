@@ -19,7 +19,8 @@ import torch
 from prunecli.data.images import open_data
 from prunecli.files import write_tensors
 from prunecli.models import paper_nets
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training import finetune
 

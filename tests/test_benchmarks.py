@@ -18,7 +18,8 @@ from prunecli.data.images import Images, epoch_order
 from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
 from prunecli.measure.cost import measure
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune

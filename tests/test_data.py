@@ -25,7 +25,8 @@ from torchvision.transforms import functional as tv
 from prunecli.data.images import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
 from prunecli.data.sources import ArraySplit, FolderSplit, open_source
 from prunecli.errors import PruneError, UsageError
-from prunecli.models.load import InputSpec, input_spec, load_model
+from prunecli.models.build import InputSpec, input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings
 
 CIFAR_SPEC = InputSpec(

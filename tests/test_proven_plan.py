@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
-from prunecli.models.load import InputSpec
+from prunecli.models.build import InputSpec
 from prunecli.planning import score
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe

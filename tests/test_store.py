@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import write_json
 from prunecli.measure import cost
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import folder as run_folder
 from prunecli.run.folder import RunFolder, locate

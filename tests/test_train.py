@@ -25,7 +25,8 @@ from toy_training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, ToyImages, toy_n
 from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.models import paper_nets
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.training import checkpoint, finetune
 from prunecli.training.penalty import Orthogonality

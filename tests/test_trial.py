@@ -10,7 +10,7 @@ import pytest
 import timm
 from trial import reload_difference, structure_of, try_architecture
 
-from prunecli.models.load import build
+from prunecli.models.build import build
 from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Row, stored_matrix
 

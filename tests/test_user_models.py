@@ -22,7 +22,8 @@ from prunecli.errors import PruneError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.models.load import input_spec, load_model
+from prunecli.models.build import input_spec
+from prunecli.models.load import load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline

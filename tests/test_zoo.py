@@ -24,7 +24,9 @@ from timm.models import _registry as registry
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.models.load import build, input_spec, load_model, state_digest
+from prunecli.models.build import build, input_spec
+from prunecli.models.load import load_model
+from prunecli.models.tensors import state_digest
 from prunecli.values.plan import ModelRef
 
 SMALL = "mlp7_relu"  # 154,010 parameters: quick to write and read

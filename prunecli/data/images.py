@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prunecli.data.sources import UNREADABLE, ArraySplit, Split, open_source
 from prunecli.errors import PruneError, UsageError
-from prunecli.models.load import InputSpec
+from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import DataSettings
 
 log = logging.getLogger("prunecli")

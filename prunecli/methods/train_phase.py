@@ -17,7 +17,7 @@ from prunecli.errors import PruneError
 from prunecli.methods.gates import Gated, GateSteps
 from prunecli.methods.phase import Phase
 from prunecli.methods.push import Push
-from prunecli.models.load import state_digest
+from prunecli.models.tensors import state_digest
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.loop import Event, Loop, Run, settle_
 from prunecli.training.objective import build_objective

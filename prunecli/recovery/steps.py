@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prunecli.data.images import Images
 from prunecli.measure.accuracy import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
-from prunecli.models.load import InputSpec
+from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_

@@ -30,7 +30,7 @@ from prunecli import __version__
 from prunecli.errors import PruneError, UnsupportedError, UsageError, VerificationError
 from prunecli.files import explained, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
 from prunecli.models import user_function
-from prunecli.models.load import build, input_spec
+from prunecli.models.build import build, input_spec
 from prunecli.models.outputs import as_rows, logits_of
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe

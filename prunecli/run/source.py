@@ -19,7 +19,8 @@ from prunecli.errors import NothingPrunedError, PruneError, UnsupportedError, Us
 from prunecli.graph.build import build_graph
 from prunecli.measure import jacobian
 from prunecli.measure.cost import measure
-from prunecli.models.load import InputSpec, input_spec, load_model
+from prunecli.models.build import InputSpec, input_spec
+from prunecli.models.load import load_model
 from prunecli.models.user_function import Function
 from prunecli.planning import budget, score
 from prunecli.planning.score import Scores

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
 from prunecli.measure.accuracy import evaluate, recalibrate_bn_
-from prunecli.models.load import state_digest
+from prunecli.models.tensors import state_digest
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 from prunecli.training.loop import Event, Loop, Run, settle_

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from prunecli.errors import DivergedError, InterruptedRunError, PruneError
-from prunecli.models.load import state_digest
+from prunecli.models.tensors import state_digest
 from prunecli.training import checkpoint
 from prunecli.training.checkpoint import Progress
 from prunecli.training.step import Trainer, TrainingImages
