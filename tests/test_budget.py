@@ -14,11 +14,11 @@ import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
+from prunecli.models.tensors import named_tensors
 from prunecli.planning.budget import TOLERANCE, Choice, Learned, choose
 from prunecli.planning.score import score_groups
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
-from prunecli.surgery.cut import named_tensors
 from prunecli.values.groups import (
     AttributeConflictError,
     AttributeEdit,

@@ -12,8 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from prunecli.errors import UnsupportedError
+from prunecli.models.tensors import named_tensors
 from prunecli.proof.equivalence import Equivalence, equivalence_error
-from prunecli.surgery.cut import cut_, named_tensors
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
 from prunecli.values.plan import PlannedGroup
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import prunecli.models.paper_nets  # noqa: F401 (registers cifar_resnet56)
 from prunecli.measure.cost import count_macs, measure
-from prunecli.surgery.cut import named_tensors
+from prunecli.models.tensors import named_tensors
 
 
 def test_a_convolution_and_a_linear_layer_by_hand():

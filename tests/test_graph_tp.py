@@ -14,8 +14,9 @@ from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.graph.torch_pruning_engine import _fit, build
 from prunecli.measure.cost import measure
+from prunecli.models.tensors import named_tensors
 from prunecli.proof.equivalence import equivalence_error
-from prunecli.surgery.cut import cut_, named_tensors
+from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, Group, IndexMap
 from prunecli.values.plan import PlannedGroup
 

@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunecli.errors import UnsupportedError
-from prunecli.surgery.cut import clear_caches_, cut_, fill_, named_tensors, shape_, structure_of
+from prunecli.models.tensors import clear_caches_, named_tensors
+from prunecli.surgery.cut import cut_
+from prunecli.surgery.structure import fill_, shape_, structure_of
 from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
 from prunecli.values.plan import PlannedGroup, Structure
 

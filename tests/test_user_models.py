@@ -25,12 +25,12 @@ from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.models.outputs import tensors_of
+from prunecli.models.tensors import named_tensors
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
 from prunecli.run import source as run_source
 from prunecli.run.folder import RunFolder, export
 from prunecli.run.source import Source, load_source
-from prunecli.surgery.cut import named_tensors
 
 SMALL = JOB[2:]  # without the model and --no-pretrained
 NAMED = "--model=user_nets:Residual"

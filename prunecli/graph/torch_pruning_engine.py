@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
 from prunecli.measure.cost import count_macs
-from prunecli.surgery.cut import clear_caches_, named_tensors
+from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.values.groups import (
     AttributeEdit,
     Const,

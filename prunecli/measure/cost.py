@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunecli.errors import UnsupportedError
-from prunecli.surgery.cut import clear_caches_, named_tensors
+from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.values.plan import Cost
 
 

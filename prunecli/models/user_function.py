@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UnsupportedError, UsageError, nearest, one_line
 from prunecli.models.outputs import logits_of
+from prunecli.models.tensors import clear_caches_
 from prunecli.recipe.settings import DataSettings
-from prunecli.surgery.cut import clear_caches_
 from prunecli.values.plan import ModelRef
 
 _NAME: Final = re.compile(r"(?!hf_hub:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")

@@ -27,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from prunecli.models.channels import silencing_slices
 from prunecli.models.outputs import as_rows
-from prunecli.surgery.cut import clear_caches_, cut_, map_tensors_, named_tensors, require_fit
+from prunecli.models.tensors import clear_caches_, map_tensors_, named_tensors
+from prunecli.surgery.cut import cut_, require_fit
 from prunecli.values.groups import AttributeEdit, ScaleFold, module_of
 from prunecli.values.plan import PlannedGroup, removed_positions
 

@@ -32,9 +32,10 @@ from prunecli.files import explained, read_json, read_tensors, sha256_of, write_
 from prunecli.models import user_function
 from prunecli.models.build import build, input_spec
 from prunecli.models.outputs import as_rows, logits_of
+from prunecli.models.tensors import named_tensors
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe
-from prunecli.surgery.cut import fill_, named_tensors, shape_, structure_of
+from prunecli.surgery.structure import fill_, shape_, structure_of
 from prunecli.values.plan import Cost, ModelRef, Plan, Structure
 from prunecli.values.report import Report, VerifyReport
 from prunecli.values.value import Value
