@@ -10,7 +10,7 @@ from test_reconstruction import Standardised, half_plan, random
 from torch import Tensor, nn
 from user_nets import Residual
 
-from prunecli.measure.accuracy import recalibrate_bn_
+from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.recovery.repair import Spread, repair_
 from prunecli.run.source import cut
 

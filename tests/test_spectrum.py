@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.measure import jacobian
-from prunecli.measure.jacobian import jacobian_spectrum, singular_values, summarise, weight_spectra
+from prunecli.measure.jacobian import jacobian_spectrum, summarise
+from prunecli.measure.weights import singular_values, weight_spectra
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -197,7 +197,7 @@ def spectrum(
 ) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
-        from prunecli.measure.jacobian import weight_spectra
+        from prunecli.measure.weights import weight_spectra
         from prunecli.run.source import jacobian_spectrum, load_source, open_images, resolve_device
         from prunecli.show import tables
 

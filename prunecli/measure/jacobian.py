@@ -31,12 +31,12 @@ from torch.overrides import TorchFunctionMode
 
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.measure import lanczos
+from prunecli.measure.weights import singular_values
 from prunecli.models.outputs import logits_of
-from prunecli.recovery.orthogonal import evaluating, weight_layers, weight_matrices
+from prunecli.recovery.orthogonal import evaluating
 from prunecli.values.report import SpectrumSummary
 
 _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits
-_GRAM_COLUMNS = 2**14  # columns cast to float64 at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,35 +163,6 @@ def summarise(values: Tensor) -> SpectrumSummary:
         condition=float(ratios.mean()) if len(ratios) else None,
         samples=len(values),
     )
-
-
-@torch.no_grad()
-def weight_spectra(model: nn.Module) -> dict[str, Tensor]:
-    """Layer name → singular values of its weight matrix ``[out, in*k*k]``, largest first (float64, on the CPU).
-
-    Every Conv2d and Linear, in module order. A grouped convolution is block-diagonal: its values are those of all
-    blocks together.
-    """
-    return {
-        name: singular_values(weight_matrices(layer)).flatten().sort(descending=True).values.cpu()
-        for name, layer in weight_layers(model).items()
-    }
-
-
-def singular_values(matrices: Tensor) -> Tensor:
-    """Singular values ``[..., min(N, M)]`` of ``[..., N, M]`` in float64, largest first.
-
-    float64 input: SVD. Narrower input: roots of the float64 Gram matrix's eigenvalues, exact to the input's rounding.
-    """
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    if wide.dtype == torch.float64:
-        return torch.linalg.svdvals(wide)
-    rows = wide.shape[-2]
-    gram = torch.zeros(*wide.shape[:-1], rows, dtype=torch.float64, device=wide.device)
-    for columns in wide.split(_GRAM_COLUMNS, dim=-1):
-        block = columns.double()
-        gram += block @ block.mT
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
 
 
 # ---------------------------------------------------------------------------------------------- Jacobians

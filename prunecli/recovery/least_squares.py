@@ -28,7 +28,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from prunecli.measure.accuracy import evaluation_mode
+from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,

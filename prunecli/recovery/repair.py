@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli.measure.accuracy import evaluation_mode
+from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,

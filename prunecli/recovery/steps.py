@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli.data.images import Images
-from prunecli.measure.accuracy import recalibrate_bn_
+from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings, RecoverSettings

@@ -21,7 +21,8 @@ from prunecli.data.images import Images
 from prunecli.errors import PruneError, TargetError, UsageError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.graph.build import build_graph
-from prunecli.measure import cost, jacobian
+from prunecli.measure import cost
+from prunecli.measure.weights import weight_spectra
 from prunecli.methods import gateable, phase
 from prunecli.methods.start import start_anew_
 from prunecli.models.user_function import Function
@@ -71,7 +72,7 @@ def _dense(job: Job) -> None:
     began = time.perf_counter()
     model = job.source.model
     stage, values = measured_stage(job, "dense", model, began)
-    spectra = {name: rounded(sv) for name, sv in jacobian.weight_spectra(model).items()}
+    spectra = {name: rounded(sv) for name, sv in weight_spectra(model).items()}
     job.save(job.progress.with_stage(stage, values, dense_spectra=spectra))
 
 

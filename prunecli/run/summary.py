@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunecli import __version__
-from prunecli.measure import jacobian
+from prunecli.measure.weights import weight_spectra
 from prunecli.recovery.orthogonal import weight_layers
 from prunecli.run import folder
 from prunecli.run.job import Job, Progress
@@ -67,7 +67,7 @@ def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[f
             sv_before=dense_spectra[name],
             sv_after=rounded(values),
         )
-        for name, values in jacobian.weight_spectra(final).items()
+        for name, values in weight_spectra(final).items()
     )
 
 

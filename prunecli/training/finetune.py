@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.measure.accuracy import evaluate, recalibrate_bn_
+from prunecli.measure.accuracy import evaluate
+from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models.tensors import state_digest
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint

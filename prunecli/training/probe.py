@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunecli.errors import PruneError
-from prunecli.measure.accuracy import answers, recalibrate_bn_
+from prunecli.measure.accuracy import answers
+from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import build_objective
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
