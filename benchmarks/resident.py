@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.data.images import CropFlip, epoch_order
+from prunecli.data.images import epoch_order
+from prunecli.data.transforms import CropFlip
 from prunecli.files import read_tensors, write_tensors
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings

@@ -22,8 +22,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import functional as tv
 
-from prunecli.data.images import CropFlip, EvalTransform, Images, TimmAugment, limited, open_data, partners_of_class
+from prunecli.data.images import Images, limited, open_data, partners_of_class
 from prunecli.data.sources import ArraySplit, FolderSplit, open_source
+from prunecli.data.transforms import CropFlip, EvalTransform, TimmAugment
 from prunecli.errors import PruneError, UsageError
 from prunecli.models.build import InputSpec, input_spec
 from prunecli.models.load import load_model

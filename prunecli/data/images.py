@@ -10,38 +10,34 @@ batch 0 or at ``k``, and whatever number of worker processes prepares it.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from prunecli.data.sources import UNREADABLE, ArraySplit, Split, open_source
+from prunecli.data.loader import Batch, Companion, Companions, Loader, Samples, Watched
+from prunecli.data.sources import Split, open_source
+from prunecli.data.transforms import (
+    CALIBRATION,
+    ORDER,
+    PARTNER,
+    SUBSET,
+    VIEW,
+    CropFlip,
+    EvalTransform,
+    TimmAugment,
+    augmentation,
+    generator,
+    mode,
+)
 from prunecli.errors import PruneError, UsageError
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import DataSettings
-
-log = logging.getLogger("prunecli")
-
-WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist"})
-PAD = 4
-
-# One value each for the kinds of random numbers, so that none repeats another's.
-ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET, VIEW, PARTNER = range(7)
-
-Batch = tuple[Tensor, Tensor]
-Companion = Literal["none", "class", "view"]
 
 
 def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed: int) -> Images:
@@ -60,7 +56,7 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
     """
     if spec.size[0] not in (1, 3):
         raise UsageError(f"Images have 1 or 3 channels; a model with {spec.size[0]} cannot be fed with them.")
-    source = open_source(settings, mode=_mode(spec))
+    source = open_source(settings, mode=mode(spec))
     names = source.class_names
     if len(names) < 2:
         raise PruneError(f"Data {settings.name} has only {len(names)} class ({', '.join(names)}).")
@@ -89,218 +85,8 @@ def limited(split: Split, limit: int | None) -> Split:
     """
     if limit is None or limit >= len(split):
         return split
-    chosen = torch.randperm(len(split), generator=_generator(SUBSET))[:limit]
+    chosen = torch.randperm(len(split), generator=generator(SUBSET))[:limit]
     return split.subset(sorted(chosen.tolist()))
-
-
-# ---------------------------------------------------------------------------------------------- transforms
-
-
-class EvalTransform:
-    """The checkpoint's own preprocessing: timm's resize, centre crop and normalisation. Image → ``[C, H, W]``."""
-
-    def __init__(self, spec: InputSpec) -> None:
-        self.spec = spec
-        self.transform: Callable[[Image.Image], Tensor] = create_transform(
-            input_size=spec.size,
-            is_training=False,
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            crop_pct=spec.crop_pct,
-            crop_mode=spec.crop_mode,
-        )
-
-    def __call__(self, image: Image.Image, position: int) -> Tensor:
-        return self.transform(image)
-
-    def only_normalises(self, split: Split) -> bool:
-        """Whether resizing and cropping change nothing: then a whole batch of pixels can be normalised at once."""
-        if not isinstance(split, ArraySplit) or split.pixels.shape[1:3] != self.spec.size[1:]:
-            return False
-        return self.spec.crop_pct == 1 and split.pixels.ndim - 2 <= self.spec.size[0]  # colour to grey is Pillow's
-
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Uint8 ``[B, H, W]`` or ``[B, H, W, 3]`` → ``[B, C, H, W]``, bit-equal to the transform image by image."""
-        channels = self.spec.size[0]
-        planes = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1).expand(-1, channels, -1, -1)
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
-        return planes.contiguous().float().div_(255).sub_(mean).div_(std)
-
-
-class TimmAugment:
-    """timm's training transform (random resized crop, flip, colour jitter) with this sample's own random numbers."""
-
-    def __init__(self, spec: InputSpec, *, seed: int, epoch: int) -> None:
-        self.transform: Callable[[Image.Image], Tensor] = create_transform(
-            input_size=spec.size, is_training=True, interpolation=spec.interpolation, mean=spec.mean, std=spec.std
-        )
-        self.seed = seed
-        self.epoch = epoch
-
-    def __call__(self, image: Image.Image, position: int) -> Tensor:
-        with _own_random_numbers(AUGMENT, self.seed, self.epoch, position):
-            return self.transform(image)
-
-
-class CropFlip:
-    """Pad 4 black pixels, crop at random to the old size, flip half of the images (He et al. 2016, section 4.2).
-
-    Works on normalised images ``[B, C, H, W]``; black is then ``-mean / std``, so the result equals cropping the pixels
-    first.
-    """
-
-    def __init__(self, spec: InputSpec, *, count: int, seed: int, epoch: int) -> None:
-        rng = np.random.default_rng((CROPS, seed, epoch))
-        self.corners = torch.from_numpy(rng.integers(0, 2 * PAD + 1, size=(count, 2)))
-        self.flips = torch.from_numpy(rng.integers(0, 2, size=count)).bool()
-        size = (1, *spec.size[1:])
-        self.black = EvalTransform(spec).normalised(torch.zeros(size, dtype=torch.uint8))[:, :, :1, :1]
-
-    def __call__(self, x: Tensor, positions: Sequence[int] | Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        padded = self.black.to(x).expand(batch, channels, height + 2 * PAD, width + 2 * PAD).clone()
-        padded[:, :, PAD:-PAD, PAD:-PAD] = x
-        at = torch.as_tensor(positions)
-        corners, flips = self.corners[at].to(x.device), self.flips[at, None].to(x.device)
-        columns = torch.arange(width, device=x.device).expand(batch, width)
-        columns = torch.where(flips, columns.flip(1), columns) + corners[:, 1:]
-        rows = torch.arange(height, device=x.device) + corners[:, :1]
-        each = torch.arange(batch, device=x.device)[:, None, None]
-        chosen = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
-        return chosen.permute(0, 3, 1, 2).contiguous()
-
-
-@contextlib.contextmanager
-def _own_random_numbers(*key: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's global generators from ``key``, and puts them back afterwards.
-
-    timm and torchvision draw from all three.
-    """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the global one is meant
-    state = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))  # noqa: NPY002
-    torch.manual_seed(int(state[2]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
-# ---------------------------------------------------------------------------------------------- batches
-
-
-class Watched:
-    """A split and which of its images could not be decoded: one byte an image, in memory that workers share."""
-
-    def __init__(self, split: Split, *, limit: int) -> None:
-        self.split = split
-        self.limit = limit
-        flags = torch.zeros(len(split), dtype=torch.uint8)
-        self.bad: Tensor = flags.share_memory_()  # type: ignore[no-untyped-call]
-
-    def load(self, position: int) -> tuple[Image.Image, int] | None:
-        """The image and its class, or None and a mark where it cannot be decoded."""
-        try:
-            return self.split.load(position)
-        except UNREADABLE as error:
-            if not self.bad[position]:
-                self.bad[position] = 1
-                log.warning("Image %s cannot be read: %s", self.split.name(position), error)
-            return None
-
-    def load_next(self, position: int) -> tuple[Image.Image, int] | None:
-        """The same, but the next readable image instead of None; gives up past ``limit``, where the run stops."""
-        turn = itertools.chain(range(position, len(self.split)), range(position))
-        found = (self.load(at) for at in itertools.islice(turn, self.limit + 1))
-        return next((image for image in found if image is not None), None)
-
-    @property
-    def bad_names(self) -> tuple[str, ...]:
-        return tuple(self.split.name(int(i)) for i in self.bad.nonzero())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples(Dataset[Batch]):
-    """Positions of a split → a batch. Unreadable images are replaced by the next readable one, or left out."""
-
-    watched: Watched
-    transform: EvalTransform | TimmAugment
-    vary: CropFlip | None = None
-    replace: bool
-    size: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return len(self.watched.split)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        split = self.watched.split
-        if isinstance(self.transform, EvalTransform) and self.transform.only_normalises(split):
-            assert isinstance(split, ArraySplit)
-            at = np.asarray(positions)
-            images = self.transform.normalised(torch.from_numpy(split.pixels[at]))
-            return self._varied(images, positions), torch.from_numpy(split.labels[at])
-        load = self.watched.load_next if self.replace else self.watched.load
-        loaded = [(at, found) for at in positions if (found := load(at)) is not None]
-        if not loaded:
-            return torch.empty(0, *self.size), torch.empty(0, dtype=torch.int64)
-        images = torch.stack([self.transform(image, at) for at, (image, _) in loaded])
-        labels = torch.tensor([label for _, (_, label) in loaded], dtype=torch.int64)
-        return self._varied(images, [at for at, _ in loaded]), labels
-
-    def _varied(self, images: Tensor, positions: Sequence[int]) -> Tensor:
-        return images if self.vary is None else self.vary(images, positions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Companions(Dataset[Batch]):
-    """Positions of a split → ``[2B]``: each image, augmented, and then its companion, augmented by its own numbers.
-
-    ``partners``: for each position that of its companion.
-    """
-
-    samples: Samples
-    others: Samples
-    partners: Tensor
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        first, labels = self.samples.__getitems__(positions)
-        second, classes = self.others.__getitems__(self.partners[list(positions)].tolist())
-        if len(labels) != len(classes):  # more images are unreadable than may be, which the loader will say
-            return first[:0], labels[:0]
-        return torch.stack([first, second], dim=1).flatten(0, 1), torch.stack([labels, classes], dim=1).flatten()
-
-
-def _as_it_is(batch: Any) -> Any:
-    """``Samples`` makes whole batches, so there is nothing to collate."""
-    return batch
-
-
-class Loader(DataLoader[Batch]):
-    """A DataLoader that calls ``check`` after each batch and passes on no empty ones."""
-
-    def __init__(self, dataset: Samples | Companions, *, check: Callable[[], None], **kwargs: Any) -> None:
-        # without its own generator each pass would draw a seed from the global one, and so change the run
-        super().__init__(
-            dataset,
-            collate_fn=_as_it_is,
-            generator=_generator(0),
-            pin_memory=torch.cuda.is_available(),
-            **kwargs,
-        )
-        self.check = check
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for images, labels in super().__iter__():
-            self.check()
-            if len(labels):
-                yield images, labels
 
 
 class Images:
@@ -322,7 +108,7 @@ class Images:
         self._settings = settings
         self._spec = spec
         self._seed = seed
-        self._augment = _augmentation(settings, spec)
+        self._augment = augmentation(settings, spec)
 
     @property
     def num_classes(self) -> int:
@@ -387,7 +173,7 @@ class Images:
             PruneError: more images are unreadable than ``unreadable_limit``.
         """
         watched = self._train or self._val
-        order = torch.randperm(len(watched.split), generator=_generator(CALIBRATION, self._seed)).tolist()
+        order = torch.randperm(len(watched.split), generator=generator(CALIBRATION, self._seed)).tolist()
         samples = self._plain_samples(watched)
         images, labels = samples.__getitems__(order[:count])
         for at in order[count:]:  # only where some were unreadable
@@ -464,7 +250,7 @@ class Images:
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     """The order ``[count]`` in which an epoch goes through the training images: a function of (seed, epoch)."""
-    return torch.randperm(count, generator=_generator(ORDER, seed, epoch))
+    return torch.randperm(count, generator=generator(ORDER, seed, epoch))
 
 
 def partners_of_class(classes: NDArray[np.int64], *, seed: int, epoch: int) -> Tensor:
@@ -479,21 +265,3 @@ def partners_of_class(classes: NDArray[np.int64], *, seed: int, epoch: int) -> T
         if (count := len(members)) > 1:
             partners[members] = members[(np.arange(count) + draw.integers(1, count, size=count)) % count]
     return torch.from_numpy(partners)
-
-
-def _augmentation(settings: DataSettings, spec: InputSpec) -> str:
-    if settings.augment != "auto":
-        return settings.augment
-    if settings.name in WRITTEN_CHARACTERS:
-        return "none"
-    return "crop_flip" if max(spec.size[1:]) <= 64 else "timm"
-
-
-def _mode(spec: InputSpec) -> str:
-    """Pillow's mode for the model's channels."""
-    return "L" if spec.size[0] == 1 else "RGB"
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A torch generator that is a function of ``key``."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)

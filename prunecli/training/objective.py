@@ -20,7 +20,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.data.images import Companion
+from prunecli.data.loader import Companion
 from prunecli.errors import UsageError
 from prunecli.models.outputs import logits_of
 from prunecli.recipe.settings import FinetuneSettings

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from prunecli.data.images import Companion
+from prunecli.data.loader import Companion
 from prunecli.errors import PruneError
 from prunecli.models.outputs import logits_of
 from prunecli.recipe.settings import FinetuneSettings

@@ -1,0 +1,139 @@
+"""From a decoded image to the tensor that a model sees."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from prunecli.data.sources import ArraySplit, Split
+from prunecli.models.build import InputSpec
+from prunecli.recipe.settings import DataSettings
+
+WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist"})
+PAD = 4
+
+# One value each for the kinds of random numbers, so that none repeats another's.
+ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET, VIEW, PARTNER = range(7)
+
+
+# ---------------------------------------------------------------------------------------------- transforms
+
+
+class EvalTransform:
+    """The checkpoint's own preprocessing: timm's resize, centre crop and normalisation. Image → ``[C, H, W]``."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        self.spec = spec
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=spec.size,
+            is_training=False,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            crop_pct=spec.crop_pct,
+            crop_mode=spec.crop_mode,
+        )
+
+    def __call__(self, image: Image.Image, position: int) -> Tensor:
+        return self.transform(image)
+
+    def only_normalises(self, split: Split) -> bool:
+        """Whether resizing and cropping change nothing: then a whole batch of pixels can be normalised at once."""
+        if not isinstance(split, ArraySplit) or split.pixels.shape[1:3] != self.spec.size[1:]:
+            return False
+        return self.spec.crop_pct == 1 and split.pixels.ndim - 2 <= self.spec.size[0]  # colour to grey is Pillow's
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Uint8 ``[B, H, W]`` or ``[B, H, W, 3]`` → ``[B, C, H, W]``, bit-equal to the transform image by image."""
+        channels = self.spec.size[0]
+        planes = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1).expand(-1, channels, -1, -1)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
+        return planes.contiguous().float().div_(255).sub_(mean).div_(std)
+
+
+class TimmAugment:
+    """timm's training transform (random resized crop, flip, colour jitter) with this sample's own random numbers."""
+
+    def __init__(self, spec: InputSpec, *, seed: int, epoch: int) -> None:
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=spec.size, is_training=True, interpolation=spec.interpolation, mean=spec.mean, std=spec.std
+        )
+        self.seed = seed
+        self.epoch = epoch
+
+    def __call__(self, image: Image.Image, position: int) -> Tensor:
+        with _own_random_numbers(AUGMENT, self.seed, self.epoch, position):
+            return self.transform(image)
+
+
+class CropFlip:
+    """Pad 4 black pixels, crop at random to the old size, flip half of the images (He et al. 2016, section 4.2).
+
+    Works on normalised images ``[B, C, H, W]``; black is then ``-mean / std``, so the result equals cropping the pixels
+    first.
+    """
+
+    def __init__(self, spec: InputSpec, *, count: int, seed: int, epoch: int) -> None:
+        rng = np.random.default_rng((CROPS, seed, epoch))
+        self.corners = torch.from_numpy(rng.integers(0, 2 * PAD + 1, size=(count, 2)))
+        self.flips = torch.from_numpy(rng.integers(0, 2, size=count)).bool()
+        size = (1, *spec.size[1:])
+        self.black = EvalTransform(spec).normalised(torch.zeros(size, dtype=torch.uint8))[:, :, :1, :1]
+
+    def __call__(self, x: Tensor, positions: Sequence[int] | Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        padded = self.black.to(x).expand(batch, channels, height + 2 * PAD, width + 2 * PAD).clone()
+        padded[:, :, PAD:-PAD, PAD:-PAD] = x
+        at = torch.as_tensor(positions)
+        corners, flips = self.corners[at].to(x.device), self.flips[at, None].to(x.device)
+        columns = torch.arange(width, device=x.device).expand(batch, width)
+        columns = torch.where(flips, columns.flip(1), columns) + corners[:, 1:]
+        rows = torch.arange(height, device=x.device) + corners[:, :1]
+        each = torch.arange(batch, device=x.device)[:, None, None]
+        chosen = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
+        return chosen.permute(0, 3, 1, 2).contiguous()
+
+
+@contextlib.contextmanager
+def _own_random_numbers(*key: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's global generators from ``key``, and puts them back afterwards.
+
+    timm and torchvision draw from all three.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the global one is meant
+    state = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))  # noqa: NPY002
+    torch.manual_seed(int(state[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def augmentation(settings: DataSettings, spec: InputSpec) -> str:
+    """The augmentation of the training images, with ``auto`` resolved."""
+    if settings.augment != "auto":
+        return settings.augment
+    if settings.name in WRITTEN_CHARACTERS:
+        return "none"
+    return "crop_flip" if max(spec.size[1:]) <= 64 else "timm"
+
+
+def mode(spec: InputSpec) -> str:
+    """Pillow's mode for the model's channels."""
+    return "L" if spec.size[0] == 1 else "RGB"
+
+
+def generator(*key: int) -> torch.Generator:
+    """A torch generator that is a function of ``key``."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
