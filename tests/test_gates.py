@@ -31,7 +31,7 @@ from prunecli.methods.gates import (
 )
 from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
-from prunecli.proof.equivalence import gating_error
+from prunecli.proof.gating import gating_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.source import load_source, make_plan
 from prunecli.surgery.cut import cut_

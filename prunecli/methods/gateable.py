@@ -10,7 +10,7 @@ from torch import nn
 
 from prunecli.methods.gates import Gated, planned_gates
 from prunecli.planning.score import Scores, score_model
-from prunecli.proof.equivalence import gating_error
+from prunecli.proof.gating import gating_error
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.run.source import EQUIVALENCE_TOLERANCE, Source, make_plan

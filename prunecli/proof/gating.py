@@ -1,0 +1,59 @@
+"""The proof that closed gates equal a cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from prunecli.models.channels import silencing_slices
+from prunecli.models.tensors import clear_caches_
+from prunecli.proof.equivalence import (
+    FORWARD_ERRORS,
+    FailedCheckError,
+    dense_outputs_,
+    double_copy,
+    outputs_of,
+    redraw_,
+    silenced_outputs,
+)
+from prunecli.values.plan import PlannedGroup
+
+
+def gating_error(
+    model: nn.Module,
+    gated: Callable[[nn.Module], nn.Module],
+    *,
+    groups: Sequence[PlannedGroup],
+    input_size: tuple[int, int, int],
+    seed: int,
+) -> float:
+    """How far a net with its gates closed on what a plan removes is from the net with those channels silenced.
+
+    ``max|gated - silenced| / max|silenced|`` as in ``equivalence_error``; inf where the gated net cannot be run.
+
+    Args:
+        model: left as it is, but for caches.
+        gated: puts the closed gates around a copy of it.
+        groups: of the plan, without norms over their channels.
+        input_size: channels, height, width.
+        seed: of parameters and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clear_caches_(model)
+    net = double_copy(model)
+    redraw_(net, generator)
+    images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
+    dense_outputs_(net, images, calibrated=True)
+    behind = gated(net).eval()
+    try:
+        with torch.no_grad():
+            found = outputs_of(behind, images)
+        for part in silencing_slices(net, groups):
+            part.zero_()
+        expected = silenced_outputs(net, tuple(groups), (), images)
+    except (FailedCheckError, *FORWARD_ERRORS):
+        return math.inf
+    return (found - expected).abs().max().item() / expected.abs().max().item()
