@@ -17,17 +17,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
+from prunecli.planning.prices import Meter, Prices
 from prunecli.planning.units import Unit, find_units
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
-from prunecli.values.groups import AttributeConflictError, Const, Graph, Product, Size, Sum, Width
+from prunecli.values.groups import AttributeConflictError, Graph
 from prunecli.values.plan import Cost
 
 TOLERANCE: Final = 0.01  # of the metric
@@ -96,7 +97,7 @@ def choose(
         NothingPrunedError: no channel would be removed.
         UnsupportedError: the attributes cannot express the cut, and no group is to blame.
     """
-    prices = _Prices(graph=graph, parameters=parameters, stored=stored, base=base, bytes_per_element=bytes_per_element)
+    prices = Prices(graph=graph, parameters=parameters, stored=stored, base=base, bytes_per_element=bytes_per_element)
     locked: dict[str, str] = {}
     while True:
         units, notes = find_units(graph, scores, settings, locked)
@@ -112,84 +113,6 @@ def choose(
             return choice
 
 
-# ---------------------------------------------------------------------------------------------- prices
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prices:
-    """Where the metric's numbers come from."""
-
-    graph: Graph
-    parameters: Sequence[str]
-    stored: Sequence[str]
-    base: Cost
-    bytes_per_element: int
-
-    def meter(self, metric: str) -> _Meter:
-        """A running total of ``macs``, ``params`` or ``bytes``, starting from the dense model."""
-        tensors = self.graph.tensors
-        if metric == "macs":
-            return _Meter([op.extents for op in self.graph.ops], start=self.base.macs)
-        if metric == "params":
-            return _Meter([tensors[n] for n in self.parameters if n in tensors], start=self.base.params)
-        extents = [tensors[n] for n in self.stored if n in tensors]
-        return _Meter(extents, start=self.base.bytes, unit=self.bytes_per_element)
-
-    def cost(self, kept: Mapping[str, int]) -> Cost:
-        totals = {}
-        for metric in ("params", "macs", "bytes"):
-            meter = self.meter(metric)
-            meter.commit(kept)
-            totals[metric] = meter.total
-        return Cost(**totals)
-
-
-class _Meter:
-    """A sum of products of extents that follows changes of single groups without adding up everything again."""
-
-    def __init__(self, terms: Iterable[Sequence[Size]], *, start: int, unit: int = 1) -> None:
-        self._terms = [tuple(extents) for extents in terms]
-        self._unit = unit
-        self._kept: dict[str, int] = {}
-        self._values = [self._value(term, {}) for term in self._terms]
-        self._of: dict[str, set[int]] = {}
-        for at, term in enumerate(self._terms):
-            for name in set().union(*map(_names, term)):
-                self._of.setdefault(name, set()).add(at)
-        self.total = start
-
-    def _value(self, term: Sequence[Size], kept: Mapping[str, int]) -> int:
-        return self._unit * math.prod(extent.evaluate(kept) for extent in term)
-
-    def _changed(self, widths: Mapping[str, int]) -> dict[int, int]:
-        touched = set().union(*(self._of.get(name, ()) for name in widths))
-        kept = self._kept | dict(widths)
-        return {at: self._value(self._terms[at], kept) for at in touched}
-
-    def trial(self, widths: Mapping[str, int]) -> int:
-        """The total if these groups had these widths."""
-        return self.total + sum(value - self._values[at] for at, value in self._changed(widths).items())
-
-    def commit(self, widths: Mapping[str, int]) -> None:
-        """Let these groups have these widths."""
-        for at, value in self._changed(widths).items():
-            self.total += value - self._values[at]
-            self._values[at] = value
-        self._kept.update(widths)
-
-
-def _names(size: Size) -> set[str]:
-    """The groups a size depends on."""
-    match size:
-        case Width():
-            return {size.group}
-        case Product() | Sum():
-            return set().union(*map(_names, size.parts))
-        case Const():
-            return set()
-    raise TypeError(f"unknown size {size!r}")
-
-
 # ---------------------------------------------------------------------------------------------- solving
 
 
@@ -198,7 +121,7 @@ class _Search:
     """Kept widths of all units, and the metric they give."""
 
     units: Sequence[Unit]
-    meter: _Meter
+    meter: Meter
     kept: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -235,7 +158,7 @@ class _Solution:
 
 
 def _solve(
-    units: Sequence[Unit], target: Target | Learned, settings: PruneSettings, prices: _Prices, notes: Sequence[str]
+    units: Sequence[Unit], target: Target | Learned, settings: PruneSettings, prices: Prices, notes: Sequence[str]
 ) -> Choice:
     if not units:
         raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
@@ -284,7 +207,7 @@ def _as_learned(units: Sequence[Unit], learned: Learned) -> _Solution:
 
 
 def _at_cost(
-    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: _Prices, *, hint: str | None
+    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: Prices, *, hint: str | None
 ) -> _Solution:
     """Widths that bring a cost of the whole model to the target. Raises TargetError."""
     metric = {"macs": "macs", "speedup": "macs", "params": "params", "size": "bytes"}[target.metric]

@@ -1,0 +1,87 @@
+"""What a choice of widths costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prunecli.values.groups import Const, Graph, Product, Size, Sum, Width
+from prunecli.values.plan import Cost
+
+# ---------------------------------------------------------------------------------------------- prices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Where the metric's numbers come from."""
+
+    graph: Graph
+    parameters: Sequence[str]
+    stored: Sequence[str]
+    base: Cost
+    bytes_per_element: int
+
+    def meter(self, metric: str) -> Meter:
+        """A running total of ``macs``, ``params`` or ``bytes``, starting from the dense model."""
+        tensors = self.graph.tensors
+        if metric == "macs":
+            return Meter([op.extents for op in self.graph.ops], start=self.base.macs)
+        if metric == "params":
+            return Meter([tensors[n] for n in self.parameters if n in tensors], start=self.base.params)
+        extents = [tensors[n] for n in self.stored if n in tensors]
+        return Meter(extents, start=self.base.bytes, unit=self.bytes_per_element)
+
+    def cost(self, kept: Mapping[str, int]) -> Cost:
+        totals = {}
+        for metric in ("params", "macs", "bytes"):
+            meter = self.meter(metric)
+            meter.commit(kept)
+            totals[metric] = meter.total
+        return Cost(**totals)
+
+
+class Meter:
+    """A sum of products of extents that follows changes of single groups without adding up everything again."""
+
+    def __init__(self, terms: Iterable[Sequence[Size]], *, start: int, unit: int = 1) -> None:
+        self._terms = [tuple(extents) for extents in terms]
+        self._unit = unit
+        self._kept: dict[str, int] = {}
+        self._values = [self._value(term, {}) for term in self._terms]
+        self._of: dict[str, set[int]] = {}
+        for at, term in enumerate(self._terms):
+            for name in set().union(*map(_names, term)):
+                self._of.setdefault(name, set()).add(at)
+        self.total = start
+
+    def _value(self, term: Sequence[Size], kept: Mapping[str, int]) -> int:
+        return self._unit * math.prod(extent.evaluate(kept) for extent in term)
+
+    def _changed(self, widths: Mapping[str, int]) -> dict[int, int]:
+        touched = set().union(*(self._of.get(name, ()) for name in widths))
+        kept = self._kept | dict(widths)
+        return {at: self._value(self._terms[at], kept) for at in touched}
+
+    def trial(self, widths: Mapping[str, int]) -> int:
+        """The total if these groups had these widths."""
+        return self.total + sum(value - self._values[at] for at, value in self._changed(widths).items())
+
+    def commit(self, widths: Mapping[str, int]) -> None:
+        """Let these groups have these widths."""
+        for at, value in self._changed(widths).items():
+            self.total += value - self._values[at]
+            self._values[at] = value
+        self._kept.update(widths)
+
+
+def _names(size: Size) -> set[str]:
+    """The groups a size depends on."""
+    match size:
+        case Width():
+            return {size.group}
+        case Product() | Sum():
+            return set().union(*map(_names, size.parts))
+        case Const():
+            return set()
+    raise TypeError(f"unknown size {size!r}")
