@@ -13,15 +13,8 @@ from torch.nn import functional
 
 from prunecli.errors import PruneError, UsageError
 from prunecli.measure.jacobian import jacobian_spectrum
-from prunecli.recovery.orthogonal import (
-    activation_gain,
-    blend_,
-    orthogonal,
-    orthogonality_residual,
-    orthogonalize_,
-    weight_layers,
-    weight_matrices,
-)
+from prunecli.models.layers import activation_gain, weight_layers, weight_matrices
+from prunecli.recovery.orthogonal import blend_, orthogonal, orthogonality_residual, orthogonalize_
 
 METHODS = ("qr", "polar", "newton_schulz")
 

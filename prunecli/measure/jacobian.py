@@ -32,8 +32,8 @@ from torch.overrides import TorchFunctionMode
 from prunecli.errors import PruneError, UnsupportedError
 from prunecli.measure import lanczos
 from prunecli.measure.weights import singular_values
+from prunecli.models.layers import evaluating
 from prunecli.models.outputs import logits_of
-from prunecli.recovery.orthogonal import evaluating
 from prunecli.values.report import SpectrumSummary
 
 _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits

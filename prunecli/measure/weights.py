@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunecli.recovery.orthogonal import weight_layers, weight_matrices
+from prunecli.models.layers import weight_layers, weight_matrices
 
 _GRAM_COLUMNS = 2**14  # columns cast to float64 at once
 

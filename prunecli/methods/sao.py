@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.errors import UsageError
-from prunecli.recovery.orthogonal import centre, orthogonal, orthogonality_residual, restart_, weight_layers
+from prunecli.models.layers import centre, restart_, weight_layers
+from prunecli.recovery.orthogonal import orthogonal, orthogonality_residual
 
 Pattern = Literal["relu", "tanh"]
 _LEAST_DEGREE: Final[dict[Pattern, int]] = {"relu": 4, "tanh": 2}

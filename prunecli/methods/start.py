@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from prunecli.methods import sao
+from prunecli.models.layers import activation_gain
 from prunecli.recipe.recipe import Recipe
-from prunecli.recovery.orthogonal import activation_gain
 from prunecli.show import wording
 from prunecli.values.report import RecoveryStep
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunecli import __version__
 from prunecli.measure.weights import weight_spectra
-from prunecli.recovery.orthogonal import weight_layers
+from prunecli.models.layers import weight_layers
 from prunecli.run import folder
 from prunecli.run.job import Job, Progress
 from prunecli.run.source import jacobian_effort

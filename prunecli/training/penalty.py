@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunecli.recovery.orthogonal import weight_layers
+from prunecli.models.layers import weight_layers
 
 
 class Penalty:
