@@ -22,9 +22,12 @@ from own_process import in_own_process
 
 from prunecli.errors import PruneError
 from prunecli.graph.build import ENGINES, build_graph
+from prunecli.models.source import Source
+from prunecli.planning.inspect import prunable_share
+from prunecli.planning.prove import proven_plan
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.scores import scores_of
-from prunecli.run.source import Source, load_source, proven_plan, prunable_share
+from prunecli.run.source import load_source
 from prunecli.values import support_matrix
 from prunecli.values.groups import Graph
 

@@ -47,9 +47,10 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.recovery.steps import apply_steps, has_batch_norm
 from prunecli.run.job import Job, open_job
-from prunecli.run.pipeline import plan_and_prove
+from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
-from prunecli.run.source import cut, open_images
+from prunecli.run.source import open_images
+from prunecli.surgery.cut import cut
 from prunecli.training import finetune
 from prunecli.training.recommended_lr import (
     Optimizer,

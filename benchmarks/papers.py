@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.recipe.recipe import Recipe
-from prunecli.run.pipeline import plan_and_prove
-from prunecli.run.source import cut, load_source
+from prunecli.run.plan_and_prove import plan_and_prove
+from prunecli.run.source import load_source
+from prunecli.surgery.cut import cut
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,9 +37,9 @@ from prunecli.recipe.settings import DistillSettings
 from prunecli.recovery.steps import apply_steps
 from prunecli.run import phases
 from prunecli.run.job import Job, open_job
-from prunecli.run.pipeline import plan_and_prove
+from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
-from prunecli.run.source import cut
+from prunecli.surgery.cut import cut
 from prunecli.training import finetune
 from prunecli.values.plan import Plan
 

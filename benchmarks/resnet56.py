@@ -43,7 +43,8 @@ from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
-from prunecli.run.folder import RunFolder, load_exported
+from prunecli.run.export import load_exported
+from prunecli.run.folder import RunFolder
 
 RESULTS = Path(__file__).parent / "results" / "resnet56.json"
 NET = "cifar_resnet56"

@@ -32,7 +32,7 @@ import trial
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.models.build import build, input_spec
-from prunecli.run.source import prunable_share
+from prunecli.planning.inspect import prunable_share
 from prunecli.run.summary import versions
 from prunecli.values import support_matrix
 from prunecli.values.plan import ModelRef

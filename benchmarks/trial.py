@@ -15,11 +15,16 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
+from prunecli.models.source import Source
+from prunecli.planning.inspect import prunable_share
+from prunecli.planning.prove import proven_plan
 from prunecli.planning.score import score_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.target import Target
-from prunecli.run import folder
-from prunecli.run.source import Source, cut, load_source, proven_plan, prunable_share
+from prunecli.run import folder, verify
+from prunecli.run.export import export
+from prunecli.run.source import load_source
+from prunecli.surgery.cut import cut
 from prunecli.values.groups import Frozen, Graph
 from prunecli.values.plan import Plan
 from prunecli.values.support_matrix import FrozenShare, Row, Trial
@@ -101,7 +106,7 @@ def try_architecture(
     trials, plans = zip(*(try_cut(source, graph, recipe, target) for target in TARGETS), strict=True)
     if (plan := plans[-1]) is not None:
         small = cut(source.model, plan)
-        folder.export(folder.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
+        export(folder.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
     return row.model_copy(
         update={
             "groups": len(graph.groups),
@@ -138,7 +143,7 @@ def reload_difference(out: Path) -> float | None:
 
     None where nothing was exported to ``out``.
     """
-    return folder.verify_here(out).reload_max_abs_diff if (out / folder.CONFIG).is_file() else None
+    return verify.verify_here(out).reload_max_abs_diff if (out / folder.CONFIG).is_file() else None
 
 
 def _frozen(model: nn.Module, graph: Graph) -> tuple[FrozenShare, ...]:

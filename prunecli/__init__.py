@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prunecli.measure.jacobian import jacobian_spectrum
     from prunecli.recipe.recipe import Recipe
     from prunecli.recovery.orthogonal import orthogonalize_
-    from prunecli.run.folder import load
+    from prunecli.run.export import load
     from prunecli.run.pipeline import compress
     from prunecli.training.recommended_lr import recommend_lr
     from prunecli.values.report import Report
@@ -21,7 +21,7 @@ _HOMES = {
     "Report": "prunecli.values.report",
     "compress": "prunecli.run.pipeline",
     "jacobian_spectrum": "prunecli.measure.jacobian",
-    "load": "prunecli.run.folder",
+    "load": "prunecli.run.export",
     "orthogonalize_": "prunecli.recovery.orthogonal",
     "recommend_lr": "prunecli.training.recommended_lr",
 }

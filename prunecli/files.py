@@ -13,13 +13,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunecli.errors import PruneError
+from prunecli.values.value import Value
 
 
 @contextmanager
@@ -124,3 +126,15 @@ def sha256_of(path: Path) -> str:
     """Digest of a file's bytes."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+V = TypeVar("V", bound=Value)
+
+
+def read_value(kind: type[V], path: Path) -> V:
+    """A value type from its JSON file. Raises PruneError naming the file and the place in it."""
+    values = read_json(path)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise PruneError(f"{path} is damaged: {error.errors()[0]['msg']}.") from None

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from prunecli.cli.app import app
-from prunecli.run import folder as run_folder
-from prunecli.run import pipeline  # noqa: F401 - imported once, for all jobs
+from prunecli.run import (
+    pipeline,  # noqa: F401 - imported once, for all jobs
+    verify,
+)
 from prunecli.show import tables  # noqa: F401 - imported once, for all jobs
 
 CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"})
@@ -53,7 +55,7 @@ def job(order: dict[str, Any], record: int, said: int) -> None:
     os.dup2(said, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
     if not order.get("fresh"):
-        run_folder.verify = run_folder.verify_here  # a fresh process a job would take most of the time
+        verify.verify = verify.verify_here  # a fresh process a job would take most of the time
     watch(os.path.realpath(order["folder"]), order.get("stop_at"), order.get("signal", 9), record)
     try:
         app(args=order["arguments"], prog_name="prunecli")

@@ -13,7 +13,7 @@ from prunecli.models.load import load_model
 from prunecli.models.outputs import tensors_of
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
-from prunecli.run.folder import reference_input
+from prunecli.run.export import reference_input
 
 ARCHITECTURES = {
     "resnet18": {},

@@ -426,9 +426,9 @@ def test_an_output_without_unicode_is_no_failure():
 
 
 def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
-    from prunecli.run import folder
+    from prunecli.run import verify as verification
 
-    verify = folder.verify
+    verify = verification.verify
 
     def chatty(*arguments):
         sys.stdout.write("Files already downloaded and verified\n")
@@ -436,7 +436,7 @@ def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
         logging.getLogger("prunecli").warning("Image x.png cannot be read")
         return verify(*arguments)
 
-    monkeypatch.setattr(folder, "verify", chatty)
+    monkeypatch.setattr("prunecli.run.verify.verify", chatty)
     result = call("verify", str(run), "--json")
     assert json.loads(result.stdout)["ok"] is True
     assert result.stderr == "Files already downloaded and verified\nwarning: Image x.png cannot be read\n"

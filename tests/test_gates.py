@@ -31,9 +31,10 @@ from prunecli.methods.gates import (
 )
 from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
+from prunecli.planning.make import make_plan
 from prunecli.proof.gating import gating_error
 from prunecli.recipe.recipe import Recipe
-from prunecli.run.source import load_source, make_plan
+from prunecli.run.source import load_source
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import Graph, Member
 from prunecli.values.plan import PlannedGroup

@@ -17,16 +17,17 @@ import torch
 from test_cli import JOB, call, sentence
 from torch import Tensor, nn
 
-from prunecli.errors import TargetError
+from prunecli.errors import TargetError, UsageError
 from prunecli.files import write_json
 from prunecli.graph.build import build_graph
 from prunecli.models.load import load_model
 from prunecli.proof import equivalence
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import folder as run_folder
-from prunecli.run import pipeline
+from prunecli.run import pipeline, plan_and_prove, verify
 from prunecli.run.folder import RunFolder
-from prunecli.run.job import learning_rate_at, open_job
+from prunecli.run.job import open_job
+from prunecli.run.learning_rate import learning_rate_at
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune
 from prunecli.values.report import Report
@@ -116,7 +117,7 @@ def killed_and_resumed(jobs: Jobs, folder: Path, place: str) -> None:
     assert resumed["status"] == 0, resumed["stderr"]
     assert jobs.is_whole(folder)
     assert names(folder) == names(jobs.whole)
-    assert run_folder.verify_here(folder).ok
+    assert verify.verify_here(folder).ok
 
 
 @pytest.mark.parametrize("place", FEW)
@@ -275,7 +276,7 @@ def test_with_a_target_gates_rank_the_channels() -> None:
     groups = build_graph(source.model, source.spec.size).groups
     generator = torch.Generator().manual_seed(0)
     gates = {group.name: torch.rand(group.width, generator=generator) for group in groups}
-    planned, _ = pipeline.plan_and_prove(source, recipe, open_images(recipe, source), gates)
+    planned, _ = plan_and_prove.plan_and_prove(source, recipe, open_images(recipe, source), gates)
     closed = sum(int((values < 0.5).sum()) for values in gates.values()) / sum(map(len, gates.values()))
     assert f"left to themselves, the gates would close {closed:.4g} of the channels" in planned.notes
     assert (planned.target.asked, planned.plan.criterion) == (0.25, "gates")
@@ -296,7 +297,7 @@ def test_a_target_out_of_reach_is_refused_before_any_gate_is_learnt() -> None:
     )
     source = load_source(recipe)
     with pytest.raises(TargetError, match="can be reached"):
-        pipeline.plan_and_prove(source, recipe, open_images(recipe, source))
+        plan_and_prove.plan_and_prove(source, recipe, open_images(recipe, source))
 
 
 # ---------------------------------------------------------------------------------------------- the same twice
@@ -433,7 +434,7 @@ def test_an_architecture_that_is_not_understood_is_refused_with_the_place(tmp_pa
 
 def test_python_callers_get_the_same_errors(tmp_path: Path) -> None:
     recipe = Recipe.from_mapping({"model": "lenet5_relu", "pretrained": False, "finetune": {"epochs": 0}})
-    with pytest.raises(pipeline.UsageError, match="needs data"):
+    with pytest.raises(UsageError, match="needs data"):
         pipeline.finetune(recipe, out=tmp_path / "run")
 
 
@@ -593,7 +594,7 @@ def test_a_start_that_is_to_be_probed_has_a_rate_of_its_own(tmp_path: Path, lr: 
     with job.closing:
         job.begin()
         source = job.source
-        plan = pipeline.plan_and_prove(source, recipe, job.images)[0].plan
+        plan = plan_and_prove.plan_and_prove(source, recipe, job.images)[0].plan
         found = learning_rate_at(job, plan, source.model, 0.05)
     removed = [1 - len(group.keep) / group.width for group in plan.cut_groups]
     assert removed == pytest.approx([0.5] * len(removed), abs=0.05)

@@ -22,7 +22,7 @@ from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import EpsdSettings, FinetuneSettings
-from prunecli.run import pipeline
+from prunecli.run import plan_and_prove
 from prunecli.run.folder import RunFolder
 from prunecli.run.scores import scores_of
 from prunecli.run.source import load_source, open_images
@@ -274,7 +274,7 @@ def test_the_plan_keeps_the_channels_that_score_best() -> None:
     recipe = epsd_recipe()
     source = load_source(recipe)
     images = open_images(recipe, source)
-    planned, proof = pipeline.plan_and_prove(source, recipe, images)
+    planned, proof = plan_and_prove.plan_and_prove(source, recipe, images)
     assert "equals" in proof
     plan = planned.plan
     assert plan.criterion == "epsd"
@@ -286,7 +286,7 @@ def test_the_plan_keeps_the_channels_that_score_best() -> None:
         gone = sorted(set(range(group.width)) - set(group.keep))
         if gone:
             assert max(group.score[j] for j in gone) <= min(group.score[j] for j in group.keep)
-    assert pipeline.plan_and_prove(source, recipe, images)[0].plan == plan
+    assert plan_and_prove.plan_and_prove(source, recipe, images)[0].plan == plan
 
 
 @pytest.mark.parametrize("data", [{}, {"name": "digits", "train_limit": 1}])  # one image alone is no batch

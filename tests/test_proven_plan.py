@@ -12,12 +12,13 @@ from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure import cost
 from prunecli.models.build import InputSpec
+from prunecli.models.source import Source
 from prunecli.planning import score
+from prunecli.planning.prove import Proven, proven_plan
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe
-from prunecli.run import pipeline
+from prunecli.run import plan_and_prove
 from prunecli.run.scores import scores_of
-from prunecli.run.source import Proven, Source, proven_plan
 from prunecli.values.plan import ModelRef
 
 SIZE = (3, 4, 4)
@@ -84,7 +85,7 @@ def test_sparing_a_group_scores_nothing_again(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(score.CRITERIA, "l1", counted)
     recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}})
-    planned, _ = pipeline.plan_and_prove(source_of(Sly((0, 3))), recipe, None)
+    planned, _ = plan_and_prove.plan_and_prove(source_of(Sly((0, 3))), recipe, None)
     assert len(planned.notes) == 2
     assert scored == ["convs.0", "convs.1", "convs.2", "convs.3"]
 

@@ -13,7 +13,7 @@ from user_nets import Residual
 
 from prunecli.graph.build import build_graph
 from prunecli.recovery.least_squares import Moments, find_readers, reconstruct_, solve
-from prunecli.run.source import cut
+from prunecli.surgery.cut import cut
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
 
 

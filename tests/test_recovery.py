@@ -16,10 +16,10 @@ from prunecli.recipe import packaged
 from prunecli.recipe.reading import layered
 from prunecli.recipe.recipe import Recipe
 from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
-from prunecli.run import pipeline
+from prunecli.run import plan_and_prove
 from prunecli.run.job import open_job
 from prunecli.run.recovery_context import recovery_context
-from prunecli.run.source import cut
+from prunecli.surgery.cut import cut
 from prunecli.training.probe import calibrated_losses
 
 
@@ -109,7 +109,7 @@ def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path
     with job.closing:
         job.begin()
         dense = job.source.model
-        plan = pipeline.plan_and_prove(job.source, recipe, job.images)[0].plan
+        plan = plan_and_prove.plan_and_prove(job.source, recipe, job.images)[0].plan
         damages: list[float | None] = []
 
         def rate(lost: float | None) -> float:

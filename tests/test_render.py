@@ -10,9 +10,9 @@ import sample_report as sample
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from prunecli.run.source import Inspection
 from prunecli.show import tables, wording
 from prunecli.values.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
+from prunecli.values.inspection import Inspection
 from prunecli.values.report import Accuracy, PhaseReport, TargetResult, VerifyReport
 
 GOLDEN = Path(__file__).parent / "golden"

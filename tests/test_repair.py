@@ -12,7 +12,7 @@ from user_nets import Residual
 
 from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.recovery.repair import Spread, repair_
-from prunecli.run.source import cut
+from prunecli.surgery.cut import cut
 
 
 class Plain(nn.Sequential):

@@ -14,7 +14,7 @@ from prunecli.errors import UsageError
 from prunecli.methods.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
 from prunecli.methods.start import start_anew_
 from prunecli.recipe.recipe import Recipe
-from prunecli.run import folder
+from prunecli.run import verify
 from prunecli.run.folder import RunFolder
 
 SHAPES = [(8, 8, 2), (8, 16, 4), (4, 16, 4), (16, 16, 2), (6, 12, 6), (12, 12, 3)]
@@ -195,7 +195,7 @@ def test_auto_mirrors_under_relu_only() -> None:
 
 def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LeNet-5 at half width: conv3 has 8 inputs and 60 outputs, 4 and 30 once halved; the others' halves do not fit."""
-    monkeypatch.setattr(folder, "verify", folder.verify_here)  # a fresh process would take most of the time
+    monkeypatch.setattr("prunecli.run.verify.verify", verify.verify_here)  # a fresh process would take most of the time
     job = [part for part in JOB if not part.startswith("--epochs")]
     done = call("compress", *job, "--epochs=1", "--recover=none", "init=sao", f"--out={tmp_path / 'run'}")
     assert done.exit_code == 0, done.stderr
@@ -214,7 +214,7 @@ def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path, monke
 
 
 def test_fine_tuning_alone_starts_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "verify", folder.verify_here)
+    monkeypatch.setattr("prunecli.run.verify.verify", verify.verify_here)
     job = [part for part in JOB if not part.startswith(("--epochs", "--target"))]
     done = call("finetune", *job, "--epochs=1", "init=sao", f"--out={tmp_path / 'run'}")
     assert done.exit_code == 0, done.stderr

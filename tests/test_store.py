@@ -23,6 +23,8 @@ from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import folder as run_folder
+from prunecli.run import verify
+from prunecli.run.export import export, load, reference_input
 from prunecli.run.folder import RunFolder, locate
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +36,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = RunFolder(path=tmp_path_factory.mktemp("exported"))
     loaded = load_model("lenet5_relu", pretrained=False)
     size = cost.measure(loaded.model, input_spec(loaded.ref).size)
-    run_folder.export(folder, loaded.model, ref=loaded.ref, base=size, final=size)
+    export(folder, loaded.model, ref=loaded.ref, base=size, final=size)
     return folder.path
 
 
@@ -135,7 +137,7 @@ def test_resume_and_force_exclude_each_other(tmp_path: Path) -> None:
 
 def test_a_model_comes_back_to_the_bit(exported: Path) -> None:
     state = load_model("lenet5_relu", pretrained=False).model.state_dict()
-    found = run_folder.load(exported).state_dict()
+    found = load(exported).state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
 
@@ -170,7 +172,7 @@ def test_an_edited_config_is_one_plain_error(damaged: Path, change: Change) -> N
     change(config)
     write_json(damaged / "config.json", config)
     with pytest.raises(PruneError) as caught:
-        run_folder.load(damaged)
+        load(damaged)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -183,7 +185,7 @@ def test_a_broken_file_is_named(damaged: Path, name: str, content: bytes | None)
     else:
         (damaged / name).write_bytes(content)
     with pytest.raises(PruneError, match=name) as caught:
-        run_folder.load(damaged)
+        load(damaged)
     assert caught.value.exit_code == 1
 
 
@@ -204,13 +206,13 @@ def test_weights_that_do_not_fit_are_refused(damaged: Path, change: Callable[[Te
     change(tensors)
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(PruneError, match=r"does not fit lenet5_relu .*conv\d\.bias"):
-        run_folder.load(damaged)
+        load(damaged)
 
 
 def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
     begun(tmp_path / "run")
     with pytest.raises(UsageError, match="unfinished run, so there is no model yet"):
-        run_folder.load(tmp_path / "run")
+        load(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------- verification
@@ -220,7 +222,7 @@ def test_verification_runs_this_package_whatever_lies_around(exported: Path, tmp
     for module in ("random", "timm", "prunecli"):
         (tmp_path / f"{module}.py").write_text("raise SystemExit('hijacked')\n")
     code = (
-        f"from pathlib import Path; from prunecli.run import folder; print(folder.verify(Path({str(exported)!r})).ok)"
+        f"from pathlib import Path; from prunecli.run import verify; print(verify.verify(Path({str(exported)!r})).ok)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
@@ -236,17 +238,17 @@ def test_verification_runs_this_package_whatever_lies_around(exported: Path, tmp
 def test_another_reference_does_not_verify(damaged: Path) -> None:
     logits = load_file(damaged / "reference.safetensors")["logits"]
     save_file({"logits": logits + 1}, damaged / "reference.safetensors")
-    assert not run_folder.verify_here(damaged).ok
+    assert not verify.verify_here(damaged).ok
     save_file({"logits": logits[:, :9].clone()}, damaged / "reference.safetensors")
-    found = run_folder.verify_here(damaged)
+    found = verify.verify_here(damaged)
     assert not found.ok
     assert not found.classes_equal
     with pytest.raises(VerificationError, match="class count changed"):
-        run_folder.verify(damaged)
+        verify.verify(damaged)
 
 
 def test_the_reference_images_are_the_same_everywhere() -> None:
-    images = run_folder.reference_input((1, 2, 2))
+    images = reference_input((1, 2, 2))
     expected = [((at * 2654435761 + 40503) % 2**24) / 2**23 - 1 for at in range(8)]
     assert images.flatten().tolist() == expected
 
@@ -255,5 +257,5 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     loaded = load_model("lenet5_relu", pretrained=False)
     model: nn.Module = loaded.model.train()
     size = cost.measure(model, input_spec(loaded.ref).size)
-    run_folder.export(RunFolder(path=tmp_path), model, ref=loaded.ref, base=size, final=size)
+    export(RunFolder(path=tmp_path), model, ref=loaded.ref, base=size, final=size)
     assert model.training

@@ -66,7 +66,7 @@ def test_a_trial_reports_what_it_found(tmp_path: Path):
 
 
 def test_a_refusal_is_a_row_and_no_exception(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("prunecli.run.source.EQUIVALENCE_TOLERANCE", -1.0)
+    monkeypatch.setattr("prunecli.planning.prove.EQUIVALENCE_TOLERANCE", -1.0)
     row = tried("lenet5_linear", tmp_path)
     assert row.status == "refused"
     assert "cannot be pruned correctly" in row.reason

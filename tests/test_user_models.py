@@ -25,12 +25,14 @@ from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.models.outputs import tensors_of
+from prunecli.models.source import Source
 from prunecli.models.tensors import named_tensors
 from prunecli.recipe.recipe import Recipe
-from prunecli.run import pipeline
-from prunecli.run import source as run_source
-from prunecli.run.folder import RunFolder, export
-from prunecli.run.source import Source, load_source
+from prunecli.run import plan_and_prove
+from prunecli.run.export import export
+from prunecli.run.folder import RunFolder
+from prunecli.run.source import load_source
+from prunecli.surgery import cut as cutting
 
 SMALL = JOB[2:]  # without the model and --no-pretrained
 NAMED = "--model=user_nets:Residual"
@@ -51,8 +53,8 @@ def halved(name: str) -> tuple[Source, nn.Module]:
     """A model of the user's own, and a copy with half of every group cut."""
     recipe = Recipe.from_mapping({"model": name, "target": "ratio=0.5", "prune": {"round_to": 1}})
     source = load_source(recipe)
-    planned, _ = pipeline.plan_and_prove(source, recipe, None)
-    return source, run_source.cut(source.model, planned.plan)
+    planned, _ = plan_and_prove.plan_and_prove(source, recipe, None)
+    return source, cutting.cut(source.model, planned.plan)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -80,11 +82,11 @@ def test_a_function_gives_what_the_same_model_gives_by_its_timm_name() -> None:
     sources, plans, cuts = [], [], []
     for name in ("lenet5_relu", "prunecli.models.paper_nets:lenet5_relu"):
         source = load_source(recipe.model_copy(update={"model": name}))
-        planned, _ = pipeline.plan_and_prove(source, recipe, None)
+        planned, _ = plan_and_prove.plan_and_prove(source, recipe, None)
         assert planned.plan.model.name == name
         sources.append((source.digest, source.spec, source.cost, source.ref.num_classes))
         plans.append(planned.plan.model_dump(mode="json", exclude={"model"}))
-        cuts.append(run_source.cut(source.model, planned.plan).state_dict())
+        cuts.append(cutting.cut(source.model, planned.plan).state_dict())
     assert sources[0] == sources[1]
     assert plans[0] == plans[1]
     assert equal(*cuts)

@@ -170,7 +170,8 @@ def inspect(
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
     with reported():
         from prunecli.errors import UnsupportedError
-        from prunecli.run.source import inspection, load_source
+        from prunecli.planning.inspect import inspection
+        from prunecli.run.source import load_source
         from prunecli.show import tables
 
         flags = _flags(weights=weights, no_pretrained=not weights, model_arg=model_arg)
@@ -197,8 +198,10 @@ def spectrum(
 ) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
+        from prunecli.measure.stage_spectrum import jacobian_spectrum
         from prunecli.measure.weights import weight_spectra
-        from prunecli.run.source import jacobian_spectrum, load_source, open_images, resolve_device
+        from prunecli.models.device import resolve_device
+        from prunecli.run.source import load_source, open_images
         from prunecli.show import tables
 
         flags = _flags(
@@ -240,7 +243,7 @@ def lr(
 ) -> None:
     """The recommended fine-tuning LR with its evidence."""
     with reported():
-        from prunecli.run.job import lr_of_source
+        from prunecli.run.learning_rate import lr_of_source
         from prunecli.show import tables
 
         flags = _flags(
@@ -267,8 +270,9 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
+        from prunecli.models.device import resolve_device
         from prunecli.recipe.reading import layered
-        from prunecli.run.source import load_source, open_images, resolve_device
+        from prunecli.run.source import load_source, open_images
         from prunecli.show import tables
         from prunecli.training import finetune as finetuning
 
@@ -300,13 +304,13 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
     with reported():
         from prunecli.models.user_function import Function
         from prunecli.recipe.reading import parse_assignments
-        from prunecli.run import folder
+        from prunecli.run import verify as verification
         from prunecli.show import tables
 
         args = parse_assignments(model_arg or [])
         if args and model is None:
             raise UsageError("--model-arg belongs to a function.", hint="Name it with --model.")
-        found = folder.verify(run, Function(name=model, args=args) if model is not None else None)
+        found = verification.verify(run, Function(name=model, args=args) if model is not None else None)
         show(found.model_dump(mode="json"), tables.verify_line(run, found), as_json=as_json)
 
 
@@ -485,13 +489,13 @@ def _run_job(
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:
     from prunecli.methods import phase
-    from prunecli.run import pipeline
+    from prunecli.run import plan_and_prove
     from prunecli.run.source import load_source, open_images
     from prunecli.show import tables
 
     source = load_source(recipe)
     images = open_images(recipe, source)
-    planned, proof = pipeline.plan_and_prove(source, recipe, images)
+    planned, proof = plan_and_prove.plan_and_prove(source, recipe, images)
     phases = phase.costs_of(recipe, images.steps_per_epoch) if images else ()
     document = {
         "plan": planned.plan.model_dump(mode="json"),

@@ -9,11 +9,13 @@ from functools import partial
 from torch import nn
 
 from prunecli.methods.gates import Gated, planned_gates
+from prunecli.models.source import Source
+from prunecli.planning.make import make_plan
+from prunecli.planning.prove import EQUIVALENCE_TOLERANCE
 from prunecli.planning.score import Scores, score_model
 from prunecli.proof.gating import gating_error
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
-from prunecli.run.source import EQUIVALENCE_TOLERANCE, Source, make_plan
 from prunecli.values.groups import Graph
 from prunecli.values.plan import PlannedGroup
 

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from prunecli.data.images import Images
 from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.measure.jacobian import JacobianSpectrum
+from prunecli.measure.stage_spectrum import spectrum_batch
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
 from prunecli.recovery.repair import repair_
-from prunecli.run.source import spectrum_batch
 from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep

@@ -2,100 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
-from prunecli.files import read_tensors, write_json
-from prunecli.measure import accuracy as measure_accuracy
-from prunecli.measure import cost
-from prunecli.measure.accuracy import knows_the_data
-from prunecli.measure.jacobian import JacobianSpectrum
+from prunecli.files import read_tensors, read_value, write_json
 from prunecli.methods import phase
+from prunecli.models.device import resolve_device
+from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
-from prunecli.recipe.settings import FinetuneSettings
-from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_, read_value
-from prunecli.run.source import Source, cut, jacobian_spectrum, load_source, open_images, resolve_device, run_of
-from prunecli.training import retraining_rates, schedule
-from prunecli.training.recommended_lr import recommend_lr
+from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_
+from prunecli.run.progress import Command, Past, Progress
+from prunecli.run.source import load_source, open_images, run_of
+from prunecli.training import retraining_rates
 from prunecli.values.plan import Plan
 from prunecli.values.report import (
-    Accuracy,
-    FinetuneReport,
-    LRReport,
-    PhaseReport,
-    RecoveryStep,
     Stage,
-    StageName,
-    TargetResult,
 )
-from prunecli.values.value import Value
 
-Command = Literal["compress", "finetune"]
 Notify = Callable[[dict[str, Any]], None]
 
 DEFAULT_EPOCHS: Final = 10
-DISTILL_SHARE: Final = 0.9
 _NEEDS_IMAGES: Final = {
     "lstsq": "solves from what layers read on images",
     "repair": "measures what layers make of images",
     "bn": "re-estimates statistics",
 }
-_SMALL_IMAGE: Final = 64  # pixels; the CIFAR-like side of the published rules
-
-
-class Progress(Value):
-    """What finished stages measured: ``checkpoints/progress.json``."""
-
-    command: Command
-    recipe_sha256: str
-    source_digest: str
-    plan_sha256: str | None = None
-    stages: tuple[Stage, ...] = ()
-    phases: tuple[PhaseReport, ...] = ()
-    recovery: tuple[RecoveryStep, ...] = ()
-    lr: LRReport | None = None
-    finetune: FinetuneReport | None = None
-    target: TargetResult | None = None
-    jacobians: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    dense_spectra: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> Progress:
-        """The progress after one more stage."""
-        jacobians = self.jacobians | ({str(stage.name): jacobian} if jacobian else {})
-        return self.model_copy(update={"stages": (*self.stages, stage), "jacobians": jacobians, **changes})
-
-    def stage(self, name: StageName) -> Stage | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Past:
-    """What was done to a model before its fine-tuning; nothing of it where it was neither cut nor measured.
-
-    Attributes:
-        plan: what was cut.
-        dense: the model before that, as measured.
-        now: the model as it is to be fine-tuned.
-        base_peak_lr: highest rate the dense model was trained at, where somebody said so.
-    """
-
-    plan: Plan | None = None
-    dense: Stage | None = None
-    now: Stage | None = None
-    base_peak_lr: float | None = None
 
 
 @dataclass
@@ -159,200 +100,6 @@ def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
     if asked and not has_data:
         raise UsageError(f"Fine-tuning for {asked} epochs needs data.", hint="Give --data, or --epochs 0.")
     return asked if asked is not None else (DEFAULT_EPOCHS if has_data else 0)
-
-
-def jacobian(job: Job, model: nn.Module) -> JacobianSpectrum | None:
-    """The Jacobian spectrum of one stage, or None where it is switched off or would cost too much."""
-    return jacobian_spectrum(job.recipe, job.source, model, job.images, job.device)
-
-
-def evaluate(job: Job, model: nn.Module) -> Accuracy | None:
-    """Accuracy on the validation split, or None without data."""
-    if job.images is None:
-        return None
-    return measure_accuracy.evaluate(model.to(job.device), job.images.val_loader(), device=job.device)
-
-
-def measured_stage(
-    job: Job, name: StageName, model: nn.Module, began: float, *, notes: tuple[str, ...] = ()
-) -> tuple[Stage, tuple[float, ...] | None]:
-    """Everything the report says about the model as this stage left it, and the Jacobian's singular values."""
-    size = cost.measure(model, job.source.spec.size)
-    accuracy = evaluate(job, model)
-    jacobians = jacobian(job, model)
-    stage = Stage(
-        name=name,
-        seconds=round(time.perf_counter() - began, 3),
-        params=size.params,
-        macs=size.macs,
-        bytes=size.bytes,
-        top1=accuracy.top1 if accuracy else None,
-        top5=accuracy.top5 if accuracy else None,
-        loss=accuracy.loss if accuracy else None,
-        jsv=jacobians.summary if jacobians else None,
-        notes=notes,
-    )
-    values = tuple(jacobians.values.flatten().tolist()) if jacobians else None
-    job.say("stage", name=name, seconds=stage.seconds, top1=stage.top1, jsv=stage.jsv.mean if stage.jsv else None)
-    return stage, values
-
-
-def learning_rate(job: Job) -> float:
-    """The rate to fine-tune with: the user's, else the recommended one."""
-    asked = job.recipe.finetune.lr
-    if asked != "auto":
-        return asked
-    assert job.progress.lr is not None
-    return job.progress.lr.recommended
-
-
-def learning_rate_at(job: Job, plan: Plan, model: nn.Module, lost_top1: float | None) -> float:
-    """The rate to fine-tune ``model`` with, by labels alone, if it lost this share of the dense top-1."""
-    if job.recipe.finetune.lr != "auto":
-        return job.recipe.finetune.lr
-    past = job.past(plan, job.progress.stage("pruned"))
-    return _recommended(job, model, past, lost_top1=lost_top1, distill_share=0.0).recommended
-
-
-def finetune_settings(job: Job) -> FinetuneSettings:
-    """The settings of the recipe; where it leaves it to the tool, with the last rate that the recommendation names and
-    with distillation from a dense model that is worth learning from.
-    """
-    asked, found = job.recipe.finetune, job.progress.lr
-    decided: dict[str, Any] = {"distill": asked.distill.model_copy(update={"alpha": _distill_share(job)})}
-    if asked.min_lr is None and found is not None and "final_lr" in found.evidence:
-        decided["min_lr"] = found.evidence["final_lr"]
-    return asked.model_copy(update=decided)
-
-
-def _distill_share(job: Job) -> float:
-    """What ``distill.alpha: auto`` means here: the dense model teaches where it knows the data, going by the validation
-    images, and where nothing else teaches already.
-    """
-    asked, dense = job.recipe.finetune, job.progress.stage("dense")
-    if asked.distill.alpha != "auto":
-        return asked.distill.share
-    if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
-        return 0.0
-    return DISTILL_SHARE if knows_the_data(dense.top1, job.images.num_classes) else 0.0
-
-
-def recommended_lr(job: Job, model: nn.Module, past: Past) -> LRReport:
-    """What the schedule prescribes, else the rules of ``lr`` on what was measured."""
-    return _recommended(job, model, past, lost_top1=_lost(past, job.images), distill_share=_distill_share(job))
-
-
-def _recommended(job: Job, model: nn.Module, past: Past, *, lost_top1: float | None, distill_share: float) -> LRReport:
-    if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, past.plan, epochs=job.epochs)):
-        return prescribed
-    return lr_report(
-        job.recipe,
-        job.source,
-        model,
-        past,
-        lost_top1=lost_top1,
-        epochs=job.epochs,
-        images=job.images,
-        distill_share=distill_share,
-    )
-
-
-def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
-    """Feed the norms of the weights before and after the cut to the schedules that have rates of their own."""
-    cut_too = plan is not None and recipe.finetune.schedule == "allr"
-    dense = _weight_norm(source.model) if cut_too else 0.0
-    return retraining_rates.prescribed_lr(
-        recipe.finetune,
-        epochs=epochs,
-        sparsity=1 - plan.predicted.params / plan.base.params if plan else 0.0,
-        norm_dense=dense,
-        norm_pruned=_weight_norm(cut(source.model, plan)) if plan and cut_too else dense,
-    )
-
-
-def _weight_norm(model: nn.Module) -> float:
-    """Euclidean norm over all parameters."""
-    return math.sqrt(math.fsum(float(tensor.detach().double().square().sum()) for tensor in model.parameters()))
-
-
-def lr_report(
-    recipe: Recipe,
-    source: Source,
-    model: nn.Module,
-    past: Past,
-    *,
-    lost_top1: float | None,
-    epochs: int,
-    images: Images | None,
-    distill_share: float,
-) -> LRReport:
-    """Feed the measured damage and the budget to ``lr.recommend_lr``."""
-    plan, dense, now, original = past.plan, past.dense, past.now, recipe.finetune.original
-    cut_groups = plan.cut_groups if plan else ()
-    removed = [1 - len(group.keep) / group.width for group in cut_groups]
-    ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
-    return recommend_lr(
-        optimizer=schedule.optimizer_name(recipe.finetune, model),
-        epochs=epochs,
-        batch_size=recipe.data.batch_size,
-        small_images=max(source.spec.size[1:]) <= _SMALL_IMAGE,
-        removed_channels=sum(removed) / len(removed) if removed else 0.0,
-        removed_params=1 - plan.predicted.params / plan.base.params if plan else 0.0,
-        steps=epochs * images.steps_per_epoch or None if images is not None else None,
-        narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
-        jsv_ratio=ratio,
-        lost_top1=lost_top1,
-        base_peak_lr=original.lr if original else past.base_peak_lr,
-        from_scratch=not recipe.pretrained,
-        distill_share=distill_share,
-        distill_temperature=recipe.finetune.distill.temperature,
-    )
-
-
-def _lost(past: Past, images: Images | None) -> float | None:
-    """Share of the dense top-1 that the model lacks; none where that was not measured."""
-    dense, now = past.dense, past.now
-    if not images or not dense or dense.top1 is None or not now or now.top1 is None:
-        return None
-    return measure_accuracy.lost_top1(dense.top1, now.top1, classes=images.num_classes)
-
-
-def past_of(recipe: Recipe) -> Past:
-    """What the run that a model comes from did to it. Raises PruneError where its plan or report cannot be read."""
-    run = run_of(recipe)
-    if run is None:
-        return Past()
-    stages = run.report().stages
-    dense = next((stage for stage in stages if stage.name == "dense"), None)
-    return Past(plan=run.plan(), dense=dense, now=stages[-1] if stages else None, base_peak_lr=_base_peak_lr(run))
-
-
-def _base_peak_lr(run: RunFolder) -> float | None:
-    """The rate its base was trained at, as its recipe says it; a recipe of another version says nothing."""
-    try:
-        original = run.recipe().finetune.original
-    except PruneError:
-        return None
-    return original.lr if original else None
-
-
-def lr_of_source(recipe: Recipe) -> LRReport:
-    """What ``prunecli lr`` says: for a run folder with the damage that its own report measured."""
-    source = load_source(recipe)
-    epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
-    if epochs and (prescribed := _prescribed_lr(recipe, source, None, epochs=epochs)):
-        return prescribed
-    images, past = open_images(recipe, source), past_of(recipe)
-    return lr_report(
-        recipe,
-        source,
-        source.model,
-        past,
-        lost_top1=_lost(past, images),
-        epochs=epochs,
-        images=images,
-        distill_share=recipe.finetune.distill.share,
-    )
 
 
 def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:

@@ -12,7 +12,8 @@ from prunecli.files import read_tensors, write_tensors
 from prunecli.methods.gates import Gated, drawn_gates
 from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
-from prunecli.run.job import Job, finetune_settings, reload_
+from prunecli.run.job import Job, reload_
+from prunecli.run.learning_rate import finetune_settings
 from prunecli.values.plan import Plan
 
 

@@ -7,7 +7,8 @@ from functools import partial
 from torch import nn
 
 from prunecli.recovery.steps import RecoveryContext
-from prunecli.run.job import Job, jacobian
+from prunecli.run.job import Job
+from prunecli.run.measured import jacobian
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 

@@ -12,10 +12,11 @@ from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.methods.epsd import prospect_scores
 from prunecli.methods.gates import is_open
+from prunecli.models.device import resolve_device
 from prunecli.models.outputs import logits_of
+from prunecli.models.source import Source
 from prunecli.planning.score import Scores, score_model
 from prunecli.recipe.recipe import Recipe
-from prunecli.run.source import Source, resolve_device
 from prunecli.values.groups import Graph
 
 

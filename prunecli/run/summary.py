@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from prunecli import __version__
+from prunecli.measure.stage_spectrum import jacobian_effort
 from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
 from prunecli.run import folder
-from prunecli.run.job import Job, Progress
-from prunecli.run.source import jacobian_effort
+from prunecli.run.job import Job
+from prunecli.run.progress import Progress
 from prunecli.values.plan import Cost
 from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
 

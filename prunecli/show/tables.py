@@ -26,8 +26,8 @@ from prunecli.values.report import (
 )
 
 if TYPE_CHECKING:
-    from prunecli.run.source import Inspection
     from prunecli.values.groups import Frozen, Graph, Tie
+    from prunecli.values.inspection import Inspection
     from prunecli.values.support_matrix import Matrix, Row
 
 _EXPLAINED = 0.9  # prunable share of the parameters below which the reason is shown

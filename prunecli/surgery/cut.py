@@ -9,6 +9,7 @@ tensor inside a dict or list attribute.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from prunecli.errors import UnsupportedError
 from prunecli.models.tensors import clear_caches_, like, named_tensors, replace_, tensor_at
 from prunecli.surgery.structure import as_type_of, plain_value
 from prunecli.values.groups import AttributeEdit, ScaleFold
-from prunecli.values.plan import PlannedGroup, removed_positions
+from prunecli.values.plan import Plan, PlannedGroup, removed_positions
 
 # ---------------------------------------------------------------------------------------------- cut
 
@@ -228,3 +229,10 @@ def _follow_weight_(module: nn.Module) -> None:
             module.normalized_shape = tuple(sizes)
         case _:
             pass
+
+
+def cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """A smaller copy of ``model``, by the plan. Raises UnsupportedError where a tensor does not fit it."""
+    smaller = copy.deepcopy(model)
+    cut_(smaller, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
+    return smaller

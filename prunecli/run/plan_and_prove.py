@@ -1,0 +1,85 @@
+"""From a loaded model to a proven plan: scores are taken once, then it is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from prunecli.data.images import Images
+from prunecli.errors import UsageError
+from prunecli.graph.build import build_graph
+from prunecli.methods import gateable, phase
+from prunecli.methods.start import start_anew_
+from prunecli.models.source import Source
+from prunecli.planning.budget import Learned
+from prunecli.planning.make import Planned, make_plan
+from prunecli.planning.prove import proven_plan
+from prunecli.planning.score import Scores
+from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import PruneSettings
+from prunecli.recipe.target import Target
+from prunecli.run.scores import gate_scores, open_gates, scores_of
+from prunecli.surgery.cut import cut
+from prunecli.values.groups import Graph
+
+Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
+
+
+def plan_and_prove(
+    source: Source, recipe: Recipe, images: Images | None, gates: Magnitudes | None = None
+) -> tuple[Planned, str]:
+    """Trace, score, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
+
+    Raises as ``scores_of``, ``make_plan`` and ``proven_plan``, and UsageError where there is no target, or where a
+    phase before the cut has nothing to train with or is too short for this plan.
+    """
+    phase.require_possible(recipe, images)
+    if recipe.target is None and recipe.method != "abp":
+        raise UsageError("No target was given.", hint="For example --target macs=50%.")
+    graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
+    goal: _Goal
+    if gates is not None:
+        goal = _gated_goal(graph, recipe, gates)
+    elif recipe.method == "abp":
+        found = gateable.gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
+        goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
+    else:
+        assert recipe.target is not None
+        goal = _Goal(graph, scores_of(source, graph, recipe, images), recipe.target, recipe.prune)
+    if recipe.equivalence_check:
+        proven = proven_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
+        planned, error = proven.planned, proven.proof.relative_error
+        proof = f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
+    else:
+        planned = make_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
+        proof = "the equivalence check was switched off"
+    phase.require_time(recipe, planned.plan.groups)
+    if recipe.init is not None:
+        start_anew_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
+    return replace(planned, notes=(*goal.before, *planned.notes, *goal.after)), proof
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """All that decides a plan, and notes for before and behind its own."""
+
+    graph: Graph
+    scores: Scores
+    target: Target | Learned
+    settings: PruneSettings
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+def _gated_goal(graph: Graph, recipe: Recipe, gates: Magnitudes) -> _Goal:
+    """Learnt gates rank the channels; without a target they also say how many stay."""
+    graph, notes = gateable.without_norms(graph)
+    scores = gate_scores(gates, seed=recipe.seed)
+    needed = open_gates(scores)
+    if recipe.target is None:
+        return _Goal(graph, scores, Learned(widths=needed), recipe.prune, before=notes)
+    closed = 1 - sum(needed.values()) / sum(len(values) for values in scores.channels.values())
+    remark = f"left to themselves, the gates would close {closed:.4g} of the channels"
+    return _Goal(graph, scores, recipe.target, recipe.prune, before=notes, after=(remark,))

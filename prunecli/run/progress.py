@@ -1,0 +1,57 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from prunecli.values.plan import Plan
+from prunecli.values.report import FinetuneReport, LRReport, PhaseReport, RecoveryStep, Stage, StageName, TargetResult
+from prunecli.values.value import Value
+
+Command = Literal["compress", "finetune"]
+
+
+class Progress(Value):
+    """What finished stages measured: ``checkpoints/progress.json``."""
+
+    command: Command
+    recipe_sha256: str
+    source_digest: str
+    plan_sha256: str | None = None
+    stages: tuple[Stage, ...] = ()
+    phases: tuple[PhaseReport, ...] = ()
+    recovery: tuple[RecoveryStep, ...] = ()
+    lr: LRReport | None = None
+    finetune: FinetuneReport | None = None
+    target: TargetResult | None = None
+    jacobians: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    dense_spectra: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> Progress:
+        """The progress after one more stage."""
+        jacobians = self.jacobians | ({str(stage.name): jacobian} if jacobian else {})
+        return self.model_copy(update={"stages": (*self.stages, stage), "jacobians": jacobians, **changes})
+
+    def stage(self, name: StageName) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What was done to a model before its fine-tuning; nothing of it where it was neither cut nor measured.
+
+    Attributes:
+        plan: what was cut.
+        dense: the model before that, as measured.
+        now: the model as it is to be fine-tuned.
+        base_peak_lr: highest rate the dense model was trained at, where somebody said so.
+    """
+
+    plan: Plan | None = None
+    dense: Stage | None = None
+    now: Stage | None = None
+    base_peak_lr: float | None = None
