@@ -7,7 +7,7 @@ Nothing here prints: the command line turns these into text and an exit status i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import ClassVar
 
@@ -97,3 +97,9 @@ def one_line(error: BaseException, limit: int = 240) -> str:
     """What an exception says, as one line without its full stop, at most ``limit`` characters; its type if nothing."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"

@@ -8,10 +8,10 @@ import time
 import torch
 from torch import nn
 
+from prunecli.errors import listed
 from prunecli.methods import sao
 from prunecli.models.layers import activation_gain
 from prunecli.recipe.recipe import Recipe
-from prunecli.show import wording
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5
@@ -49,5 +49,5 @@ def _sentence(found: sao.Initialised, pattern: sao.Pattern) -> str:
         parts = [f"{parts[0]}, {span} of their channel pairs unconnected until training connects them"]
     for layers, how in ((found.dense, "dense and orthogonal"), (found.left, "grouped, left as they were")):
         if layers:
-            parts.append(f"{how}: {wording.listed(layers, _NAMED)}")
+            parts.append(f"{how}: {listed(layers, _NAMED)}")
     return "; ".join(parts)

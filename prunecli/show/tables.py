@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from prunecli.errors import listed
 from prunecli.show import wording
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
@@ -242,7 +243,7 @@ def inspection(found: Inspection) -> RenderableType:
 def _tied(tie: Tie) -> str:
     """The groups of a tie, as far as there is room; of those with "or" between them one is cut."""
     choices = [" or ".join(" with ".join(bundle.groups) for bundle in choice) for choice in tie.choices]
-    return wording.listed(choices, _NAMES_SHOWN)
+    return listed(choices, _NAMES_SHOWN)
 
 
 def _groups_table(graph: Graph) -> Table:
@@ -252,7 +253,7 @@ def _groups_table(graph: Graph) -> Table:
     table = _table("May be cut", *columns, numeric=("width",))
     for group in graph.groups:
         kind = [group.kind] if several else []
-        writes, reads = (wording.listed(group.layers(role), _NAMES_SHOWN) for role in ("out", "in"))
+        writes, reads = (listed(group.layers(role), _NAMES_SHOWN) for role in ("out", "in"))
         _row(table, group.name, *kind, str(group.width), writes, reads)
     return table
 
@@ -265,7 +266,7 @@ def _frozen_table(frozen: Sequence[Frozen]) -> Table:
     table = _table("Stays whole", "why", "axes", "which (width)", numeric=("axes",))
     for reason, axes in reasons.items():
         names = [f"{axis.name} ({axis.width})" for axis in axes]
-        _row(table, reason, str(len(axes)), wording.listed(names, _NAMES_SHOWN))
+        _row(table, reason, str(len(axes)), listed(names, _NAMES_SHOWN))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from prunecli.values.report import (
@@ -138,12 +137,6 @@ def points(before: float | None, after: float | None) -> str:
 def factor(before: float, after: float) -> str:
     """How many times less: ``1.99x fewer``; a dash where nothing is left to divide by."""
     return DASH if after == 0 else f"{before / after:.2f}x fewer" if after < before else "unchanged"
-
-
-def listed(names: Sequence[str], limit: int) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"
 
 
 def metric_value(metric: str, value: float) -> str:
