@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.accuracy import defaults, lr_regret, recoveries, resnet56
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import Split, pruned
+from benchmarks.shared.resident import Course, Resident
+from benchmarks.shared.side_by_side import Arm, SideBySide, stacked_logits
 from prunecli.data.images import Images, epoch_order
 from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
@@ -24,17 +28,6 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune
 from prunecli.training.recommended_lr import EVIDENCE
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import defaults
-import lr_regret
-import recoveries
-import resnet56
-from ledger import Ledger
-from papers import Split, pruned
-from resident import Course, Resident
-from side_by_side import Arm, SideBySide, stacked_logits
 
 CPU = torch.device("cpu")
 PAPERS = FinetuneSettings(optimizer="sgd", schedule="step", milestones=(0.5,), weight_decay=1e-2, decay_norms=True)

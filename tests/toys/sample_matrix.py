@@ -39,7 +39,7 @@ def matrix() -> Matrix:
     refused = "odd_net cannot be pruned correctly: [b]why[/b]."
     return Matrix(
         date="2026-11-22",
-        command="python benchmarks/support_matrix.py --work DIR",
+        command="python benchmarks/coverage/support_matrix.py --work DIR",
         versions={"prunecli": "0.1.0", "torch": "2.15.0", "timm": "1.0.31"},
         rows=(
             row("gmlp_ti16_224", "mlp_mixer", prunable_share=0.8024, frozen=(spatial,)),

@@ -4,9 +4,9 @@ The first convolution of each block is cut by L1 norm; fine-tuning for 120 epoch
 1e-3 (a tenth after 80), Scratch for 200 epochs from 0.1 (a tenth after 100 and 150), batch 128, SGD 0.9, weight decay
 5e-4 on all parameters, crop and flip. The cut, OrthP, the schedules and the augmentation are prunecli's.
 
-    python benchmarks/resnet56.py --data-dir DIR --weights cifar10_resnet56.safetensors --device cuda --minutes 28
-    python benchmarks/resnet56.py --list
-    python benchmarks/resnet56.py --table
+    python benchmarks/accuracy/resnet56.py --data-dir DIR --weights resnet56.safetensors --device cuda --minutes 28
+    python benchmarks/accuracy/resnet56.py --list
+    python benchmarks/accuracy/resnet56.py --table
 
 Runs are taken from one list, all arms of seed 0 first, ``--together`` at a time. Those in the results file are not run
 again, those under way go on from their last save (every ten epochs, and at the end of ``--minutes``), so the table
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import Ledger
-from papers import Split, fresh, pruned, row, spread, stacked
-from resident import Course, Resident
 from torch import nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import Split, fresh, pruned, row, spread, stacked
+from benchmarks.shared.resident import Course, Resident
 from prunecli.data.images import epoch_order, open_data
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.build import input_spec
@@ -46,7 +50,7 @@ from prunecli.recovery.orthogonal import orthogonalize_
 from prunecli.run.export import load_exported
 from prunecli.run.folder import RunFolder
 
-RESULTS = Path(__file__).parent / "results" / "resnet56.json"
+RESULTS = Path(__file__).parents[1] / "results" / "resnet56.json"
 NET = "cifar_resnet56"
 BATCH = 128
 SEEDS = 3

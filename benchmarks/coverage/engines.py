@@ -1,6 +1,6 @@
 """Axis inference and Torch-Pruning's graph on the same models: which coupled groups differ, and which side is right.
 
-    python benchmarks/engines.py --jobs 2 --json engines.json [MODEL ...]
+    python benchmarks/coverage/engines.py --jobs 2 --json engines.json [MODEL ...]
 
 Without names: the smallest architecture of every module of timm in the support matrix. Each model is built once with
 random weights (seed 0, CPU) in a process of its own. A group is compared by the places it takes up: the tensors and
@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from own_process import in_own_process
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shared.own_process import in_own_process
 from prunecli.errors import PruneError
 from prunecli.graph.build import ENGINES, build_graph
 from prunecli.models.source import Source

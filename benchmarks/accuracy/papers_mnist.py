@@ -6,9 +6,9 @@ without OrthP at two learning rates beside the same small net from PyTorch's own
 and plain L1 for 900 epochs. The cut, OrthP, the spectra and the schedules are prunecli's; training is
 ``side_by_side``, the same arithmetic as ``train.finetune`` for many runs at once.
 
-    OMP_NUM_THREADS=1 python benchmarks/papers_mnist.py --data-dir DIR             (torchvision's MNIST below DIR)
-    OMP_NUM_THREADS=1 python benchmarks/papers_mnist.py --data-dir DIR --net mlp7_linear --long
-    python benchmarks/papers_mnist.py --table
+    OMP_NUM_THREADS=1 python benchmarks/accuracy/papers_mnist.py --data-dir DIR    (torchvision's MNIST below DIR)
+    OMP_NUM_THREADS=1 python benchmarks/accuracy/papers_mnist.py --data-dir DIR --net mlp7_linear --long
+    python benchmarks/accuracy/papers_mnist.py --table
 
 Finished runs are in the results file and not run again; one under way goes on from its last save (every ten epochs).
 Several processes may fill one file, each with a ``--net`` of its own.
@@ -20,17 +20,21 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import Ledger
-from papers import Split, fresh, pruned, row, spread, stacked
-from side_by_side import Arm, SideBySide, State
 from torch import nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import Split, fresh, pruned, row, spread, stacked
+from benchmarks.shared.side_by_side import Arm, SideBySide, State
 from prunecli.data.images import epoch_order, open_data
 from prunecli.files import read_tensors, write_tensors
 from prunecli.measure.jacobian import jacobian_spectrum
@@ -39,7 +43,7 @@ from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 
-RESULTS = Path(__file__).parent / "results" / "papers_mnist.json"
+RESULTS = Path(__file__).parents[1] / "results" / "papers_mnist.json"
 BATCH = 100
 SEEDS = (0, 1, 2)
 JSV_IMAGES = 10 * BATCH

@@ -1,6 +1,6 @@
 """Plan + cut: our graph, scores, solver and surgery against Torch-Pruning's own pruner, same process, interleaved.
 
-    python benchmarks/plan_and_cut.py --repeats 3 --json plan_and_cut.json [MODEL ...]
+    python benchmarks/speed/plan_and_cut.py --repeats 3 --json plan_and_cut.json [MODEL ...]
 
 Without names: the smallest architecture of every module of timm in the support matrix, each in a process of its own,
 where the two sides take turns. Both remove half of every prunable width by L1 from the same freshly built model (random
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,9 +26,12 @@ from typing import Any
 import timm
 import torch
 import torch_pruning as tp
-from own_process import in_own_process
 from torch import nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shared.own_process import in_own_process
 from prunecli.graph.build import build_graph
 from prunecli.models.build import input_spec
 from prunecli.planning import budget, score

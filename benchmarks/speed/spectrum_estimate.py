@@ -1,7 +1,7 @@
 """The Lanczos estimate of the Jacobian spectrum: how far it is off, against what it says, and what it costs.
 
-    python benchmarks/spectrum_estimate.py --threads 2 --seeds 100
-    python benchmarks/spectrum_estimate.py --case vit_base_patch16_224:224:4:1000 --device cuda
+    python benchmarks/speed/spectrum_estimate.py --threads 2 --seeds 100
+    python benchmarks/speed/spectrum_estimate.py --case vit_base_patch16_224:224:4:1000 --device cuda
 
 A case is ``MODEL:PIXELS:IMAGES:CLASSES`` (random weights, noise images). Where ``--exact`` names a case as well, the
 exact spectrum is taken once and compared with the estimates from ``--seeds`` different random vectors: deviations of

@@ -11,8 +11,8 @@ matrices alone rounds to about 1e-5), so that no speed is bought with accuracy.
 What to expect: where the batch alone fills the processor and there are few classes (ten classes, 16 images, CPU), both
 are bound by the same convolutions and equally fast; the gain comes with classes, small batches, narrow features, GPUs.
 
-    python benchmarks/spectrum.py --repeats 5 --threads 2 --out spectrum.json
-    python benchmarks/spectrum.py --case vit_tiny_patch16_224:224:2:1000 --device cuda
+    python benchmarks/speed/spectrum.py --repeats 5 --threads 2 --out spectrum.json
+    python benchmarks/speed/spectrum.py --case vit_tiny_patch16_224:224:2:1000 --device cuda
 
 A case is ``MODEL:PIXELS:IMAGES:CLASSES`` (random weights, noise images: neither changes the work done).
 """

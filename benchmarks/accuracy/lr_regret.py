@@ -1,7 +1,7 @@
 """How much accuracy a learning rate rule gives away: its pick against the best of a grid of seven, on many small cases.
 
-    OMP_NUM_THREADS=1 python benchmarks/lr_regret.py --data-dir DIR --checkpoints DIR --work DIR
-    python benchmarks/lr_regret.py --table
+    OMP_NUM_THREADS=1 python benchmarks/accuracy/lr_regret.py --data-dir DIR --checkpoints DIR --work DIR
+    python benchmarks/accuracy/lr_regret.py --table
 
 A case is a net, a pruning ratio and a budget of epochs, fine-tuned from each of the seven rates (cosine to a hundredth
 of the peak; SGD with momentum 0.9, or AdamW). Regret of a rule: top-1 of the best of the seven, last epoch, mean over
@@ -23,6 +23,7 @@ import copy
 import itertools
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,12 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import Ledger
-from papers import Split, row
-from papers_mnist import NETS, Bench, mnist, train_base
-from side_by_side import Arm, SideBySide
 from torch import Tensor, nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.accuracy.papers_mnist import NETS, Bench, mnist, train_base
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import Split, row
+from benchmarks.shared.side_by_side import Arm, SideBySide
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.files import write_tensors
@@ -63,7 +67,7 @@ from prunecli.training.recommended_lr import (
 from prunecli.training.retraining_rates import adaptive_peak
 from prunecli.training.schedule import build_optimizer
 
-RESULTS = Path(__file__).parent / "results" / "lr_regret.json"
+RESULTS = Path(__file__).parents[1] / "results" / "lr_regret.json"
 GRIDS = {
     "sgd": (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003),
     "adamw": (0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001),

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from papers import Split
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
+from benchmarks.shared.papers import Split
 from prunecli.data.images import epoch_order
 from prunecli.files import read_tensors, write_tensors
 from prunecli.recipe.settings import FinetuneSettings

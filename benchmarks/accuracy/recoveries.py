@@ -6,8 +6,8 @@ recipe ``cifar10_resnet20_tpp_cpu``; ``+kd`` fine-tunes with distillation from t
 ``kd+`` lets it teach in the phase too; ``scratch`` is the cut net with random weights. A row is written as soon as it
 is measured, so a run that was stopped goes on where it was:
 
-    python benchmarks/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR
-    python benchmarks/recoveries.py --table
+    python benchmarks/accuracy/recoveries.py --weights cifar10_resnet20.safetensors --data-dir DIR
+    python benchmarks/accuracy/recoveries.py --table
 
 ``--data-dir`` is a folder that torchvision's CIFAR-10 reads. The figures of ``before`` are those behind the recovery;
 ``jsv`` is the mean singular value of the Jacobian there. ``--set`` changes keys of the recipe; such rows stand apart.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,10 +25,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from ledger import Ledger
-from papers import fresh
 from torch import nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import fresh
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.recipe import packaged
@@ -43,7 +47,7 @@ from prunecli.surgery.cut import cut
 from prunecli.training import finetune
 from prunecli.values.plan import Plan
 
-RESULTS = Path(__file__).parent / "results" / "recoveries.json"
+RESULTS = Path(__file__).parents[1] / "results" / "recoveries.json"
 ARMS = (
     "bn",
     "repair",

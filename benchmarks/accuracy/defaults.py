@@ -1,7 +1,7 @@
 """What the defaults are worth: ``prunecli compress`` as it comes, with one default off, and beside Torch-Pruning.
 
-    OMP_NUM_THREADS=1 python benchmarks/defaults.py --data-dir DIR --work DIR
-    python benchmarks/defaults.py --table
+    OMP_NUM_THREADS=1 python benchmarks/accuracy/defaults.py --data-dir DIR --work DIR
+    python benchmarks/accuracy/defaults.py --table
 
 Every run halves the multiply-adds of a net that knows CIFAR-10 and fine-tunes it for four epochs of 5,000 images (crop
 and flip, batch 128), judged on 4,000 test images behind the last epoch. The nets and their bases, trained here first,
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -29,11 +30,14 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from ledger import Ledger
-from lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
-from papers import row
 from torch import nn
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.accuracy.lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
+from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.papers import row
 from prunecli.measure import cost
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
@@ -43,7 +47,7 @@ from prunecli.training import recommended_lr
 from prunecli.training.finetune import evaluate
 from prunecli.training.schedule import optimizer_name
 
-RESULTS = Path(__file__).parent / "results" / "defaults.json"
+RESULTS = Path(__file__).parents[1] / "results" / "defaults.json"
 NETS = ("vgg11_bn", "test_convnext", "test_vit")
 SEEDS = (0, 1, 2)
 EPOCHS = 4

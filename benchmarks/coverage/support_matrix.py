@@ -1,6 +1,6 @@
 """The support matrix: every structure that timm's architectures have, tried on its smallest member.
 
-    python benchmarks/support_matrix.py --work DIR --jobs 2
+    python benchmarks/coverage/support_matrix.py --work DIR --jobs 2
 
 Every registered architecture is built without weights and grouped by its structure (see `trial`); the smallest
 of each group is then tried: dependency graph, cuts by ``ratio=0.5`` and ``macs=50%``, each
@@ -27,8 +27,11 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-import trial
 
+if not __package__:  # run as a program, from any folder
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.coverage import trial
 from prunecli.errors import PruneError
 from prunecli.graph.build import build_graph
 from prunecli.models.build import build, input_spec
@@ -43,7 +46,7 @@ from prunecli.values.value import Value
 # structure; its graph is still built, timed and weighed whole. Where that cannot be, images shrink above HUGE_MACS.
 MANY_PARAMETERS, MANY_MACS, HUGE_MACS = 150e6, 15e9, 200e9
 FEWER_LAYERS: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": [2, 2, 2, 2]}, {"layers": [2, 2, 2, 2]})
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
 BATCH = 8  # architectures a process
 NEW_CLASSES = 10
@@ -222,7 +225,7 @@ def run(work: Path, jobs: int, *, all_rows: bool) -> Matrix:
                 print(f"{len(rows)}/{len(wanted)} {row.name}: {row.status} {row.reason}", flush=True)
     return Matrix(
         date=dt.datetime.now(tz=dt.UTC).date().isoformat(),
-        command="python benchmarks/support_matrix.py --work DIR",
+        command="python benchmarks/coverage/support_matrix.py --work DIR",
         versions=versions(),
         rows=tuple(rows[name] for name in sorted(wanted) if name in rows),
         covered_by={name: by for name, by in covered_by.items() if by in rows},

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from papers import Split
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.shared.papers import Split
 from prunecli.data.images import epoch_order
 from prunecli.data.transforms import CropFlip
 from prunecli.files import read_tensors, write_tensors
