@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # As the command line does, before anything loads torch: waiting threads that spin make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -37,6 +38,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in set(others)]
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the finished toy job, to read and not to change; made once, whatever the number of workers."""
+    from toys.jobs import JOB, call
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy-run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "report.json").is_file():
+            done = call("compress", *JOB, f"--out={folder}", "--force", fresh=True)
+            assert done.exit_code == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")

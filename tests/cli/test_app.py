@@ -27,12 +27,9 @@ from prunecli.training.recommended_lr import short_peak
 from toys.jobs import JOB, call, sentence
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "lenet"
-    result = call("compress", *JOB, f"--out={out}")
-    assert result.exit_code == 0, result.stderr
-    return out
+@pytest.fixture
+def run(toy_run: Path) -> Path:
+    return toy_run
 
 
 # ---------------------------------------------------------------------------------------------- the main job
@@ -73,7 +70,7 @@ def test_the_run_reloads_bit_equal_and_verifies(run):
     assert not model.training
     for name, tensor in load_file(run / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
-    result = call("verify", str(run), "--json")
+    result = call("verify", str(run), "--json", fresh=True)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ok"] is True
 
@@ -91,7 +88,7 @@ def test_a_tampered_model_does_not_verify(run, tmp_path):
     tensors = load_file(copy / "model.safetensors")
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, copy / "model.safetensors")
-    result = call("verify", str(copy))
+    result = call("verify", str(copy), fresh=True)
     assert result.exit_code == 4
     assert "not the file that was exported" in sentence(result)
 
@@ -396,16 +393,14 @@ def test_an_output_without_unicode_is_no_failure():
 def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
     from prunecli.run import verify as verification
 
-    verify = verification.verify
-
     def chatty(*arguments):
         sys.stdout.write("Files already downloaded and verified\n")
         logging.getLogger("timm").warning("a library's own warning")
         logging.getLogger("prunecli").warning("Image x.png cannot be read")
-        return verify(*arguments)
+        return verification.verify_here(*arguments)
 
     monkeypatch.setattr("prunecli.run.verify.verify", chatty)
-    result = call("verify", str(run), "--json")
+    result = call("verify", str(run), "--json", fresh=True)
     assert json.loads(result.stdout)["ok"] is True
     assert result.stderr == "Files already downloaded and verified\nwarning: Image x.png cannot be read\n"
 

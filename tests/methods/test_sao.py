@@ -13,7 +13,6 @@ from prunecli.errors import UsageError
 from prunecli.methods.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
 from prunecli.methods.start import start_anew_
 from prunecli.recipe.recipe import Recipe
-from prunecli.run import verify
 from prunecli.run.folder import RunFolder
 from toys.jobs import JOB, call, sentence
 
@@ -193,9 +192,8 @@ def test_auto_mirrors_under_relu_only() -> None:
         start_anew_(smooth, recipe, (3, 1, 1))
 
 
-def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path) -> None:
     """LeNet-5 at half width: conv3 has 8 inputs and 60 outputs, 4 and 30 once halved; the others' halves do not fit."""
-    monkeypatch.setattr("prunecli.run.verify.verify", verify.verify_here)  # a fresh process would take most of the time
     job = [part for part in JOB if not part.startswith("--epochs")]
     done = call("compress", *job, "--epochs=1", "--recover=none", "init=sao", f"--out={tmp_path / 'run'}")
     assert done.exit_code == 0, done.stderr
@@ -213,8 +211,7 @@ def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path, monke
     assert report.verify.ok
 
 
-def test_fine_tuning_alone_starts_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunecli.run.verify.verify", verify.verify_here)
+def test_fine_tuning_alone_starts_so_too(tmp_path: Path) -> None:
     job = [part for part in JOB if not part.startswith(("--epochs", "--target"))]
     done = call("finetune", *job, "--epochs=1", "init=sao", f"--out={tmp_path / 'run'}")
     assert done.exit_code == 0, done.stderr

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from inspect import signature
 
-from typer.testing import CliRunner
+import pytest
+from typer.testing import CliRunner, Result
 
 from prunecli.cli.app import app
 
-# A real job in a few seconds: LeNet-5 on 256 handwritten digits.
+# LeNet-5 on 256 handwritten digits.
 JOB = [
     "lenet5_relu",
     "--no-pretrained",
@@ -25,15 +26,27 @@ JOB = [
     "spectrum.samples=2",
 ]
 
-
 # click before 8.2 mixes stderr into stdout unless told not to; later ones keep them apart and have no such option
 APART = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
 
 
-def call(*arguments: str, stdin: str | None = None):
-    return CliRunner(**APART).invoke(app, list(arguments), input=stdin)
+def call(*arguments: str, stdin: str | None = None, fresh: bool = False) -> Result:
+    """Run a command in this process.
+
+    Args:
+        arguments: command line, without the program's name.
+        stdin: what the command reads.
+        fresh: whether an export is verified in a fresh process, as it is for users. Starting one takes longer than a
+            toy job, so most tests let the same comparison run in this process.
+    """
+    from prunecli.run import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not fresh:
+            patch.setattr(verify, "verify", verify.verify_here)
+        return CliRunner(**APART).invoke(app, list(arguments), input=stdin)
 
 
-def sentence(result) -> str:
+def sentence(result: Result) -> str:
     """The one message on stderr, as one line."""
     return " ".join(result.stderr.split())

@@ -1,6 +1,6 @@
 """Random networks, random cuts: whatever the engine says may be cut leaves the silenced network's outputs as they are.
 
-``PRUNECLI_FUZZ`` sets the number of networks.
+``PRUNECLI_FUZZ`` sets the number of networks of the slow test.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import random
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -65,11 +66,12 @@ def built(layers: list[tuple[Made, Made | None, str]]) -> Stack:
     return Stack(blocks, widths)
 
 
-def test_random_cuts_of_random_networks_are_exact() -> None:
+@pytest.mark.parametrize("networks", [40, pytest.param(NETWORKS, marks=pytest.mark.slow)])
+def test_random_cuts_of_random_networks_are_exact(networks: int) -> None:
     tally = Tally()
 
     @given(layers=st.lists(layer, min_size=1, max_size=3), share=st.floats(0.1, 1.0), seed=st.integers(0, 2**16))
-    @settings(max_examples=NETWORKS, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=networks, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     def cut_one(layers: list[tuple[Made, Made | None, str]], share: float, seed: int) -> None:
         rng = random.Random(seed)
         torch.manual_seed(seed)
