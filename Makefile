@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test lint format types image
+.PHONY: setup run test test-slow lint format types image
 
 setup: $(BIN)/prunecli
 
@@ -17,8 +17,11 @@ run: setup
 test: setup
 	$(BIN)/pytest -n logical --dist worksteal
 
+test-slow: setup
+	$(BIN)/pytest -n logical --dist worksteal -m slow
+
 lint: setup
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

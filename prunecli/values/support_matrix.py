@@ -1,7 +1,7 @@
 """The support matrix: what was tried on timm's architectures, with what result. Values and the stored file.
 
 One *row* is one architecture that was traced, cut, proved, exported and reloaded. Architectures that differ from it
-only in sizes share its *structure* and are *covered* by it. ``benchmarks/support_matrix.py`` writes the file.
+only in sizes share its *structure* and are *covered* by it. ``benchmarks/coverage/support_matrix.py`` writes the file.
 """
 
 from __future__ import annotations

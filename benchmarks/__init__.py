@@ -1,0 +1,1 @@
+"""Measurements of the tool, in folders by what they show."""
