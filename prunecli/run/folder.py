@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from prunecli.errors import UsageError
-from prunecli.files import (
-    explained,
-    read_value,
-    write_text,
-)
+from prunecli.files import explained, read_value, write_text
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import Plan
 from prunecli.values.report import PhaseName, Report
@@ -243,9 +239,14 @@ def _require_writable(path: Path) -> None:
 
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
-    """Keep other processes of ours out of a folder while this one works in it; the lock ends with the process.
+    """Keep other prunecli processes out of a folder while this one works in it; the lock ends with the process.
 
-    Raises UsageError where another process works in it.
+    The folder itself is locked. filelock would need a lock file in it, which a killed run and a file system without
+    locks leave behind, and which another user who may write the folder may not open.
+
+    Raises:
+        UsageError: Another process works in the folder.
+        PruneError: The folder cannot be made or read.
     """
     with explained(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,34 @@ def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pass
     with run_folder.held(folder):
         pass
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from prunecli.run.folder import RunFolder, held
+with held(RunFolder(path=Path(sys.argv[1]))):
+    if os.fork() == 0:
+        sys.stdin.read()  # a loader process, which has yet to notice
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_holds_its_folder_while_its_loader_processes_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(path=tmp_path)
+    with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdin=subprocess.PIPE) as killed:
+        assert killed.wait() == -signal.SIGKILL
+        with monkeypatch.context() as impatient:
+            impatient.setattr(run_folder, "_LOCK_SECONDS", 0)
+            with pytest.raises(UsageError, match="Another process"), run_folder.held(folder):
+                pass
+        assert killed.stdin
+        killed.stdin.close()
+        with run_folder.held(folder):
+            assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("out", ["file", "file/run"])
