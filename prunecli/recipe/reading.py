@@ -52,11 +52,14 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(raw) if raw.strip() else None
         except yaml.YAMLError:
             raise UsageError(f"The value of {pair!r} cannot be read.") from None
-        nested: Any = value
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        merged = layered(merged, nested)
+        merged = layered(merged, nested(key.strip(), value))
     return merged
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    """``nested("finetune.lr", 0.01)`` → ``{"finetune": {"lr": 0.01}}``."""
+    section, dot, rest = key.partition(".")
+    return {section: nested(rest, value) if dot else value}
 
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,10 @@ class Row(Value):
         """The largest relative error of its cuts."""
         return max((t.relative_error for t in self.trials if t.relative_error is not None), default=None)
 
+    def to_mapping(self) -> dict[str, Any]:
+        """A JSON document: the stored fields and the status."""
+        return self.model_dump(mode="json") | {"status": self.status}
+
 
 class Traced(Value):
     """One architecture of which the graph alone was built, whole and without weights."""
