@@ -35,7 +35,7 @@ from prunecli.data.transforms import (
     generator,
     mode,
 )
-from prunecli.errors import PruneError, UsageError
+from prunecli.errors import PruneError, UsageError, listed
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import DataSettings
 
@@ -61,9 +61,8 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
     if len(names) < 2:
         raise PruneError(f"Data {settings.name} has only {len(names)} class ({', '.join(names)}).")
     if len(names) != num_classes:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         raise PruneError(
-            f"Data {settings.name} has {len(names)} classes ({shown}), the model has {num_classes}.",
+            f"Data {settings.name} has {len(names)} classes ({listed(names, 3)}), the model has {num_classes}.",
             hint=f"Use other data, or --model-arg num_classes={len(names)} for a new classifier.",
         )
     return Images(
@@ -236,10 +235,8 @@ class Images:
         """Raises PruneError above the limit."""
         count = sum(int(watched.bad.count_nonzero()) for watched in self._watched)
         if count > self._settings.unreadable_limit:
-            names = self.unreadable
-            shown = ", ".join(names[:5]) + (", …" if count > 5 else "")
             raise PruneError(
-                f"{count} images of {self._settings.name} cannot be read ({shown}), "
+                f"{count} images of {self._settings.name} cannot be read ({listed(self.unreadable, 5)}), "
                 f"more than unreadable_limit={self._settings.unreadable_limit}.",
                 hint="Repair or remove them, or raise data.unreadable_limit.",
             )

@@ -22,7 +22,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.errors import PruneError, UsageError, nearest, one_line
 from prunecli.recipe.settings import DataSettings
 
 ARRAY_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
@@ -175,7 +175,7 @@ class ShardSample(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ImageSource:
     """An opened source; ``train`` is None where it is for evaluation only."""
 
     train: Split | None
@@ -183,7 +183,7 @@ class Source:
     class_names: tuple[str, ...]
 
 
-def open_source(settings: DataSettings, *, mode: str) -> Source:
+def open_source(settings: DataSettings, *, mode: str) -> ImageSource:
     """Find what ``settings.name`` and ``settings.dir`` say; ``mode`` is Pillow's ``RGB`` or ``L``.
 
     Raises:
@@ -210,7 +210,7 @@ def open_source(settings: DataSettings, *, mode: str) -> Source:
     raise UsageError(f"Data {name!r} {what}.", hint=nearest(name, known))
 
 
-def _open_digits(mode: str) -> Source:
+def _open_digits(mode: str) -> ImageSource:
     """1,797 handwritten digits of 8x8 pixels, 16 grey levels: every fifth image of each class is validation."""
     from sklearn.datasets import load_digits
 
@@ -222,13 +222,13 @@ def _open_digits(mode: str) -> Source:
         rank[labels == label] = np.arange((labels == label).sum())
     held_out = rank % 5 == 4
     train, val = (ArraySplit(pixels=pixels[at], labels=labels[at], mode=mode) for at in (~held_out, held_out))
-    return Source(train=train, val=val, class_names=tuple(map(str, range(10))))
+    return ImageSource(train=train, val=val, class_names=tuple(map(str, range(10))))
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _open_folder(root: Path, settings: DataSettings, mode: str) -> Source:
+def _open_folder(root: Path, settings: DataSettings, mode: str) -> ImageSource:
     train_root = _first_folder(root, (settings.train_split, *TRAIN_FOLDERS))
     val_root = _first_folder(root, (settings.val_split, *VAL_FOLDERS))
     if train_root is None and val_root is None:
@@ -242,7 +242,7 @@ def _open_folder(root: Path, settings: DataSettings, mode: str) -> Source:
     if unknown := sorted(set(_class_folders(val_root)) - set(class_names)):
         raise PruneError(f"Folder {val_root} has the class {unknown[0]!r}, which {train_root} lacks.")
     train = None if train_root is None else _folder_split(train_root, class_names, mode)
-    return Source(train=train, val=_folder_split(val_root, class_names, mode), class_names=class_names)
+    return ImageSource(train=train, val=_folder_split(val_root, class_names, mode), class_names=class_names)
 
 
 def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -272,7 +272,7 @@ def _folder_split(root: Path, class_names: Sequence[str], mode: str) -> FolderSp
 # ---------------------------------------------------------------------------------------------- tar shards
 
 
-def _open_shards(settings: DataSettings, mode: str) -> Source:
+def _open_shards(settings: DataSettings, mode: str) -> ImageSource:
     """Local WebDataset shards below ``settings.dir``. They are indexed once and then read in any order, because a
     stream that shuffles as it goes cannot be resumed at an exact batch. There are no class names, so labels serve.
     """
@@ -280,7 +280,7 @@ def _open_shards(settings: DataSettings, mode: str) -> Source:
     train = _shard_split(root, settings, (settings.train_split, *TRAIN_FOLDERS), mode)
     val = _shard_split(root, settings, (settings.val_split, *VAL_FOLDERS), mode)
     count = 1 + max(sample.label for split in (train, val) for sample in split.samples)
-    return Source(train=train, val=val, class_names=tuple(map(str, range(count))))
+    return ImageSource(train=train, val=val, class_names=tuple(map(str, range(count))))
 
 
 def _shard_split(root: Path, settings: DataSettings, names: Sequence[str], mode: str) -> ShardSplit:
@@ -326,7 +326,7 @@ def _index_shard(path: Path, number: int) -> Iterator[ShardSample]:
 # ---------------------------------------------------------------------------------------------- timm's names
 
 
-def _open_torch(settings: DataSettings, name: str, mode: str) -> Source:
+def _open_torch(settings: DataSettings, name: str, mode: str) -> ImageSource:
     root = _dataset_folder(settings)
     if name in ARRAY_DATASETS:
         _require_split(settings, settings.train_split, TRAIN_FOLDERS)
@@ -343,7 +343,7 @@ def _open_torch(settings: DataSettings, name: str, mode: str) -> Source:
     names = tuple(map(str, datasets[0].classes))
     if name in ARRAY_DATASETS:
         train, val = (_array_split(dataset, mode) for dataset in datasets)
-        return Source(train=train, val=val, class_names=names)
+        return ImageSource(train=train, val=val, class_names=names)
     return _timm_source(datasets, settings, names, mode)
 
 
@@ -353,7 +353,7 @@ def _require_split(settings: DataSettings, split: str, known: Sequence[str]) -> 
         raise UsageError(f"Data {settings.name} has no split {split!r}.", hint=nearest(split, known))
 
 
-def _open_hub_dataset(settings: DataSettings, mode: str) -> Source:
+def _open_hub_dataset(settings: DataSettings, mode: str) -> ImageSource:
     datasets = []
     for split in (settings.train_split, settings.val_split):
         try:
@@ -363,8 +363,7 @@ def _open_hub_dataset(settings: DataSettings, mode: str) -> Source:
                 f"Data {settings.name} needs the package `datasets`.", hint="Run pip install datasets."
             ) from error
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise PruneError(f"Data {settings.name} ({split}) cannot be opened: {reason}.") from error
+            raise PruneError(f"Data {settings.name} ({split}) cannot be opened: {one_line(error)}.") from error
     return _timm_source(datasets, settings, tuple(map(str, datasets[0].reader.class_to_idx)), mode)
 
 
@@ -377,12 +376,12 @@ def _dataset_folder(settings: DataSettings) -> Path:
     return folder
 
 
-def _timm_source(datasets: Sequence[Any], settings: DataSettings, names: tuple[str, ...], mode: str) -> Source:
+def _timm_source(datasets: Sequence[Any], settings: DataSettings, names: tuple[str, ...], mode: str) -> ImageSource:
     train, val = (
         TimmSplit(dataset=dataset, title=f"{settings.name} {split}", mode=mode, positions=range(len(dataset)))
         for dataset, split in zip(datasets, (settings.train_split, settings.val_split), strict=True)
     )
-    return Source(train=train, val=val, class_names=names)
+    return ImageSource(train=train, val=val, class_names=names)
 
 
 def _array_split(dataset: Any, mode: str) -> ArraySplit:

@@ -29,10 +29,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from prunecli.errors import PruneError, UnsupportedError
+from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.measure import lanczos
 from prunecli.measure.weights import singular_values
-from prunecli.models.layers import evaluating
+from prunecli.models.layers import evaluation_mode
 from prunecli.models.outputs import logits_of
 from prunecli.values.report import SpectrumSummary
 
@@ -74,7 +74,7 @@ def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 32) -> Ja
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     net = _Net(model)
-    with evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         classes = net.classes(batch[:1])
         size = math.prod(batch.shape[1:])
         held = max(1, min(len(batch), chunk, _HELD_ELEMENTS // (classes * size)))
@@ -114,7 +114,7 @@ def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed:
         raise ValueError(f"expected a batch [B, C, H, W] of at least one image, got shape {tuple(batch.shape)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    with evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         tape, classes = _Net(model).record(batch)
         forward, adjoint = _products(tape)
         generator = torch.Generator().manual_seed(seed)
@@ -288,7 +288,7 @@ def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
         torch.autograd.grad(pulled, u, torch.zeros_like(pulled), retain_graph=True)
     except RuntimeError as error:
         raise UnsupportedError(
-            f"The Jacobian cannot be estimated: {str(error).splitlines()[0]}", hint="Use spectrum.method=exact."
+            f"The Jacobian cannot be estimated: {one_line(error)}.", hint="Use spectrum.method=exact."
         ) from None
 
     def forward(w: Tensor) -> Tensor:

@@ -26,6 +26,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def switch_fused_attention_(model: nn.Module, *, on: bool) -> bool:
+    """Set the ``fused_attn`` switch of timm's attention modules, in place.
+
+    A fused module hands its whole attention to one kernel; otherwise it writes out the matrix products and the softmax.
+    Both compute the same function.
+
+    Args:
+        model: any module; modules without the switch stay as they are.
+        on: ``True`` for the fused kernel.
+
+    Returns:
+        Whether any switch was moved.
+    """
+    moved = [module for module in model.modules() if vars(module).get("fused_attn") is (not on)]
+    for module in moved:
+        vars(module)["fused_attn"] = on
+    return bool(moved)
+
+
 # Names of activation modules and functions (lower case, without underscores), by nn.init.calculate_gain. Sigmoids are
 # left out: in vision nets they are gates on a side branch and do not sit between two weights of the main path.
 _RELU_LIKE = (
@@ -86,7 +105,9 @@ def activation_gain(module: nn.Module, example: Tensor | None = None) -> float:
     kinds: Counter[str] = Counter(_kind(type(child).__name__) for child in module.modules())
     kinds = _known(kinds)
     if not kinds and example is not None:
-        kinds = _known(_called_functions(module, example))
+        with evaluation_mode(module), torch.no_grad(), _Recorder() as recorder:
+            module(example)
+        kinds = _known(recorder.names)
     return _GAINS[kinds.most_common(1)[0][0]] if kinds else 1.0
 
 
@@ -110,21 +131,3 @@ class _Recorder(TorchFunctionMode):
         # The mode is off while ``func`` runs, so F.relu is counted once although it calls torch.relu.
         self.names[_kind(getattr(func, "__name__", ""))] += 1
         return func(*args, **(kwargs or {}))
-
-
-def _called_functions(module: nn.Module, example: Tensor) -> Counter[str]:
-    with evaluating(module), torch.no_grad(), _Recorder() as recorder:
-        module(example)
-    return recorder.names
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own training flag back."""
-    flags = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in flags:
-            child.training = training

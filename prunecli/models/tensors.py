@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
+from prunecli.values.groups import tensor_name
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -56,21 +57,20 @@ def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def slots(model: nn.Module) -> Iterator[_Slot]:
     """Every slot of every module, shared ones under each of their names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
         registered = chain(
             module.named_parameters(recurse=False, remove_duplicate=False),
             module.named_buffers(recurse=False, remove_duplicate=False),
         )
         for key, tensor in registered:
-            yield _Slot(name=prefix + key, owner=module, key=key, tensor=tensor)
+            yield _Slot(name=tensor_name(path, key), owner=module, key=key, tensor=tensor)
         for key, value in own_attributes(module):
             if isinstance(value, Tensor):
-                yield _Slot(name=prefix + key, owner=module, key=key, tensor=value)
+                yield _Slot(name=tensor_name(path, key), owner=module, key=key, tensor=value)
             elif isinstance(value, dict | list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 for item, tensor in items:
                     if isinstance(tensor, Tensor):
-                        yield _Slot(name=f"{prefix}{key}[{item}]", owner=value, key=item, tensor=tensor)
+                        yield _Slot(name=tensor_name(path, f"{key}[{item}]"), owner=value, key=item, tensor=tensor)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -94,14 +94,13 @@ def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> li
     """
     cleared = []
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
         for key, value in own_attributes(module):
             if not isinstance(value, dict) or not value:
                 continue
             derived = all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values())
-            if derived and keep.isdisjoint(f"{prefix}{key}[{item}]" for item in value):
+            if derived and keep.isdisjoint(tensor_name(path, f"{key}[{item}]") for item in value):
                 value.clear()
-                cleared.append(prefix + key)
+                cleared.append(tensor_name(path, key))
     return cleared
 
 

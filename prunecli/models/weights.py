@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunecli.errors import PruneError, UsageError, one_line
+from prunecli.errors import PruneError, UsageError, listed, one_line
 from prunecli.values.plan import ModelRef
 
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".tar", ".th", ".ckpt"})
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
+_NAMED = 3  # tensors that do not fit and are named; the rest are counted
 
 
 @contextlib.contextmanager
@@ -118,11 +119,11 @@ def load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path,
     extra = [n for n in state if n not in own]
     other = [n for n in state if n in own and state[n].shape != own[n].shape]
     problems = [
-        _listed(missing, "missing", lambda n: n),
-        _listed(extra, "unknown", lambda n: n),
-        _listed(other, "of another shape", lambda n: f"{n} is {_dims(state[n])}, the model's is {_dims(own[n])}"),
+        ("missing", missing),
+        ("unknown", extra),
+        ("of another shape", [f"{n} is {_dims(state[n])}, the model's is {_dims(own[n])}" for n in other]),
     ]
-    if found := "; ".join(p for p in problems if p):
+    if found := "; ".join(f"{len(names)} {what} ({listed(names, _NAMED)})" for what, names in problems if names):
         hint = None if missing or extra else _class_count_hint(other, state, ref)
         raise PruneError(f"{file} does not fit {ref.name}: {found}.", hint=hint)
     model.load_state_dict(dict(state), strict=False)
@@ -135,11 +136,6 @@ def _class_count_hint(other: list[str], state: Mapping[str, Tensor], ref: ModelR
     if not all(name.rpartition(".")[0] in heads for name in other):
         return None
     return f"Only the classifier differs; give --model-arg num_classes={state[other[0]].shape[0]}."
-
-
-def _listed(names: list[str], what: str, show: Callable[[str], str]) -> str:
-    more = ", …" if len(names) > 3 else ""
-    return f"{len(names)} {what} ({', '.join(map(show, names[:3]))}{more})" if names else ""
 
 
 def _dims(tensor: Tensor) -> str:

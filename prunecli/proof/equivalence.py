@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunecli.errors import one_line
 from prunecli.models.channels import silencing_slices
+from prunecli.models.layers import switch_fused_attention_
 from prunecli.models.outputs import as_rows
 from prunecli.models.tensors import clear_caches_, map_tensors_
 from prunecli.proof.masked_norms import MaskedNorms
@@ -143,7 +145,7 @@ def _compared(
         clear_caches_(net)
         cut_(net, groups=groups, attributes=attributes, folds=folds)
         worst = _difference(expected, net, images)
-        if _without_fused_attention_(net):
+        if switch_fused_attention_(net, on=False):
             worst = max(worst, _difference(expected, net, images))
         unseen = _unseen_in_training(net, cut, images, seed)
     except FailedCheckError as failure:
@@ -205,14 +207,6 @@ def dense_outputs_(dense: nn.Module, images: Tensor, *, calibrated: bool) -> Ten
         return outputs_of(dense, images)
 
 
-def _without_fused_attention_(model: nn.Module) -> bool:
-    """Switch every module with that flag to its explicit attention; whether there was one."""
-    fused = [module for module in model.modules() if vars(module).get("fused_attn") is True]
-    for module in fused:
-        vars(module)["fused_attn"] = False
-    return bool(fused)
-
-
 # ---------------------------------------------------------------------------------------------- comparing
 
 
@@ -249,7 +243,7 @@ def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
     try:
         found = outputs_of(pruned, images)
     except FORWARD_ERRORS as error:
-        raise FailedCheckError(f"the pruned forward pass fails: {_first_line(error)}") from error
+        raise FailedCheckError(f"the pruned forward pass fails: {one_line(error)}") from error
     if not torch.isfinite(found).all():
         raise FailedCheckError("the output of the pruned net is not finite")
     if found.shape != expected.shape:
@@ -307,7 +301,7 @@ def _effects(model: nn.Module, images: Tensor) -> dict[str, float]:
         loss = outputs_of(model, images).square().mean()
         torch.autograd.backward(loss)
     except FORWARD_ERRORS as error:
-        raise FailedCheckError(f"the pruned net does not train: {_first_line(error)}") from error
+        raise FailedCheckError(f"the pruned net does not train: {one_line(error)}") from error
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: (p.grad * p.detach()).abs().max().item() for name, p in parameters if p.grad is not None}
 
@@ -318,10 +312,6 @@ def _unseen(cut: Sequence[PlannedGroup], effects: Mapping[str, float]) -> tuple[
     return tuple(
         group.name for group in cut if all(effects.get(member.tensor, 0.0) <= least for member in group.members)
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class _Calibrated(TorchFunctionMode):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prunecli.errors import UnsupportedError
 from prunecli.models.tensors import clear_caches_, like, named_tensors, replace_, tensor_at
 from prunecli.surgery.structure import as_type_of, plain_value
-from prunecli.values.groups import AttributeEdit, ScaleFold
+from prunecli.values.groups import AttributeEdit, ScaleFold, tensor_name
 from prunecli.values.plan import Plan, PlannedGroup, removed_positions
 
 # ---------------------------------------------------------------------------------------------- cut
@@ -177,7 +177,7 @@ class _Setting:
 
 def _checked_edit(model: nn.Module, edit: AttributeEdit) -> _Setting:
     """Where the edit lands; the value takes the container type found there."""
-    place = f"{edit.module}.{edit.name}".lstrip(".")
+    place = tensor_name(edit.module, edit.name)
     try:
         owner: Any = model.get_submodule(edit.module)
         *path, last = edit.name.split(".")

@@ -31,13 +31,13 @@ class IndexMap:
     loops: tuple[tuple[int, int], ...] = ()
 
     def positions(self, channels: Iterable[int]) -> list[int]:
-        """All positions on the dimension that belong to ``channels``, unsorted."""
+        """All positions on the dimension that belong to ``channels`` (dense coordinates), unsorted."""
         inner = [sum(steps) for steps in itertools.product(*(range(0, n * s, s) for n, s in self.loops))]
         return [self.offset + j * self.stride + i for j in channels for i in inner]
 
     @property
     def repeats(self) -> int:
-        """How many positions one channel takes on this dimension."""
+        """Number of positions that one channel takes on this dimension."""
         return math.prod(count for count, _ in self.loops)
 
 
@@ -111,13 +111,16 @@ class Tie:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """All groups it speaks of, once each."""
+        """Names of all groups in the choices, once each."""
         return tuple(dict.fromkeys(name for choice in self.choices for bundle in choice for name in bundle.groups))
 
     def selected(self, rank: Callable[[Bundle], Any], *, fewest: int = 2) -> tuple[Bundle, ...] | None:
-        """One bundle of each choice, those of the lowest rank; None where no selection has a common share.
+        """One bundle of each choice, or ``None`` where no selection has a common share.
 
-        Where these move in fewer than ``fewest`` parts and others in more, the others that move in most.
+        Args:
+            rank: sort key of a bundle; the lowest of each choice is preferred.
+            fewest: least number of common parts. If the preferred bundles have fewer, the selection with the most
+                common parts is taken instead.
         """
         if not all(self.choices):
             return None
@@ -132,12 +135,12 @@ class Tie:
 
 
 def alone(group: Group) -> Tie:
-    """A group that nothing is tied to, as a tie of its own."""
+    """The tie of a group that is tied to no other: one choice of one bundle, cut channel by channel."""
     return Tie(choices=((Bundle(groups=(group.name,), parts=group.width),),))
 
 
 def common_parts(bundles: Iterable[Bundle]) -> int:
-    """The finest common share of bundles is one part of this many."""
+    """Greatest common divisor of the bundles' parts: of so many parts they can all keep the same number."""
     return math.gcd(*(bundle.parts for bundle in bundles))
 
 
@@ -158,6 +161,7 @@ class Const:
     value: int
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """``value``, whatever is kept."""
         return self.value
 
 
@@ -169,6 +173,7 @@ class Width:
     full: int
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The group's kept channels; all of them where ``kept`` does not name it."""
         return kept.get(self.group, self.full)
 
 
@@ -179,6 +184,7 @@ class Product:
     parts: tuple[Size, ...]
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The product of the parts' extents."""
         return math.prod(part.evaluate(kept) for part in self.parts)
 
 
@@ -189,6 +195,7 @@ class Sum:
     parts: tuple[Size, ...]
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The sum of the parts' extents."""
         return sum(part.evaluate(kept) for part in self.parts)
 
 
@@ -201,6 +208,7 @@ class OpCost:
     extents: tuple[Size, ...]
 
     def macs(self, kept: Mapping[str, int]) -> int:
+        """Multiply-adds of one image when each named group keeps that many channels (others keep all)."""
         return math.prod(extent.evaluate(kept) for extent in self.extents)
 
 
@@ -219,10 +227,11 @@ class AttributeEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleFold:
-    """Attention that divides by the root of its own head width: when ``group`` shrinks from ``d`` to ``d'``,
-    ``positions`` of ``tensor`` along ``dim`` (dense coordinates) are multiplied by ``sqrt(d' / d)``.
+    """A factor that keeps attention true which divides by the root of its own head width.
 
-    softmax(q k / sqrt(d)) then keeps its value, because q is scaled by what the new root takes away.
+    When ``group`` shrinks from ``d`` to ``d'``, ``positions`` of ``tensor`` along ``dim`` (dense coordinates) are
+    multiplied by ``sqrt(d' / d)``. softmax(q k / sqrt(d)) then keeps its value, because q is scaled by what the new
+    root takes away.
     """
 
     group: str
@@ -232,7 +241,11 @@ class ScaleFold:
 
 
 class AttributeConflictError(Exception):
-    """No value of the modules' attributes expresses this cut; ``groups`` are those to leave uncut."""
+    """No value of the modules' attributes expresses this cut.
+
+    Attributes:
+        groups: names of the groups to leave uncut.
+    """
 
     def __init__(self, message: str, groups: Sequence[str]) -> None:
         super().__init__(message)
@@ -240,27 +253,31 @@ class AttributeConflictError(Exception):
 
 
 class AttributeSolver(Protocol):
-    """Kept widths → the attribute edits that go with them."""
+    """A function from kept widths to the attribute edits that go with them."""
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
-        """Raises AttributeConflictError where the attributes cannot express these widths."""
+        """The edits for these kept widths (group name → channels; others keep all).
+
+        Raises:
+            AttributeConflictError: the attributes cannot express these widths.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """What a dependency graph says about a model.
+    """The dependency graph of a model: which axes can be cut, what is coupled to them, and how sizes follow.
 
     Attributes:
-        engine: which engine made it (``axes`` or ``torch_pruning``).
+        engine: name of the engine that built the graph (``axes`` or ``torch_pruning``).
         groups: the prunable axes, in network order, names unique.
-        frozen: the axes that stay, each with its reason.
+        frozen: the axes that stay whole, each with its reason.
         ties: groups that can only be cut together (equal chunks, one shared attribute); no group is in two. Widths that
             keep to the ties can always be expressed by the attributes.
         exclusive: names of groups that are factors of one product (heads, head_dim): cut at most one of each.
-        tensors: for every parameter and buffer the extents of its dimensions.
+        tensors: name of every parameter and buffer → extents of its dimensions.
         ops: multiply-adds of every matmul-like operator call, for one image.
-        folds: attention scales to keep true.
-        solve: the attribute solver.
+        folds: attention scales that have to follow a head width.
+        solve: solver of the attribute edits that follow from kept widths.
         unknown_ops: operators without a rule, with how often each was met; their axes are frozen.
     """
 
@@ -276,21 +293,30 @@ class Graph:
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
 
     def group(self, name: str) -> Group:
-        """The group of that name. Raises KeyError."""
+        """The group of that name.
+
+        Raises:
+            KeyError: the graph has no such group.
+        """
         for group in self.groups:
             if group.name == name:
                 return group
         raise KeyError(name)
 
     def all_ties(self) -> list[Tie]:
-        """The ties and every other group as a tie of its own, in network order."""
+        """The ties, and every untied group as a tie of its own (`alone`), in network order."""
         tied = {name for tie in self.ties for name in tie.groups}
         place = {group.name: at for at, group in enumerate(self.groups)}
         ties = [*self.ties, *(alone(group) for group in self.groups if group.name not in tied)]
         return sorted(ties, key=lambda tie: min(place[name] for name in tie.groups))
 
     def without(self, names: Collection[str], reason: str) -> Graph:
-        """The same with these groups frozen, and those that can only be cut together with them."""
+        """A graph with these groups frozen, and with every group that can only be cut together with one of them.
+
+        Args:
+            names: names of the groups to freeze; unknown ones are ignored.
+            reason: sentence that the frozen axes carry.
+        """
         frozen, ties = set(names), []
         for tie in self.ties:
             choices = tuple(tuple(b for b in choice if frozen.isdisjoint(b.groups)) for choice in tie.choices)
@@ -323,10 +349,20 @@ class Graph:
         return sum(op.macs(kept) for op in self.ops)
 
     def numel(self, kept: Mapping[str, int], names: Iterable[str]) -> int:
-        """Elements of the named tensors with these kept widths."""
+        """Number of elements of the named tensors with these kept widths."""
         return sum(math.prod(e.evaluate(kept) for e in self.tensors[name]) for name in names)
 
 
 def module_of(tensor: str) -> str:
     """``layer1.0.conv1.weight`` → ``layer1.0.conv1``; a parameter of the root module has the path ``""``."""
     return tensor.rpartition(".")[0]
+
+
+def tensor_name(module: str, leaf: str) -> str:
+    """``layer1.0.conv1`` and ``weight`` → ``layer1.0.conv1.weight``: the inverse of `module_of`.
+
+    Args:
+        module: dotted path of the module, ``""`` for the root.
+        leaf: name of the parameter, buffer or attribute inside it.
+    """
+    return f"{module}.{leaf}" if module else leaf
