@@ -1,4 +1,4 @@
-"""Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits. Pictures and labels only.
+"""Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits.
 
 A source opens to a training split (or none), a validation split and the class names. Nothing is ever downloaded into a
 folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
@@ -43,18 +43,24 @@ class Split(Protocol):
         """The decoded image and its class. Raises one of ``UNREADABLE`` where the image cannot be decoded."""
 
     def name(self, position: int) -> str:
-        """What to call the image in a message."""
+        """The name of the image in a message."""
 
     def subset(self, positions: Sequence[int]) -> Self:
         """Only these images, in this order."""
 
     def classes(self) -> NDArray[np.int64] | None:
-        """The class ``[N]`` of every image; None where that is not known before it is read."""
+        """The class ``[N]`` of every image; ``None`` where that is not known before it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSplit:
-    """Image files (path below ``root``, class)."""
+    """Images in files.
+
+    Attributes:
+        root: folder that holds the files.
+        files: path below ``root`` and class of every image.
+        mode: Pillow's mode that images are converted to.
+    """
 
     root: Path
     files: tuple[tuple[str, int], ...]
@@ -64,23 +70,33 @@ class FolderSplit:
         return len(self.files)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded file and its class."""
         file, label = self.files[position]
         with Image.open(self.root / file) as image:
             return image.convert(self.mode), label
 
     def name(self, position: int) -> str:
+        """The path of the file."""
         return str(self.root / self.files[position][0])
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, files=tuple(self.files[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every file."""
         return np.array([label for _, label in self.files], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySplit:
-    """Images held in memory: uint8 ``[N, H, W]`` grey or ``[N, H, W, 3]`` colour, labels int64 ``[N]``."""
+    """Images held in memory.
+
+    Attributes:
+        pixels: uint8, ``[N, H, W]`` grey or ``[N, H, W, 3]`` colour.
+        labels: class ``[N]`` of every image.
+        mode: Pillow's mode that images are converted to.
+    """
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -90,21 +106,32 @@ class ArraySplit:
         return len(self.pixels)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The pixels as an image, and its class."""
         return Image.fromarray(self.pixels[position]).convert(self.mode), int(self.labels[position])
 
     def name(self, position: int) -> str:
+        """The position as text."""
         return f"image {position}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, pixels=self.pixels[list(positions)], labels=self.labels[list(positions)])
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every image."""
         return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmSplit:
-    """A dataset that timm made. Where it has a reader, files are decoded here: timm's class swaps bad ones silently."""
+    """Images of a dataset that timm made.
+
+    Attributes:
+        dataset: timm's or torchvision's dataset.
+        title: name of the data and split in messages.
+        mode: Pillow's mode that images are converted to.
+        positions: positions in ``dataset`` of the images.
+    """
 
     dataset: Any
     title: str
@@ -115,7 +142,9 @@ class TimmSplit:
         return len(self.positions)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class."""
         at = self.positions[position]
+        # Where there is a reader, files are decoded here: timm's own class replaces bad ones silently.
         if not hasattr(self.dataset, "reader"):
             image, label = self.dataset[at]
             return image.convert(self.mode), int(label)
@@ -124,19 +153,28 @@ class TimmSplit:
             return image.convert(self.mode), int(label)
 
     def name(self, position: int) -> str:
+        """The title and the position in the whole dataset."""
         return f"{self.title} image {self.positions[position]}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, positions=tuple(self.positions[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64] | None:
+        """The class ``[N]`` of every image; ``None`` where the dataset keeps no list of them."""
         targets = getattr(self.dataset, "targets", None)
         return None if targets is None else np.asarray(targets, dtype=np.int64)[list(self.positions)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSplit:
-    """Samples in tar shards (the WebDataset layout): where each image's bytes lie, so that any can be read directly."""
+    """Images in tar shards (the WebDataset layout), any of which can be read directly.
+
+    Attributes:
+        shards: paths of the tar files.
+        samples: place of every image's bytes.
+        mode: Pillow's mode that images are converted to.
+    """
 
     shards: tuple[Path, ...]
     samples: tuple[ShardSample, ...]
@@ -146,6 +184,7 @@ class ShardSplit:
         return len(self.samples)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The image decoded from its bytes in the shard, and its class."""
         sample = self.samples[position]
         with self.shards[sample.shard].open("rb") as file:
             file.seek(sample.offset)
@@ -154,18 +193,29 @@ class ShardSplit:
             return image.convert(self.mode), sample.label
 
     def name(self, position: int) -> str:
+        """The path of the shard and the name inside it."""
         sample = self.samples[position]
         return f"{self.shards[sample.shard]}:{sample.key}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, samples=tuple(self.samples[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every sample."""
         return np.array([sample.label for sample in self.samples], dtype=np.int64)
 
 
 class ShardSample(NamedTuple):
-    """One image of a shard: its bytes are ``size`` long from ``offset`` on."""
+    """One image of a shard.
+
+    Attributes:
+        shard: position of the tar file in ``ShardSplit.shards``.
+        key: name of the image in the tar file.
+        offset: first byte of the image in the tar file.
+        size: number of bytes.
+        label: class of the image.
+    """
 
     shard: int
     key: str
@@ -176,7 +226,13 @@ class ShardSample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """An opened source; ``train`` is None where it is for evaluation only."""
+    """The images of an opened source.
+
+    Attributes:
+        train: training images; ``None`` where the source is for evaluation only.
+        val: validation images.
+        class_names: name of every class, by label.
+    """
 
     train: Split | None
     val: Split
@@ -184,7 +240,11 @@ class ImageSource:
 
 
 def open_source(settings: DataSettings, *, mode: str) -> ImageSource:
-    """Find what ``settings.name`` and ``settings.dir`` say; ``mode`` is Pillow's ``RGB`` or ``L``.
+    """Open the images that ``settings`` name.
+
+    Args:
+        settings: section ``data`` of the recipe; ``name``, ``dir`` and the names of the splits count.
+        mode: Pillow's mode that images are converted to, ``RGB`` or ``L``.
 
     Raises:
         UsageError: the folder or dataset name does not exist.

@@ -1,4 +1,7 @@
-"""Layers with weights, and the modes they run in."""
+"""Layers with weights and what several rooms ask of them: matrices, gains, modes and attention switches.
+
+Shapes: a convolution's weight ``[N, C / groups, height, width]``, a linear layer's ``[N, M]``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode; each module's own mode is put back afterwards."""
+    """Run the ``with`` block with every module in evaluation mode; each gets its own mode back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -55,24 +58,34 @@ _GAINS = {"tanh": 5.0 / 3.0, "selu": 0.75} | dict.fromkeys(_RELU_LIKE, math.sqrt
 
 
 def weight_matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The weight as ``[groups, N / groups, M]``, one matrix a group of channels (a linear layer has one)."""
+    """The layer's weight as one matrix for each group of channels, ``[groups, N / groups, M]``, without gradient."""
     return blocks(layer.weight.detach(), layer)
 
 
 def blocks(weight: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The weight as one matrix a group: [groups, rows, columns]."""
+    """A tensor of the layer's weight shape as one matrix for each group of channels: ``[groups, N / groups, M]``.
+
+    Args:
+        weight: tensor shaped as the layer's weight, for example its gradient; the result is a view where possible.
+        layer: layer whose ``groups`` count.
+    """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def centre(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The kernel's middle position ``[N, C]``, a view of the weight."""
+    """The kernel's middle position ``[N, C / groups]``, a view of a 2d convolution's weight."""
     height, width = layer.weight.shape[2:]
     return layer.weight[:, :, height // 2, width // 2]
 
 
 def restart_(module: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear]) -> None:
-    """Biases of the layers to 0, every BatchNorm as it is made."""
+    """Set the layers' biases to 0 and every BatchNorm to its initial state, in place.
+
+    Args:
+        module: net whose BatchNorms are reset, statistics included.
+        layers: layers whose biases are set to 0.
+    """
     for layer in layers:
         if layer.bias is not None:
             layer.bias.zero_()
@@ -99,8 +112,12 @@ def activation_gain(module: nn.Module, example: Tensor | None = None) -> float:
     """One gain for the whole net, from the activation met most often: sqrt(2) ReLU-like, 5/3 tanh, 1 for a linear net.
 
     Activation modules are looked up by class. Activations called as functions are invisible there, so where no module
-    is found and ``example`` (a batch ``[B, C, H, W]``) is given, one eval-mode forward pass records the functions that
-    run. Without ``example`` a net that only uses functional activations counts as linear: pass one if in doubt.
+    is found, one eval-mode forward pass records the functions that run.
+
+    Args:
+        module: any net.
+        example: batch ``[B, C, H, W]`` for that pass. Without it a net that only uses functional activations counts as
+            linear: pass one if in doubt.
     """
     kinds: Counter[str] = Counter(_kind(type(child).__name__) for child in module.modules())
     kinds = _known(kinds)

@@ -1,4 +1,4 @@
-"""Weights files: reading, unwrapping and loading them."""
+"""Weights files: reading them without executing anything, unwrapping checkpoints and loading strictly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMED = 3  # tensors that do not fit and are named; the rest are counted
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Makes every ``torch.load`` refuse code, also those in timm: older versions read local files without that."""
+    """Run the ``with`` block with every ``torch.load`` refusing code, also timm's, whose older versions would not."""
     force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, forbid)}
     os.environ[force] = "1"
@@ -43,7 +43,12 @@ def tensors_only() -> Iterator[None]:
 
 
 def existing_file(path: str | Path) -> Path:
-    """The weights file at ``path``. Raises UsageError where there is none."""
+    """The weights file at ``path``.
+
+    Raises:
+        UsageError: it does not exist, or its ending is unknown.
+        PruneError: it is not a file.
+    """
     file = Path(path)
     if not file.exists():
         raise UsageError(f"Weights file {file} does not exist.")
@@ -58,7 +63,15 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_state(file: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Names to tensors of a weights file, wrappers taken off. Nothing in the file is executed."""
+    """Name → tensor of a weights file, wrappers taken off. Nothing in the file is executed.
+
+    Args:
+        file: ``.safetensors`` or torch file.
+        notes: list that gets a sentence where averaged weights were preferred.
+
+    Raises:
+        PruneError: the file cannot be read, would execute code, or holds no state_dict.
+    """
     if file.suffix == ".safetensors":
         try:
             return _unwrapped(load_file(file), file, notes)
@@ -75,7 +88,12 @@ def read_state(file: Path, notes: list[str]) -> dict[str, Tensor]:
 
 
 def explain_unreadable(what: str, error: BaseException) -> PruneError:
-    """Why a torch file could not be read: it asks for code, it holds another model, or its bytes are broken."""
+    """The error for a torch file that could not be read: it asks for code, fits another model, or is broken.
+
+    Args:
+        what: beginning of the message, which names the file or the model.
+        error: exception that reading the file raised.
+    """
     text = f"{error} {error.__cause__ or ''}"
     if "weights_only" in text.lower() or "weights only" in text.lower():
         wanted = re.search(r"(?:GLOBAL|globals?:)\s+([\w.]*\w\.\w+)", text)
@@ -108,7 +126,15 @@ def _unwrapped(content: object, file: Path, notes: list[str]) -> dict[str, Tenso
 
 
 def load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path, ref: ModelRef) -> None:
-    """Every tensor of the model is in the file with its shape, and nothing else is; only BatchNorm's counters may lack.
+    """Load a state_dict that has every tensor of the model with its shape and nothing else, in place.
+
+    Only BatchNorm's counters may be missing.
+
+    Args:
+        model: module to fill.
+        state: name → tensor, as ``read_state`` returns them.
+        file: file they come from, for the message.
+        ref: reference of the model, for the message.
 
     Raises:
         PruneError: names the first tensors that do not fit.
@@ -130,7 +156,7 @@ def load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path,
 
 
 def _class_count_hint(other: list[str], state: Mapping[str, Tensor], ref: ModelRef) -> str | None:
-    """Says which class count would fit, where the classifier is the only thing that differs."""
+    """The hint with the number of classes that would fit, where only the classifier differs; else ``None``."""
     named = ref.pretrained_cfg.get("classifier") or ()
     heads = (named,) if isinstance(named, str) else tuple(named)
     if not all(name.rpartition(".")[0] in heads for name in other):
