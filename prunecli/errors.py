@@ -1,6 +1,6 @@
 """Every failure prunecli names, one class an exit code (INTERFACE: exit codes are part of the public promise).
 
-A message is one plain sentence that names the value and the place; ``hint`` says what to do next.
+A message is one plain sentence that names the value and the place; ``hint`` is the next step.
 Nothing here prints: the command line turns these into text and an exit status in one place.
 """
 

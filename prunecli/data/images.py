@@ -264,7 +264,16 @@ class Images:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order ``[count]`` in which an epoch goes through the training images: a function of (seed, epoch)."""
+    """The order in which an epoch goes through the training images.
+
+    Args:
+        count: number of training images.
+        seed: seed of the run.
+        epoch: number of the epoch, which gives each epoch its own order.
+
+    Returns:
+        Positions ``[count]``, int64.
+    """
     return torch.randperm(count, generator=generator(ORDER, seed, epoch))
 
 

@@ -1,7 +1,7 @@
 """Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits.
 
-A source opens to a training split (or none), a validation split and the class names. Nothing is ever downloaded into a
-folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
+A source opens to a training split (if it has one), a validation split and the class names. Nothing is ever downloaded
+into a folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loaded model with its origin: the value with which every job begins."""
+"""A loaded model with its origin, the value that every job begins with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every tensor of a model, wherever it lies: found by name, replaced in place, told apart by a digest.
+"""Every tensor of a model, wherever it lies: found by name, replaced in place, compared by digest.
 
 Each place that holds a tensor is a *slot* with a dotted name: ``blocks.0.attn.qkv.weight`` for parameters, buffers and
 plain tensor attributes, ``stage.0.cache[cpu]`` for a tensor inside a dict or list attribute. Cutting and loading both

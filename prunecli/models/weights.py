@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError, listed, one_line
+from prunecli.values.groups import module_of
 from prunecli.values.plan import ModelRef
 
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".tar", ".th", ".ckpt"})
@@ -105,7 +106,7 @@ def explain_unreadable(what: str, error: BaseException) -> PruneError:
             )
     if "loading state_dict" in text:
         return PruneError(f"{what} do not fit the architecture: {one_line(error)}.")
-    reason = "" if isinstance(error, KeyError) else f" ({one_line(error)})"  # a KeyError says "101"
+    reason = "" if isinstance(error, KeyError) else f" ({one_line(error)})"  # a KeyError's text is a bare "101"
     return PruneError(f"{what}: damaged, truncated or no torch file{reason}.")
 
 
@@ -159,7 +160,7 @@ def _class_count_hint(other: list[str], state: Mapping[str, Tensor], ref: ModelR
     """The hint with the number of classes that would fit, where only the classifier differs; else ``None``."""
     named = ref.pretrained_cfg.get("classifier") or ()
     heads = (named,) if isinstance(named, str) else tuple(named)
-    if not all(name.rpartition(".")[0] in heads for name in other):
+    if not all(module_of(name) in heads for name in other):
         return None
     return f"Only the classifier differs; give --model-arg num_classes={state[other[0]].shape[0]}."
 

@@ -41,7 +41,7 @@ from prunecli.recovery.activations import (
     watch,
 )
 from prunecli.surgery.cut import cut_
-from prunecli.values.groups import tensor_name
+from prunecli.values.groups import module_of, tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
 _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
@@ -134,7 +134,7 @@ def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[
     """
     removed = removed_positions(plan.groups)
     layers, others = own_layers(dense)
-    reads = {m.tensor: m.tensor.rpartition(".")[0] for g in plan.cut_groups for m in g.members if m.role == "in"}
+    reads = {m.tensor: module_of(m.tensor) for g in plan.cut_groups for m in g.members if m.role == "in"}
     found: dict[str, Reader] = {}
     left: dict[str, str] = {}
     for tensor, path in reads.items():

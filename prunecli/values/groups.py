@@ -1,8 +1,8 @@
 """Coupled groups: which entries of which tensors leave together. The vocabulary of plan, cut, recovery and report.
 
 Plain values, no torch. A *group* is one prunable axis of the network: ``width`` channels, and for each tensor dimension
-the axis runs through a *member* that says where channel ``j`` sits on it. Sizes are small expressions over the groups'
-kept widths, so that parameters and MACs of any candidate cut are arithmetic, not a rebuilt model.
+the axis runs through a *member* that gives the place of channel ``j`` on it. Sizes are small expressions over the
+groups' kept widths, so that parameters and MACs of any candidate cut are arithmetic, not a rebuilt model.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class IndexMap:
 class Member:
     """One place where a group's axis runs through a tensor.
 
-    ``tensor`` is a dotted name in the model (parameter, buffer or plain tensor attribute). ``role`` says what the
-    dimension does there: ``out`` the weight produces these channels (filters), ``in`` it reads them, ``elementwise``
-    it scales or shifts them (bias, norm, depthwise filters count as ``out``).
+    Attributes:
+        tensor: dotted name in the model of a parameter, buffer or plain tensor attribute.
+        dim: dimension of the tensor.
+        role: use of the dimension there: with ``out`` the weight produces these channels (filters), with ``in`` it
+            reads them, with ``elementwise`` it scales or shifts them (bias, norm; depthwise filters count as ``out``).
+        index: positions of the channels along the dimension.
     """
 
     tensor: str
@@ -58,10 +61,15 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A coupled group: ``width`` channels that exist in every member and leave from all of them together.
+    """A coupled group: channels that exist in every member and leave from all of them together.
 
-    ``norms`` names the tensors-normalising modules whose statistics run over this axis (LayerNorm, GroupNorm …): there
-    a cut changes the statistic, so the pruned net equals the silenced net only with the norm taken over kept channels.
+    Attributes:
+        name: name of the group, unique in its graph.
+        kind: meaning of one channel, which may be a whole attention head.
+        width: number of channels.
+        members: places where the axis runs through tensors.
+        norms: paths of the modules whose statistics run over this axis (LayerNorm, GroupNorm …). A cut changes the
+            statistic, so the pruned net equals the silenced net only with the norm taken over kept channels.
     """
 
     name: str
@@ -77,7 +85,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """An axis that is not cut, the tensors on it, and the reason in words a user can act on."""
+    """An axis that is not cut, the names of the tensors on it, and the reason in words a user can act on."""
 
     name: str
     width: int
