@@ -15,7 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from prunecli.errors import PruneError, one_line
-from prunecli.models import paper_nets as _registered  # noqa: F401 - as timm's own: a module registers on import
+
+# Importing it registers the papers' networks, as importing timm does its own. It stands here and nowhere else, because
+# every way to a model by name leads through this module.
+from prunecli.models import paper_nets as _registered  # noqa: F401
 from prunecli.values.plan import ModelRef
 
 _DEFAULT_SIZE = (3, 224, 224)  # as timm's, where nothing is known
