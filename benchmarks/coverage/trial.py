@@ -42,13 +42,13 @@ def blank_row(name: str, model: nn.Module, *, model_args: Mapping[str, Any], inp
         model_args=dict(model_args),
         module=home.removeprefix("timm.models.").partition(".")[0],
         model_class=type(model).__name__,
-        structure=structure_of(model),
+        structure=structure_digest(model),
         input_size=input_size,
         params=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
-def structure_of(model: nn.Module) -> str:
+def structure_digest(model: nn.Module) -> str:
     """A digest of the kinds of modules a model is made of, sizes and repetitions left out.
 
     A kind is a class with its parameters' names and ranks, its switches (bools, None), the kinds of convolution, and

@@ -1,4 +1,7 @@
-"""From a decoded image to the tensor that a model sees."""
+"""From a decoded image to the tensor that a model gets: evaluation preprocessing and two augmentations.
+
+Every random number is drawn from a generator that is a function of the seed, the epoch and the image's position.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +48,17 @@ class EvalTransform:
         return self.transform(image)
 
     def only_normalises(self, split: Split) -> bool:
-        """Whether resizing and cropping change nothing: then a whole batch of pixels can be normalised at once."""
+        """Whether resizing and cropping change nothing, so that a whole batch of pixels can be normalised at once."""
         if not isinstance(split, ArraySplit) or split.pixels.shape[1:3] != self.spec.size[1:]:
             return False
         return self.spec.crop_pct == 1 and split.pixels.ndim - 2 <= self.spec.size[0]  # colour to grey is Pillow's
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Uint8 ``[B, H, W]`` or ``[B, H, W, 3]`` → ``[B, C, H, W]``, bit-equal to the transform image by image."""
+        """Uint8 pixels as float32 images ``[B, C, H, W]``, bit-equal to the transform image by image.
+
+        Args:
+            pixels: grey ``[B, H, W]`` or colour ``[B, H, W, 3]``.
+        """
         channels = self.spec.size[0]
         planes = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1).expand(-1, channels, -1, -1)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
@@ -103,7 +110,7 @@ class CropFlip:
 
 @contextlib.contextmanager
 def _own_random_numbers(*key: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's global generators from ``key``, and puts them back afterwards.
+    """Seed Python's, numpy's and torch's global generators from ``key``, and put them back afterwards.
 
     timm and torchvision draw from all three.
     """
@@ -121,7 +128,7 @@ def _own_random_numbers(*key: int) -> Iterator[None]:
 
 
 def augmentation(settings: DataSettings, spec: InputSpec) -> str:
-    """The augmentation of the training images, with ``auto`` resolved."""
+    """Name of the training images' augmentation (``none``, ``crop_flip`` or ``timm``), with ``auto`` resolved."""
     if settings.augment != "auto":
         return settings.augment
     if settings.name in WRITTEN_CHARACTERS:
@@ -130,10 +137,10 @@ def augmentation(settings: DataSettings, spec: InputSpec) -> str:
 
 
 def mode(spec: InputSpec) -> str:
-    """Pillow's mode for the model's channels."""
+    """Pillow's mode for the model's channels: ``L`` for one, ``RGB`` for three."""
     return "L" if spec.size[0] == 1 else "RGB"
 
 
 def generator(*key: int) -> torch.Generator:
-    """A torch generator that is a function of ``key``."""
+    """A torch generator on the CPU whose state is a function of ``key``."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)

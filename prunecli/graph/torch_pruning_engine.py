@@ -22,8 +22,9 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from prunecli.errors import UnsupportedError
+from prunecli.errors import UnsupportedError, one_line
 from prunecli.measure.cost import count_macs
+from prunecli.models.layers import switch_fused_attention_
 from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.values.groups import (
     AttributeEdit,
@@ -124,9 +125,7 @@ def _shell(model: nn.Module) -> nn.Module:
         trainable = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         empty[id(tensor)] = nn.Parameter(bare) if trainable else bare
     shell = copy.deepcopy(model, empty).eval()
-    for module in shell.modules():
-        if vars(module).get("fused_attn") is True:
-            vars(module)["fused_attn"] = False
+    switch_fused_attention_(shell, on=False)
     return shell
 
 
@@ -136,9 +135,8 @@ def _named_failure(shell: nn.Module) -> Iterator[None]:
     try:
         yield
     except _TRACE_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UnsupportedError(
-            f"Torch-Pruning cannot trace {type(shell).__name__}: {reason}.", hint="Use prune.graph=axes."
+            f"Torch-Pruning cannot trace {type(shell).__name__}: {one_line(error)}.", hint="Use prune.graph=axes."
         ) from error
 
 

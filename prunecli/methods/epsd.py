@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunecli.errors import PruneError, UnsupportedError
+from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.recipe.settings import DistillSettings, EpsdSettings, FinetuneSettings
 from prunecli.training.objective import Net, Objective, build_objective
@@ -81,9 +81,8 @@ def prospect_scores(
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("derivative", "differentiate", "double backward")):
                 raise
-            reason = str(error).splitlines()[0].rstrip(".")
             raise UnsupportedError(
-                f"Method epsd differentiates training steps, which this model does not allow: {reason}.",
+                f"Method epsd differentiates training steps, which this model does not allow: {one_line(error)}.",
                 hint="Use another method, for example --method oneshot.",
             ) from error
     if not bool(gradient.isfinite().all()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError, nearest
 from prunecli.models.channels import row_index, rows
-from prunecli.values.groups import Group, Member, Role, module_of
+from prunecli.values.groups import Group, Member, Role, module_of, tensor_name
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
 
@@ -174,7 +174,7 @@ def bn_scale(evidence: _Evidence) -> Tensor | None:
     scales = [
         evidence.rows(m)
         for m in evidence.group.members
-        if m.tensor.endswith("weight") and f"{module_of(m.tensor)}.running_var".lstrip(".") in evidence.tensors
+        if m.tensor.endswith("weight") and tensor_name(module_of(m.tensor), "running_var") in evidence.tensors
     ]
     return _total(scales, lambda gamma: gamma.abs().sum(1))
 

@@ -41,6 +41,7 @@ from prunecli.recovery.activations import (
     watch,
 )
 from prunecli.surgery.cut import cut_
+from prunecli.values.groups import module_of, tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
 _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
@@ -133,12 +134,12 @@ def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[
     """
     removed = removed_positions(plan.groups)
     layers, others = own_layers(dense)
-    reads = {m.tensor: m.tensor.rpartition(".")[0] for g in plan.cut_groups for m in g.members if m.role == "in"}
+    reads = {m.tensor: module_of(m.tensor) for g in plan.cut_groups for m in g.members if m.role == "in"}
     found: dict[str, Reader] = {}
     left: dict[str, str] = {}
     for tensor, path in reads.items():
         layer = layers.get(path)
-        if layer is None or tensor != f"{path}.weight".lstrip("."):
+        if layer is None or tensor != tensor_name(path, "weight"):
             left[path] = others.get(path, "it is neither Conv2d nor Linear")
         elif layer.weight.shape[1] > _WIDEST:
             left[path] = f"{layer.weight.shape[1]} inputs are more than the {_WIDEST} that are solved for"
@@ -196,7 +197,7 @@ def reconstruct_(
         B, c = solve(moments[name], reader.kept, ridge=ridge, affine=affine)
         shift = _set_weight_(pruned.get_submodule(name), full.get_submodule(name), B, c)
         if layers[name].bias is not None:
-            _shifted_(pruned, full, f"{name}.bias".lstrip("."), shift)
+            _shifted_(pruned, full, tensor_name(name, "bias"), shift)
         elif norm is not None:
             _shifted_(pruned, full, f"{norm}.running_mean", -shift)
     return Reconstructed(layers=tuple(readers), left=left)
@@ -204,7 +205,7 @@ def reconstruct_(
 
 def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]) -> nn.Module:
     """The tensors that surgery leaves, but the readers' weights with all inputs: ``[N', H, ...]``, scales folded."""
-    stay = {(f"{path}.weight".lstrip("."), 1) for path in readers}
+    stay = {(tensor_name(path, "weight"), 1) for path in readers}
     groups = tuple(
         group.model_copy(update={"members": tuple(m for m in group.members if (m.tensor, m.dim) not in stay)})
         for group in plan.groups

@@ -35,6 +35,7 @@ from prunecli.recovery.activations import (
     uncalled_once,
     watch,
 )
+from prunecli.values.groups import tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
 _DEAD: Final = 1e-5  # a spread below this share of the larger of the two is none
@@ -102,7 +103,7 @@ def repair_(pruned: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[T
         dense_layers, _ = own_layers(dense)
         targets = _spreads(dense, {name: dense_layers[name] for name in chosen}, batches)
         for name in chosen:
-            gone = set(removed.get(f"{name}.weight".lstrip("."), {}).get(0, ()))
+            gone = set(removed.get(tensor_name(name, "weight"), {}).get(0, ()))
             kept = [at for at in range(len(targets[name].mean)) if at not in gone]
             now = _spreads(pruned, {name: layers[name]}, batches)[name]
             mean, std = targets[name].mean[kept], targets[name].std[kept]
@@ -122,7 +123,7 @@ def _unfit(layers: Mapping[str, Layer], norms: Mapping[str, str], plan: Plan) ->
     for name, layer in layers.items():
         if layer.bias is None and name not in norms:
             left[name] = "it has neither a bias nor a BatchNorm of its own"
-        elif f"{name}.weight".lstrip(".") in folded:
+        elif tensor_name(name, "weight") in folded:
             left[name] = "an attention scale is folded into it"
     return left
 

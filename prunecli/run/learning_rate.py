@@ -10,7 +10,7 @@ from torch import nn
 from prunecli.data.images import Images
 from prunecli.errors import PruneError
 from prunecli.measure import accuracy as measure_accuracy
-from prunecli.measure.accuracy import knows_the_data
+from prunecli.measure.accuracy import halves_chance_error
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import FinetuneSettings
@@ -65,7 +65,7 @@ def _distill_share(job: Job) -> float:
         return asked.distill.share
     if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
         return 0.0
-    return DISTILL_SHARE if knows_the_data(dense.top1, job.images.num_classes) else 0.0
+    return DISTILL_SHARE if halves_chance_error(dense.top1, job.images.num_classes) else 0.0
 
 
 def recommended_lr(job: Job, model: nn.Module, past: Past) -> LRReport:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prunecli.graph.axes.rules.registry import words
 from prunecli.graph.axes.shapes import Shapes
+from prunecli.models.layers import switch_fused_attention_
 
 #: Runs an operator: ``(function, args, kwargs) -> outputs``.
 Runner = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -70,7 +71,9 @@ def dry(model: nn.Module, input_size: tuple[int, int, int], shapes: Shapes | Non
     with ExitStack() as stack:
         stack.enter_context(_as_found(model))
         model.eval()
-        _prefer_fused_attention(model)
+        # Which path a module takes depends on the machine it is built on, so the cut has to be right for both. The
+        # fused one needs more care (its scale follows the head width); what keeps it true keeps the other one true.
+        switch_fused_attention_(model, on=True)
         stack.enter_context(torch.no_grad())
         if shapes is None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -81,17 +84,6 @@ def dry(model: nn.Module, input_size: tuple[int, int, int], shapes: Shapes | Non
 
 def _as_is(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return function(*args, **kwargs)
-
-
-def _prefer_fused_attention(model: nn.Module) -> None:
-    """Take the fused path of attention modules that have the choice (timm's ``fused_attn`` switch).
-
-    That path needs more care (its scale follows the head width), and what keeps it true keeps the other one true.
-    Which path a module takes depends on the machine it is built on, so the cut has to be right for both.
-    """
-    for module in model.modules():
-        if vars(module).get("fused_attn") is False:
-            module.__dict__["fused_attn"] = True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunecli.graph.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
 from prunecli.graph.axes.shapes import Shapes
 from prunecli.graph.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
-from prunecli.values.groups import Role
+from prunecli.values.groups import Role, tensor_name
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
 KERNEL = "it is a kernel axis"
@@ -199,7 +199,7 @@ class Record:
             own = {**module._parameters, **module._buffers, **module.__dict__}  # noqa: SLF001
             for name, tensor in own.items():
                 if isinstance(tensor, Tensor):
-                    full = f"{path}.{name}" if path else name
+                    full = tensor_name(path, name)
                     self.homes[full] = tensor
                     if name in module._parameters:  # noqa: SLF001
                         self.parameters.add(full)
