@@ -30,7 +30,7 @@ from prunecli.training.step import TrainingImages, own_randomness
 from prunecli.values.groups import Group
 
 
-def prospect_scores(
+def epsd_scores(
     model: nn.Module,
     groups: Sequence[Group],
     images: TrainingImages,

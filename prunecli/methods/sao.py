@@ -31,7 +31,7 @@ _LEAST_DEGREE: Final[dict[Pattern, int]] = {"relu": 4, "tanh": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Initialised:
-    """What ``initialise_`` did.
+    """What ``initialise_sao_`` did.
 
     Attributes:
         sparse: layer -> share of its channel pairs without a connection.
@@ -95,7 +95,7 @@ def degree_of(wide: int, *, sparsity: float | None, degree: int | None, pattern:
 
 
 @torch.no_grad()
-def initialise_(
+def initialise_sao_(
     model: nn.Module, *, sparsity: float | None, degree: int | None, pattern: Pattern, seed: int
 ) -> Initialised:
     """Start every Conv2d and Linear of ``model`` anew, in place; biases become zero, every BatchNorm as it is made.

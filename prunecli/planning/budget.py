@@ -9,7 +9,7 @@ narrow pool, such as a head of three, before a wide one loses anything. The last
 steps of single groups. Where training has learnt how wide each group has to be, there is nothing to solve: each gets
 the next width that rounding and ties allow.
 
-What is cut as one and in which steps, rounding included, is said by `prunecli.planning.units`.
+What is cut as one and in which steps, rounding included, is said by `prunecli.planning.cut_units`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Final
 from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
+from prunecli.planning.cut_units import Unit, find_units
 from prunecli.planning.prices import Meter, Prices
-from prunecli.planning.units import Unit, find_units
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.values.groups import AttributeConflictError, Graph

@@ -14,7 +14,7 @@ from prunecli.errors import PruneError, TargetError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.measure import cost
 from prunecli.measure.weights import weight_spectra
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.planning.make import Planned
@@ -136,7 +136,7 @@ def recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     job.notify({"event": "start", "name": "recover"})
     steps: tuple[RecoveryStep, ...]
     if job.recipe.init is not None:
-        steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
+        steps = (initialise_(smaller.cpu(), job.recipe, job.source.spec.size),)
     else:
         context = recovery_context(job, phases.before_cut(job, planned.plan), planned.plan)
         model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, planned.plan, smaller))

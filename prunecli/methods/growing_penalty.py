@@ -29,7 +29,7 @@ class _Matrix:
         return gram_loss(rows(self.weight, self.dim, self.index, len(self.kept)), self.kept)
 
 
-class Push(Penalty):
+class GrowingPenalty(Penalty):
     """Pushes channels of coupled groups towards zero.
 
     The gradients of their weights, biases, norm scales and shifts get ``λ(step)`` times the value (growing L2), the

@@ -18,7 +18,7 @@ _SPARSITY = 0.5
 _NAMED = 3  # layers that a sentence lists
 
 
-def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
+def initialise_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
     """Give ``model``, on the CPU, its start in place; the row of the report.
 
     Raises UsageError where a layer cannot be as sparse as asked; nothing has been changed then.
@@ -30,7 +30,7 @@ def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, in
         gain = activation_gain(model, torch.zeros(1, *input_size))
         pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
     sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
-    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
+    found = sao.initialise_sao_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
     return RecoveryStep(
         name="init sao",
         kept=True,
