@@ -212,8 +212,8 @@ def _choose_candidate(
     judged by the loss on held-out training images, image by image, each net at its own best temperature. The best of
     the first round, by one half of these images, is probed once more against plain pruning with another order of the
     training images, and judged on the other half: the luck that made it the best does not count there. It is kept if
-    ``Comparison.better``. Probes take ``probe_steps`` steps each, or fewer, so that all together stay within a quarter of
-    the fine-tuning.
+    ``Comparison.better``. Probes take ``probe_steps`` steps each, or fewer, so that all together stay within a quarter
+    of the fine-tuning.
 
     New BatchNorm statistics alone are no starting point of their own, since training never reads them. They remain
     where nothing else is kept, if they make the loss without any fine-tuning better. Where nothing will be fine-tuned,

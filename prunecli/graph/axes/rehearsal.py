@@ -10,20 +10,17 @@ by halving, frozen with what was seen and where, and all is inferred again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunecli.graph.axes.collect import Inference, infer
-from prunecli.graph.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
-from prunecli.graph.axes.record import Call, Record, tensors_in
-from prunecli.graph.axes.rules import WHOLE_CALLS, run_whole
+from prunecli.graph.axes.dry import DryFunctions, DryOperators, dry
+from prunecli.graph.axes.record import Call, Record
 from prunecli.graph.axes.rules.registry import words
 from prunecli.graph.axes.terms import Atom, freeze, leaves
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
@@ -189,7 +186,7 @@ class _Expected:
         try:
             with dry(self.model, self.rehearsal.input_size, record.shapes) as dry_run:
                 self._cut(dry_run.place)
-                with _Operators(self, dry_run.run) as operators, _Functions(operators, dry_run):
+                with DryOperators(dry_run.run, self.compare) as operators, DryFunctions(operators, dry_run):
                     self.model(dry_run.image)
         except _DifferentError as different:
             return _Difference(at=self.at, what=str(different))
@@ -272,49 +269,3 @@ def _substitute(store: dict[Any, Any] | list[Any], new: Mapping[int, Tensor]) ->
         store.update({key: new[id(value)] for key, value in store.items() if id(value) in new})
     else:
         store[:] = [new.get(id(value), value) for value in store]
-
-
-class _Operators(TorchDispatchMode):
-    """Runs every operator without values, then compares it."""
-
-    def __init__(self, expected: _Expected, run: Runner) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.expected = expected
-        self.run = run
-        self.paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = self.run(func, args, kwargs)
-        name = func.overloadpacket.__name__
-        if not self.paused and name not in SILENT_OPERATORS and tensors_in(out):
-            self.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
-        return out
-
-
-class _Functions(TorchFunctionMode):
-    """Calls that the trace records as one, and properties that tell the device."""
-
-    def __init__(self, operators: _Operators, dry_run: Dry) -> None:
-        super().__init__()
-        self.operators = operators
-        self.dry = dry_run
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            return self.dry.property_of(func, args[0])
-        if name not in WHOLE_CALLS:
-            return func(*args, **kwargs)
-        self.operators.paused = True
-        try:
-            out = run_whole(func, name, args, kwargs)
-        finally:
-            self.operators.paused = False
-        self.operators.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
-        return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunecli.graph.axes.record import Call, Record
-from prunecli.graph.axes.rules.registry import opaque, rows
+from prunecli.graph.axes.rules.registry import opaque, rows, rule
 from prunecli.graph.axes.terms import Atom, concat, freeze, unify
 
 #: Calls of ``torch`` by the rows of weights that one hidden channel has.
@@ -41,6 +41,7 @@ def _is_plain(args: Sequence[Any]) -> bool:
     return len(args) == 9 and len(args[2]) == args[4] * (2 if args[7] else 1) * (4 if args[3] else 2)
 
 
+@rule(*GATES)
 def recurrent(record: Record, call: Call) -> None:
     """``(x, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first)``."""
     if not _is_plain(call.args):
