@@ -27,11 +27,11 @@ def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: s
         UsageError: no such engine.
     """
     if engine == "axes":
-        from prunecli.graph.axes.rehearsal import rehearsed
+        from prunecli.graph.axes.rehearsal import rehearse
         from prunecli.graph.axes.trace import trace
 
         with _no_collection():
-            return rehearsed(trace(model, input_size), input_size)
+            return rehearse(trace(model, input_size), input_size)
     if engine == "torch_pruning":
         from prunecli.graph.torch_pruning_engine import build
 

@@ -88,11 +88,11 @@ def find_units(
         ValueError: scores of another width than their group.
     """
     notes = list(locked.values())
-    free = [g for g in _selected(graph.groups, settings, notes) if g.name not in locked and g.width > 1]
+    free = [g for g in _select_groups(graph.groups, settings, notes) if g.name not in locked and g.width > 1]
     unscored = [g.name for g in free if g.name not in scores]
     if unscored:
         notes.append(f"{len(unscored)} groups have no {settings.criterion} score and stay: {', '.join(unscored)}")
-    chosen = _chosen(graph, {g.name: g for g in free if g.name in scores}, settings, notes)
+    chosen = _choose_bundles(graph, {g.name: g for g in free if g.name in scores}, settings, notes)
     units = (_unit(graph, bundles, scores, settings, notes) for bundles in chosen)
     return [unit for unit in units if unit.most > 0], notes
 
@@ -100,7 +100,7 @@ def find_units(
 # ---------------------------------------------------------------------------------------------- which groups
 
 
-def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]) -> list[Group]:
+def _select_groups(groups: Iterable[Group], settings: PruneSettings, notes: list[str]) -> list[Group]:
     """The groups that ``select`` matches and ``exclude`` does not, by their name or a producing layer's."""
     used: set[str] = set()
 
@@ -116,7 +116,7 @@ def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]
     return [group for group, wanted, unwanted in selected if wanted and not unwanted]
 
 
-def _chosen(
+def _choose_bundles(
     graph: Graph, free: Mapping[str, Group], settings: PruneSettings, notes: list[str]
 ) -> list[tuple[Bundle, ...]]:
     """The bundles cut together, in network order: at most one factor of each product, one bundle a choice of a tie.

@@ -24,7 +24,7 @@ Layer = nn.Conv2d | nn.Linear
 See = Callable[[Tensor, Tensor], None]
 
 
-class _Seen(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
+class _StopPass(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
     """Ends a forward pass."""
 
 
@@ -89,14 +89,14 @@ def watch(model: nn.Module, images: Tensor, see: Mapping[str, See], *, alone: bo
     def last(seen: See) -> See:
         def then_stop(given: Tensor, made: Tensor) -> None:
             seen(given, made)
-            raise _Seen
+            raise _StopPass
 
         return then_stop
 
     with _watching(model, {name: last(seen) for name, seen in see.items()} if alone else see):
         try:
             model(images)
-        except _Seen:
+        except _StopPass:
             return
 
 
@@ -130,7 +130,7 @@ def uncalled_once(order: Sequence[str], names: Iterable[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def bent(model: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[str, str]:
+def nonlinear_in_weight(model: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[str, str]:
     """The reason by name, for each layer whose output is not linear in its weight (one that standardises it).
 
     Plain Conv2d and Linear are linear; a subclass is tried on the inputs it gets.

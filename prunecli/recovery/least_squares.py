@@ -32,9 +32,9 @@ from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,
-    bent,
     call_order,
     following_norms,
+    nonlinear_in_weight,
     own_layers,
     rows,
     uncalled_once,
@@ -204,7 +204,7 @@ def reconstruct_(
     one = batches[0][:1]
     with evaluation_mode(pruned), evaluation_mode(dense):
         layers = {name: layer for name, layer in own_layers(dense)[0].items() if name in readers}
-        left |= uncalled_once(call_order(dense, readers, one), readers) | bent(dense, layers, one)
+        left |= uncalled_once(call_order(dense, readers, one), readers) | nonlinear_in_weight(dense, layers, one)
         readers = {name: reader for name, reader in readers.items() if name not in left}
         norms = following_norms(pruned, one)
         moments = _moments(dense, layers, readers, batches)

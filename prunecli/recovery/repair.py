@@ -27,9 +27,9 @@ from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,
-    bent,
     call_order,
     following_norms,
+    nonlinear_in_weight,
     own_layers,
     rows,
     uncalled_once,
@@ -98,7 +98,7 @@ def repair_(pruned: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[T
     with evaluation_mode(pruned), evaluation_mode(dense):
         order = call_order(pruned, layers, one)
         norms = following_norms(pruned, one)
-        left |= uncalled_once(order, layers) | bent(pruned, layers, one) | _unfit(layers, norms, plan)
+        left |= uncalled_once(order, layers) | nonlinear_in_weight(pruned, layers, one) | _unfit(layers, norms, plan)
         chosen = tuple(name for name in order if name not in left)
         dense_layers, _ = own_layers(dense)
         targets = _spreads(dense, {name: dense_layers[name] for name in chosen}, batches)

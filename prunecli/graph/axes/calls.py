@@ -88,7 +88,7 @@ def _chunk(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
 def _narrow(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
     dim = untraced(_argument(args, kwargs, 1, "dim"))
     start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
-    _sliced(record, args[0], dim, start, start + length)
+    _size_slice(record, args[0], dim, start, start + length)
 
 
 def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
@@ -102,14 +102,14 @@ def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
             at += args[0].dim() - taken
         elif isinstance(i, slice):
             if i.step in {None, 1}:
-                _sliced(record, args[0], at, i.start, i.stop)
+                _size_slice(record, args[0], at, i.start, i.stop)
             at += 1
         elif i is not None:
             untraced(i, pin=True)
             at += 1
 
 
-def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
+def _size_slice(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
     """``source[start:stop]`` along one dimension: each number sizes the blocks before it or, negative, behind it."""
     dim = record.peek(source).dims[at]
     total = find(dim).size
@@ -122,12 +122,12 @@ def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: in
     except MisfitError:
         return  # the operator's rule has frozen it
     if start is not None and low > 0:
-        _sized(record, start, [before], [inside, after])
+        _size_end(record, start, [before], [inside, after])
     if stop is not None:
-        _sized(record, stop, [before, inside], [after])
+        _size_end(record, stop, [before, inside], [after])
 
 
-def _sized(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
+def _size_end(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
     """An end of a slice, counted from the front or, negative, from the back."""
     if untraced(end) < 0:
         record.equate(-end, back)

@@ -99,7 +99,7 @@ class _Elimination:
             difference = self._of(equation.fact.left) - self._of(equation.fact.right)
             self._relate(difference, _reason(equation.expression))
         for fact in self.record.ledger.facts:
-            self._read(fact)
+            self._read_fact(fact)
         self._solve()
         return self._result()
 
@@ -146,9 +146,9 @@ class _Elimination:
                         return a - b
                     case "mul":
                         return a * b
-                return self._divided(symbol, a, b, _reason(expression))
+                return self._divide(symbol, a, b, _reason(expression))
 
-    def _divided(self, symbol: str, dividend: Polynomial, divisor: Polynomial, reason: str) -> Polynomial:
+    def _divide(self, symbol: str, dividend: Polynomial, divisor: Polynomial, reason: str) -> Polynomial:
         """``dividend // divisor`` or ``dividend % divisor``."""
         a, b = int(dividend.evaluate(self.dense)), int(divisor.evaluate(self.dense))
         fixed = dividend.value is not None and divisor.value is not None
@@ -175,7 +175,7 @@ class _Elimination:
         for number in dict.fromkeys(polynomial.variables()):
             self._relate(Polynomial.variable(number) - Polynomial.constant(self.dense[number]), reason)
 
-    def _read(self, fact: Fact) -> None:
+    def _read_fact(self, fact: Fact) -> None:
         """A comparison: equal sizes stay equal; others keep what decides it at one share, so that it stays decided."""
         difference = self._of(fact.left) - self._of(fact.right)
         other = "a number in the code" if isinstance(fact.right, Number) else "another one"
@@ -204,12 +204,12 @@ class _Elimination:
         rest = {v: Polynomial.constant(self.dense[v]) for v in self.numbers.values() if v not in self.axes}
         self.definitions = rest | self.definitions
 
-    def _now(self, relation: _Relation) -> _Relation:
+    def _substitute(self, relation: _Relation) -> _Relation:
         return replace(relation, difference=relation.difference.substituted(self.definitions))
 
     def _use(self, relation: _Relation) -> bool:
         """Whether a relation could be used up."""
-        now = self._now(relation)
+        now = self._substitute(relation)
         unknowns = self._unknowns(now.difference)
         if not unknowns:
             self.constraints.append(now)
@@ -221,7 +221,7 @@ class _Elimination:
 
     def _hold_some(self, waiting: Iterable[_Relation]) -> bool:
         """Where several unknowns share one relation to axes, only the largest follows these; whether there was one."""
-        for relation in map(self._now, waiting):
+        for relation in map(self._substitute, waiting):
             unknowns = self._unknowns(relation.difference)
             if len(unknowns) < len(set(relation.difference.variables())):
                 unknowns.sort(key=lambda v: self.dense[v])
@@ -236,7 +236,7 @@ class _Elimination:
         equal = _equalities(self.constraints)
         constraints = [
             Constraint(terms=tuple(relation.difference.terms), value=0, reason=relation.reason)
-            for relation in _shortened([*self.constraints, *map(self._now, self.ordered)], equal)
+            for relation in _shorten([*self.constraints, *map(self._substitute, self.ordered)], equal)
             if not relation.always
         ]
         names = {number: what for what, number in self.numbers.items()}
@@ -288,7 +288,7 @@ def _equalities(relations: Iterable[_Relation]) -> dict[int, Polynomial]:
     return equal
 
 
-def _shortened(relations: Iterable[_Relation], equal: Mapping[int, Polynomial]) -> Iterator[_Relation]:
+def _shorten(relations: Iterable[_Relation], equal: Mapping[int, Polynomial]) -> Iterator[_Relation]:
     """Sums without what is equal on both sides."""
     for relation in relations:
         if len(relation.difference.terms) > 2:

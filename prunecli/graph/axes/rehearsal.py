@@ -37,7 +37,7 @@ _Move: TypeAlias = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _Observation:
     """What one operator call looked like."""
 
     name: str
@@ -58,7 +58,7 @@ class _DifferentError(Exception):
     """Ends a rehearsal at its first difference."""
 
 
-def rehearsed(record: Record, input_size: tuple[int, int, int]) -> Graph:
+def rehearse(record: Record, input_size: tuple[int, int, int]) -> Graph:
     """The graph of a trace, with every group frozen whose size would make the forward leave the traced path.
 
     Args:
@@ -84,7 +84,7 @@ class _Rehearsal:
         self.input_size = input_size
         self.steps = [step for step in record.steps if step.call.name not in _MOVES]
         self.names = {key: names[0] for key, names in record.names.items()}
-        self.seen = [_seen(step.call, self.names) for step in self.steps]
+        self.seen = [_observe(step.call, self.names) for step in self.steps]
         self.terms = [[record.peek(out).dims for out in _results(step.call)] for step in self.steps]
 
     def culprit(self) -> tuple[str, str] | None:
@@ -113,14 +113,14 @@ class _Rehearsal:
                 names = {name for bundle in bundles for name in bundle.groups}
                 rivals = {other for pair in self.graph.exclusive if names & set(pair) for other in pair}
                 if names & left and (rivals - set(tie.groups)).isdisjoint(cut):
-                    moves.append(self._resized(bundles))
+                    moves.append(self._resize(bundles))
                     cut |= names
             if not moves:
                 return
             yield moves
             left.difference_update(cut)
 
-    def _resized(self, bundles: Sequence[Bundle]) -> _Move:
+    def _resize(self, bundles: Sequence[Bundle]) -> _Move:
         """About half of the groups of these bundles; but axes of one entry are no axes to torch (einsum drops them),
         and no values are needed to rehearse with more.
         """
@@ -221,7 +221,7 @@ class _Expected:
             return
         if self.at == len(self.rehearsal.steps):
             raise _DifferentError("it goes on for longer")
-        found, before = _seen(call, self.names), self.rehearsal.seen[self.at]
+        found, before = _observe(call, self.names), self.rehearsal.seen[self.at]
         shapes = tuple(tuple(map(self._extent, dims)) for dims in self.rehearsal.terms[self.at])
         if found.name != before.name:
             raise _DifferentError(f"the operator {found.name!r} comes instead of {before.name!r}")
@@ -241,12 +241,12 @@ class _Expected:
         return known
 
 
-def _seen(call: Call, names: Mapping[int, str]) -> _Seen:
+def _observe(call: Call, names: Mapping[int, str]) -> _Observation:
     """What a call looks like; ``names`` of stored tensors by identity."""
     takes_ints = call.name in _FILLS or torch.Tag.pointwise in getattr(call.function, "tags", ())
     kinds = (int, float) if takes_ints else (float,)
     values = (*call.args, *call.kwargs.values())
-    return _Seen(
+    return _Observation(
         name="view" if call.name in _VIEWS else call.name,
         shapes=tuple(tuple(out.shape) for out in _results(call)),
         stored=tuple(names[id(t)] for t in call.inputs if id(t) in names),

@@ -21,10 +21,10 @@ class Sizes:
         """The size of a term; terms are not refined any more."""
         atom = find(atom)
         if id(atom) not in self._known:
-            self._known[id(atom)] = atom, self._made(atom)
+            self._known[id(atom)] = atom, self._build(atom)
         return self._known[id(atom)][1]
 
-    def _made(self, atom: Atom) -> Size:
+    def _build(self, atom: Atom) -> Size:
         if atom.form == "leaf":
             name = self._names.get(id(atom))
             return Const(atom.size) if name is None else Width(name, atom.size)

@@ -81,7 +81,7 @@ class Shapes:
                 out = self._compute(function, args, kwargs, traits)
             self._layouts[key] = _layout(out)
             return out
-        return _made(layout)
+        return _empty(layout)
 
     def _elementwise(self, function: Any, args: tuple[Any, ...], shape: torch.Size, traits: _Traits) -> Any:
         """An elementwise operator on contiguous tensors of one shape gives another such tensor: the dtype is left."""
@@ -110,9 +110,9 @@ class Shapes:
         if tensor.is_meta:
             return tensor
         if id(tensor) not in self._stored:
-            return _made(_layout(tensor))
+            return _empty(_layout(tensor))
         if id(tensor) not in self._stand_ins:
-            self._stand_ins[id(tensor)] = _made(_layout(tensor))
+            self._stand_ins[id(tensor)] = _empty(_layout(tensor))
         return self._stand_ins[id(tensor)]
 
 
@@ -160,9 +160,9 @@ def _layout(out: Any) -> _Layout:
     return (out.shape, out.stride(), out.dtype) if isinstance(out, Tensor) else [_layout(item) for item in out]
 
 
-def _made(layout: _Layout) -> Any:
+def _empty(layout: _Layout) -> Any:
     if isinstance(layout, list):
-        return tuple([_made(item) for item in layout])
+        return tuple([_empty(item) for item in layout])
     shape, strides, dtype = layout
     return torch.empty_strided(shape, strides, dtype=dtype, device=_META)
 

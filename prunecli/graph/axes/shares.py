@@ -50,7 +50,7 @@ class _Solver:
 
     def __init__(self, widths: Mapping[int, int], constraints: Sequence[Constraint]) -> None:
         self.widths = widths
-        self.joined = _joined(constraints)
+        self.joined = _join(constraints)
         self.rows = [row for number, own in self.joined.items() for row in _rows(own, number)]
         self.rows_of: dict[int, list[Mapping[int, int]]] = {}
         for row in self.rows:
@@ -60,7 +60,7 @@ class _Solver:
         self.held: dict[int, str] = {}
 
     def run(self) -> Shares:
-        fixed = self._settled({}, self.rows)
+        fixed = self._propagate({}, self.rows)
         assert fixed is not None, "all exponents zero always fit"
         self._hold(fixed, fixed, None)
         self._solve(fixed)
@@ -73,7 +73,7 @@ class _Solver:
             if choices is not None:
                 self._tie(component, choices)
                 continue
-            without = self._settled({**fixed, driver: 0}, self.rows_of[driver])
+            without = self._propagate({**fixed, driver: 0}, self.rows_of[driver])
             assert without is not None, "all exponents zero always fit"
             self._hold(component, without, "it is tied to axes that cannot all shrink alike")
             self._solve({**{v: 0 for v in self.rows_of if v not in component}, **without})
@@ -83,7 +83,7 @@ class _Solver:
         ranked = sorted(component, key=lambda v: (v >= 0, -len(self.rows_of[v]), -v))
         fewest, best = len(component), ranked[0]
         for variable in ranked:
-            shrunk = self._settled({**fixed, variable: 1}, self.rows_of[variable])
+            shrunk = self._propagate({**fixed, variable: 1}, self.rows_of[variable])
             if shrunk is not None:
                 ruled_out = sum(1 for v in component if v >= 0 and shrunk.get(v) == 0)
                 if ruled_out < fewest:
@@ -115,7 +115,7 @@ class _Solver:
 
     def _choices(self, component: Sequence[int], fixed: _Exponents, driver: int) -> Choices | None:
         """What shrinks where the products of constraint ``driver`` do; None where they cannot."""
-        shrunk = self._settled({**fixed, driver: 1}, self.rows_of[driver])
+        shrunk = self._propagate({**fixed, driver: 1}, self.rows_of[driver])
         if shrunk is None:
             return None
         always = self._shrinking(component, shrunk, 0)
@@ -130,14 +130,14 @@ class _Solver:
 
     def _alternatives(self, part: Sequence[int], fixed: _Exponents, parts: int) -> tuple[Shrinking, ...] | None:
         """Assignments of the open variables ``part``, one for each axis that can shrink; None where nothing fits."""
-        if self._completed(fixed, part) is None:
+        if self._complete(fixed, part) is None:
             return None
         found: dict[tuple[int, ...], Shrinking] = {}
         for axis in (v for v in part if v >= 0):
             if any(axis in axes for axes in found):
                 continue
-            started = self._settled({**fixed, axis: 1}, self.rows_of[axis])
-            full = None if started is None else self._completed(started, part)
+            started = self._propagate({**fixed, axis: 1}, self.rows_of[axis])
+            full = None if started is None else self._complete(started, part)
             if full is not None:
                 alternative = self._shrinking(part, full, parts)
                 found[alternative.axes] = alternative
@@ -150,21 +150,21 @@ class _Solver:
         whole = [self.widths[v] for v in axes] + [c.value for v in ones if v < 0 for c in self.joined[v]]
         return Shrinking(axes=axes, parts=math.gcd(parts, *whole))
 
-    def _completed(self, fixed: _Exponents, part: Sequence[int]) -> _Exponents | None:
+    def _complete(self, fixed: _Exponents, part: Sequence[int]) -> _Exponents | None:
         """A full assignment of ``part``, as many ones as come first; None where there is none."""
         open_variable = next((v for v in part if v not in fixed), None)
         if open_variable is None:
             return fixed
         for value in (1, 0):
-            settled = self._settled({**fixed, open_variable: value}, self.rows_of[open_variable])
-            full = None if settled is None else self._completed(settled, part)
+            settled = self._propagate({**fixed, open_variable: value}, self.rows_of[open_variable])
+            full = None if settled is None else self._complete(settled, part)
             if full is not None:
                 return full
         return None
 
     # -------------------------------------------------------------------------------------------- rows
 
-    def _settled(self, fixed: _Exponents, rows: Iterable[Mapping[int, int]]) -> _Exponents | None:
+    def _propagate(self, fixed: _Exponents, rows: Iterable[Mapping[int, int]]) -> _Exponents | None:
         """``fixed`` and what follows from it, beginning with ``rows``; None where a row cannot be zero any more."""
         known = dict(fixed)
         queue = list(rows)
@@ -204,7 +204,7 @@ class _Solver:
             yield sorted(component, key=order.__getitem__)
 
 
-def _joined(constraints: Sequence[Constraint]) -> dict[int, list[Constraint]]:
+def _join(constraints: Sequence[Constraint]) -> dict[int, list[Constraint]]:
     """The constraints, those that share a product in one list: they have one exponent."""
     joined: dict[int, list[Constraint]] = {}
     number_of: dict[Monomial, int] = {}

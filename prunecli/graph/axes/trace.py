@@ -97,13 +97,13 @@ def _trace_attributes(record: Record) -> None:
             if name in _NOT_OWN:
                 continue
             if type(value) is int:
-                module.__dict__[name] = _traced(record, Attribute(path, name), value)
+                module.__dict__[name] = _trace_int(record, Attribute(path, name), value)
             elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-                items = [_traced(record, Attribute(path, name, i), item) for i, item in enumerate(value)]
+                items = [_trace_int(record, Attribute(path, name, i), item) for i, item in enumerate(value)]
                 module.__dict__[name] = type(value)(items)
 
 
-def _traced(record: Record, attribute: Attribute, value: int) -> TracedInt:
+def _trace_int(record: Record, attribute: Attribute, value: int) -> TracedInt:
     record.attributes[attribute] = value
     return TracedInt.of(value, attribute, record.ledger)
 

@@ -32,7 +32,11 @@ def put_view(record: Record, source: Tensor, out: Tensor) -> bool:
     """
     value = record.peek(source)
     groups = _aligned(source.shape, out.shape)
-    apart = _made(record, value, groups, out) if value.entries is None else _kept(value.entries, groups, out.shape)
+    apart = (
+        _split_entries(record, value, groups, out)
+        if value.entries is None
+        else _regroup_entries(value.entries, groups, out.shape)
+    )
     if apart is None:
         return False
     over, found = apart
@@ -102,7 +106,7 @@ def _literals(record: Record, out: Tensor) -> set[int]:
     return {d for d in plain if d < out.dim() and asked[d - first] == out.shape[d]}
 
 
-def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -> tuple[int, _Rows] | None:
+def _split_entries(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -> tuple[int, _Rows] | None:
     """The entries that this view makes, by its first dimension of a literal size that others follow in its group."""
     literals = _literals(record, out)
     for at, (ins, outs) in enumerate(groups):
@@ -111,7 +115,7 @@ def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -
         over = next((d for d in long[:-1] if d in literals and out.shape[d] <= _MOST), None)
         if over is None or len(source) != 1 or is_frozen(source[0]):
             continue
-        rows = _parted(record, source[0], outs, over, out.shape)
+        rows = _split_dim(record, source[0], outs, over, out.shape)
         if all(find(row[d]) is find(rows[0][d]) for row in rows[1:] for d in outs):
             return None
         for others_in, others_out in (*groups[:at], *groups[at + 1 :]):
@@ -120,7 +124,7 @@ def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -
     return None
 
 
-def _parted(record: Record, dim: Atom, outs: Sequence[int], over: int, shape: Sequence[int]) -> _Rows:
+def _split_dim(record: Record, dim: Atom, outs: Sequence[int], over: int, shape: Sequence[int]) -> _Rows:
     """One dimension as ``before x entries x after``, what comes after in terms of its own for each entry."""
     before, after = [d for d in outs if d < over], [d for d in outs if d > over]
     front, inside = split_front(dim, math.prod(shape[d] for d in before))
@@ -138,7 +142,9 @@ def _regroup_into(
         row.update(zip(outs, regroup([source[d] for d in ins], [shape[d] for d in outs]), strict=True))
 
 
-def _kept(entries: Entries, groups: Sequence[_Group], shape: Sequence[int]) -> tuple[int | None, _Rows] | None:
+def _regroup_entries(
+    entries: Entries, groups: Sequence[_Group], shape: Sequence[int]
+) -> tuple[int | None, _Rows] | None:
     """The entries after another view; None where it cuts through the dimension they lie along.
 
     The first result is where they now lie, or None where they were joined to consecutive blocks.
@@ -155,13 +161,13 @@ def _kept(entries: Entries, groups: Sequence[_Group], shape: Sequence[int]) -> t
             return None
         if long_in == [entries.over]:
             over = long_out[0]
-        joined = _joined(entries, long_in)
+        joined = _join_dims(entries, long_in)
         for row in rows:
             row.update({d: joined if d == long_out[0] else Atom(1) for d in outs})
     return over, rows
 
 
-def _joined(entries: Entries, dims: Sequence[int]) -> Atom:
+def _join_dims(entries: Entries, dims: Sequence[int]) -> Atom:
     """Dimensions merged into one, that of the entries among them: ``before x [first after | second after | …]``."""
     before, after = [d for d in dims if d < entries.over], [d for d in dims if d > entries.over]
     first = entries.rows[0]

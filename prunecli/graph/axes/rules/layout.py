@@ -42,7 +42,7 @@ def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tupl
     return value.origin[0], value.origin[1][:rank]
 
 
-def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
+def _reorder(record: Record, call: Call, order: Sequence[int]) -> None:
     value = record.peek(call.args[0])
     order = [d % len(value.dims) for d in order]
     origin = value.origin and (value.origin[0], tuple(value.origin[1][d] for d in order))
@@ -53,7 +53,7 @@ def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
 
 @rule("t", "numpy_T")
 def _t(record: Record, call: Call) -> None:
-    _reordered(record, call, list(range(call.args[0].dim()))[::-1])
+    _reorder(record, call, list(range(call.args[0].dim()))[::-1])
 
 
 @rule("transpose", "swapaxes")
@@ -61,19 +61,19 @@ def _transpose(record: Record, call: Call) -> None:
     order = list(range(call.args[0].dim()))
     first, second = call.args[1:3]
     order[first], order[second] = order[second], order[first]
-    _reordered(record, call, order)
+    _reorder(record, call, order)
 
 
 @rule("permute")
 def _permute(record: Record, call: Call) -> None:
-    _reordered(record, call, call.args[1])
+    _reorder(record, call, call.args[1])
 
 
 @rule("squeeze")
 def _squeeze(record: Record, call: Call) -> None:
     shape = call.args[0].shape
     dropped = {d for d in wrap(call.get(1, "dim"), len(shape)) if shape[d] == 1}
-    _reordered(record, call, [d for d in range(len(shape)) if d not in dropped])
+    _reorder(record, call, [d for d in range(len(shape)) if d not in dropped])
 
 
 @rule("unsqueeze")
