@@ -1,4 +1,4 @@
-"""What Python-level torch calls say about sizes: which int argument sizes which dimension.
+"""Sizes in Python-level torch calls: which int argument sizes which dimension.
 
 The aten operators below see plain numbers. Here, one level up, the numbers still know their origin: each int that
 sizes a dimension becomes an equation (or, when it is a literal, freezes the dimension). Ints with no handler here are
@@ -30,6 +30,7 @@ READ_BY_RULE = words(
 
 
 def _argument(args: Args, kwargs: Kwargs, position: int, *names: str) -> Any:
+    """An argument by its name, if it is given by one of ``names``, else by position; ``None`` without."""
     for name in names:
         if name in kwargs:
             return kwargs[name]
@@ -110,7 +111,7 @@ def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
 
 
 def _size_slice(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
-    """``source[start:stop]`` along one dimension: each number sizes the blocks before it or, negative, behind it."""
+    """Read ``source[start:stop]`` along one dimension: a number sizes the blocks before it, a negative one behind."""
     dim = record.peek(source).dims[at]
     total = find(dim).size
     low, high = untraced(start) or 0, total if stop is None else untraced(stop)
@@ -128,7 +129,7 @@ def _size_slice(record: Record, source: Tensor, at: int, start: int | None, stop
 
 
 def _size_end(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
-    """An end of a slice, counted from the front or, negative, from the back."""
+    """Equate an end of a slice with the blocks it counts, from the front or, where negative, from the back."""
     if untraced(end) < 0:
         record.equate(-end, back)
     else:
