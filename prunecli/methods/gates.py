@@ -133,7 +133,7 @@ def gated_weights(parameters: Mapping[str, Tensor], places: Sequence[Gates], gat
 
     Args:
         parameters: parameters by name; only those in ``places`` are read.
-        places: where gates act, from ``gate_places``.
+        places: parameters, dimensions and gate numbers from ``gate_places``.
         gates: values of all gates ``[n]``; position n, one past the last, stands for no gate.
     """
     factors = torch.cat([gates, gates.new_ones(1)])

@@ -58,7 +58,7 @@ def regular_mask(rows: int, columns: int, degree: int, generator: torch.Generato
         generator: source of the random numbers.
 
     Raises:
-        ValueError: more rows than columns, or a degree for which there is no such graph.
+        ValueError: there are more rows than columns, or the degree allows no such graph.
     """
     if rows > columns or not _is_regular(rows, columns, degree):
         raise ValueError(f"no regular mask of {rows} x {columns} has degree {degree}")
@@ -77,7 +77,7 @@ def sparse_orthogonal(rows: int, columns: int, degree: int, generator: torch.Gen
         generator: source of the random numbers.
 
     Raises:
-        ValueError: see ``regular_mask``.
+        ValueError: there is no regular mask of this shape and degree.
     """
     mask = regular_mask(rows, columns, degree, generator)
     blocks = columns // degree

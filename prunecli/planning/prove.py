@@ -53,8 +53,8 @@ def proven_plan(
 
     Raises:
         UnsupportedError: the cut net does not equal the dense net with those channels silenced, whatever stays whole.
-        TargetError: see ``make_plan``.
-        NothingPrunedError: see ``make_plan``.
+        TargetError: the target is out of reach; names the reachable range.
+        NothingPrunedError: no channel would be removed.
     """
     notes: tuple[str, ...] = ()
     seed = scores.seed

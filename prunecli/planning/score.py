@@ -87,9 +87,9 @@ def score_model(
         gradients: gradients of the loss by parameter name; needed for ``taylor``.
 
     Raises:
-        UsageError: see ``score_groups``.
-        PruneError: see ``score_groups``.
-        ValueError: see ``score_groups``.
+        UsageError: the criterion is unknown, or cannot score any group of this model.
+        PruneError: the weights of a group are not finite.
+        ValueError: ``taylor`` is used without gradients.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     generator = torch.Generator().manual_seed(seed)

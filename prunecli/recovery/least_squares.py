@@ -161,6 +161,7 @@ def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[
 
 
 def _reader(layer: Layer, removed: Mapping[int, Sequence[int]]) -> Reader:
+    """The reader of a layer whose weight loses ``removed`` positions, by dimension."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     filters, gone = layer.weight.shape[0] // groups, set(removed.get(0, ()))
     blocks = (b for b in range(groups) if not gone.issuperset(range(b * filters, (b + 1) * filters)))

@@ -83,7 +83,7 @@ class RecoveryResult:
     Attributes:
         model: the copy, on the context's device.
         residual: largest orthogonality residual, see ``Orthogonalized``; ``None`` where no step has one.
-        summary: what the steps changed, in words; empty where there is nothing to add.
+        summary: the changes that the steps made, in words; may be empty.
     """
 
     model: nn.Module

@@ -68,7 +68,7 @@ def dry(model: nn.Module, input_size: tuple[int, int, int], shapes: Shapes | Non
     Args:
         model: the model, on any device, meta included, in any dtype.
         input_size: channels, height, width of one image.
-        shapes: what runs operators on meta tensors; ``None`` runs the model on torch's fake tensors.
+        shapes: runner of operators on meta tensors; ``None`` runs the model on torch's fake tensors.
     """
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     place = first.device if shapes is None else torch.device("meta")
@@ -149,7 +149,7 @@ class DryFunctions(TorchFunctionMode):
 
     Args:
         operators: the mode of the same run that sees operators.
-        dry_run: what the run is made with.
+        dry_run: image, runner and devices of the run.
     """
 
     def __init__(self, operators: DryOperators, dry_run: Dry) -> None:

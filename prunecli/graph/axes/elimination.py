@@ -62,7 +62,7 @@ class _Relation:
     Attributes:
         difference: the polynomial.
         reason: reason for freezing axes that cannot meet the relation.
-        slack: if given, ``difference + slack`` has to stay positive instead.
+        slack: addend with which the difference has to stay positive instead; ``None`` for an equation.
     """
 
     difference: Polynomial

@@ -148,8 +148,15 @@ class Ledger:
     pins: dict[Expression, int] = field(default_factory=dict)
 
     def compare(self, comparison: str, left: Expression, right: Expression, outcome: bool) -> None:
-        """Record a comparison; equality with a literal pins the value, but for ``width % groups == 0``, which many
-        widths fulfil.
+        """Record a comparison.
+
+        Equality with a literal pins the value, but for ``width % groups == 0``, which many widths fulfil.
+
+        Args:
+            comparison: a key of `COMPARISONS`.
+            left: expression on the left side.
+            right: expression on the right side.
+            outcome: result of the comparison while tracing.
         """
         if left == right:
             return
@@ -181,7 +188,7 @@ class TracedInt(int):
 
     @classmethod
     def of(cls, value: int, expression: Expression, ledger: Ledger) -> TracedInt:
-        """``value``, known to be ``expression``."""
+        """A traced int of this value and expression, which records its uses in ``ledger``."""
         made = int.__new__(cls, value)
         made.expression, made.ledger = expression, ledger
         return made

@@ -301,8 +301,8 @@ class Record:
             tensor: the output.
             dims: term of each dimension; of the first entry where ``entries`` differ.
             silent: whether silenced channels are zero, by dimension or for all.
-            origin: see `Value`.
-            entries: see `Value`.
+            origin: the stored tensor that the output transposes, as in `Value`.
+            entries: terms of each entry along one dimension, as in `Value`.
         """
         sizes = [find(dim).size for dim in dims]
         assert sizes == list(tensor.shape), (self.operator, sizes, tensor.shape)

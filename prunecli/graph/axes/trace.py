@@ -75,7 +75,7 @@ class _Functions(DryFunctions):
         return out
 
     def _distrust(self, name: str, tensors: list[Tensor]) -> None:
-        """A Python function whose inner sizes are out of sight: its inputs stay as they are."""
+        """Freeze the inputs of a Python function that may size tensors out of sight."""
         for tensor in tensors:
             self.record.freeze(
                 self.record.dims(tensor), f"{self.record.place} calls {name!r}, whose inside is not followed"
@@ -83,7 +83,7 @@ class _Functions(DryFunctions):
 
 
 def _hides_sizes(func: Any, name: str) -> bool:
-    """A function written in Python whose body may size tensors by ints it computes itself.
+    """Whether a call is a Python function whose body may size tensors by ints that it computes itself.
 
     The methods of torch's own tensor class are thin wrappers, and the functions of `TRANSPARENT` are known.
     """
@@ -91,7 +91,7 @@ def _hides_sizes(func: Any, name: str) -> bool:
 
 
 def _trace_attributes(record: Record) -> None:
-    """Replace every int (and tuple or list of ints) attribute by one that remembers its name."""
+    """Replace every int (and tuple or list of ints) attribute of a module by one that remembers its name."""
     for path, module in record.modules.items():
         for name, value in list(module.__dict__.items()):
             if name in _NOT_OWN:
@@ -104,12 +104,13 @@ def _trace_attributes(record: Record) -> None:
 
 
 def _trace_int(record: Record, attribute: Attribute, value: int) -> TracedInt:
+    """A traced int for an attribute, whose value is recorded."""
     record.attributes[attribute] = value
     return TracedInt.of(value, attribute, record.ledger)
 
 
 def _watch_features(model: nn.Module, record: Record) -> None:
-    """Keep what ``forward_features`` returns, where the model has that method."""
+    """Record the outputs of ``forward_features``, where the model has that method."""
     method = getattr(model, "forward_features", None)
     if not callable(method):
         return
@@ -123,13 +124,14 @@ def _watch_features(model: nn.Module, record: Record) -> None:
 
 
 def _values_of(record: Record, tensors: Any) -> list[Value]:
+    """The values of all tensors in nested containers."""
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - shapes read by the record are no part of the program
         return [record.peek(t) for t in tensors_in(tensors)]
 
 
 @contextmanager
 def _module_stack(record: Record) -> Iterator[None]:
-    """Keep the path of the running module, and what each module got and gave at its first call."""
+    """Record the path of the running module, and inputs and outputs of each module's first call."""
     paths = {id(module): path for path, module in record.modules.items()}
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -153,11 +155,11 @@ def _module_stack(record: Record) -> Iterator[None]:
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
-    """Run the model on one image without data and record what its axes are.
+    """Run a model on one image without data and record its axes.
 
     Args:
-        model: on any device, meta included, in any dtype; traced in eval mode and left as it was.
-        input_size: channels, height, width.
+        model: the model, on any device, meta included, in any dtype; traced in eval mode and left as it was.
+        input_size: channels, height, width of the image.
 
     Raises:
         UnsupportedError: the forward does not run without data (its path depends on it); names module and op.
@@ -169,6 +171,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
 
 
 def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) -> Record:
+    """One trace, on meta tensors or on torch's ``fake`` tensors. Raises UnsupportedError."""
     record = Record(model, fake=fake)
     with dry(model, input_size, record.shapes) as dry_run:
 
@@ -188,9 +191,10 @@ def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) 
 
 
 def _forward(model: nn.Module, image: Tensor, record: Record) -> list[Tensor]:
+    """The outputs of the model. Raises UnsupportedError, with the place, for whatever the forward raises."""
     try:
         return tensors_of(model(image))
-    except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
+    except Exception as error:  # a model's forward may raise anything
         reason = str(error).strip().splitlines()
         raise UnsupportedError(
             f"{record.place} cannot be traced: operator {record.operator!r} failed"

@@ -1,8 +1,8 @@
-"""What each aten operator does to axes: one rule per family, found by operator name in a table.
+"""Rules for aten operators: how each family of operators maps the axes of inputs to outputs, by operator name.
 
-A rule reads the terms of the inputs, states what is the same axis (`unify`), freezes what it cannot follow, and records
-the terms of the outputs. It also records on which output dimensions silenced channels are still zero (`Value.silent`):
-only then may a later contraction or sum run over them, and the cut net equal the silenced one.
+A rule reads the terms of the inputs, unites those that are the same axis (`unify`), freezes what it cannot follow, and
+records the terms of the outputs. It also records on which output dimensions silenced channels are still zero
+(`Value.silent`): only then may a later contraction or sum run over them, and the cut net equal the silenced one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ def run_whole(function: Callable[..., Any], name: str, args: Sequence[Any], kwar
 
 
 def apply_rule(record: Record, call: Call) -> None:
-    """Look up the rule of an operator and apply it; one without a rule freezes what it touches."""
+    """Look up the rule of an operator and apply it; an operator without a rule freezes its inputs and outputs.
+
+    Args:
+        record: the trace so far.
+        call: the call, after it ran.
+    """
     record.begin(call)
     rule = RULES.get(call.name)
     if rule is not None:

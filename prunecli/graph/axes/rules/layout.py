@@ -20,7 +20,7 @@ _BROADCASTING = words("matmul __matmul__ __rmatmul__ einsum normalize")
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
 def _view(record: Record, call: Call) -> None:
     source, out = call.args[0], call.out
-    with suppress(MisfitError):  # then all entries are one, and if even that does not fit, what follows says why
+    with suppress(MisfitError):  # then all entries are one axis; if even that misfits, the reason is recorded below
         if put_view(record, source, out):
             return
     value = record.value(source)
@@ -34,7 +34,7 @@ def _view(record: Record, call: Call) -> None:
 
 
 def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """A view that only drops or adds size-1 dimensions at the end keeps the origin (a 1x1 kernel used by a matmul)."""
+    """The origin of a view that only drops size-1 dimensions at the end, as of a 1x1 kernel; ``None`` for others."""
     rank = min(source.dim(), out.dim())
     same = source.shape[:rank] == out.shape[:rank]
     if value.origin is None or not same or out.dim() > source.dim():
@@ -101,6 +101,7 @@ def _expand(record: Record, call: Call) -> None:
 
 
 def _broadcast_axis(record: Record, size: int, asked: int | None) -> Atom:
+    """The axis of a dimension that ``expand`` makes, with the size that the Python-level call gave, if it did."""
     if asked is not None:
         return record.sized(asked)
     return Atom(size) if record.request[0] in _BROADCASTING else Atom(size, ONE_LENGTH)
