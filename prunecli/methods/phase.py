@@ -27,10 +27,12 @@ _GATE_LR: Final = 0.1  # ABP trains nets, not only gates
 
 
 class TrainingSize(Protocol):
-    """What has to be known of the training images."""
+    """The length of an epoch of training images."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +43,20 @@ class Phase:
         name: ``grow`` pushes all channels a little, so that the plan can be made from what that does to them (the first
             half of GReg-2); ``push`` pushes those that a plan removes; ``regularise`` makes weights orthogonal;
             ``gate`` learns a gate for every channel.
-        steps: optimiser steps in all.
-        lr: learning rate, constant.
-        momentum: of SGD.
-        reg_start: the penalty's factor at step 0.
-        reg_step: what it grows by, every ``reg_every`` steps.
-        reg_ceiling: where it stops.
-        gram_weight: of the decorrelation, times the factor; 0: none.
+        steps: number of optimiser steps.
+        lr: learning rate, constant over the phase.
+        momentum: momentum of SGD.
+        reg_start: the penalty's factor λ at step 0.
+        reg_step: growth of λ, every ``reg_every`` steps.
+        reg_every: steps between two growths of λ.
+        reg_ceiling: largest λ.
+        gram_weight: weight of the decorrelation in the loss, multiplied by λ; 0 switches it off.
         bn_term: whether norm scales and shifts are pushed too.
-        zero_from: the step from which groups are set to zero, one more every ``zero_every`` steps; none: never.
-        zero_every: see there.
-        regulariser: of a phase that pushes nothing.
-        regulariser_weight: of it.
-        gate_l1: what is added to a gate's gradient, times its sign.
+        zero_from: the step after which groups are set to zero one by one; ``None`` sets none to zero.
+        zero_every: steps between two groups being set to zero.
+        regulariser: the regulariser of a ``regularise`` phase.
+        regulariser_weight: weight of the regulariser in the loss.
+        gate_l1: L1 weight of the gates: this times the gate's sign is added to its gradient.
     """
 
     name: PhaseName
@@ -74,7 +77,7 @@ class Phase:
 
     @property
     def before_plan(self) -> bool:
-        """Whether the plan is made from the weights that this phase leaves."""
+        """True if the plan is made from the weights that this phase leaves."""
         return self.name != "push"
 
     def reg(self, step: int) -> float:
@@ -82,14 +85,19 @@ class Phase:
         return min(self.reg_ceiling, self.reg_start + self.reg_step * (step // self.reg_every))
 
     def zeroed(self, steps: int, groups: int) -> int:
-        """How many of ``groups`` are zero after so many steps."""
+        """Number of groups that are zero.
+
+        Args:
+            steps: number of optimiser steps taken.
+            groups: number of groups that the phase cuts.
+        """
         if self.zero_from is None:
             return 0
         return min(groups, max(0, (steps - self.zero_from) // self.zero_every))
 
 
 def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the recipe's method, in order; none for ``oneshot`` and ``epsd``."""
+    """The phases of the recipe's method, in order; empty for ``oneshot`` and ``epsd``."""
     asked = recipe.phase
     lr = asked.lr or (_GATE_LR if recipe.method == "abp" else _LR)
     if recipe.method in ("oneshot", "epsd"):
@@ -141,12 +149,12 @@ def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
 
 
 def _growth(height: float, step: float, every: int) -> int:
-    """Steps until a factor has grown by ``height``."""
-    return math.ceil(height / step - 1e-9) * every
+    """Steps until a factor has grown by ``height``, at ``step`` every ``every`` steps."""
+    return math.ceil(height / step - 1e-9) * every  # 0.5 / 1e-4 may come out just above 5000
 
 
 def costs_of(recipe: Recipe, steps_per_epoch: int) -> tuple[PhaseCost, ...]:
-    """How long the phases of the recipe's method are."""
+    """The length of each phase of the recipe's method, in steps and in epochs of ``steps_per_epoch``."""
     return tuple(
         PhaseCost(
             name=phase.name,
@@ -160,7 +168,15 @@ def costs_of(recipe: Recipe, steps_per_epoch: int) -> tuple[PhaseCost, ...]:
 
 
 def require_possible(recipe: Recipe, images: TrainingSize | None) -> None:
-    """Raises UsageError where the method trains before the cut and there is nothing to train with."""
+    """Check that there is something to train with if the method trains before the cut.
+
+    Args:
+        recipe: the recipe with the method.
+        images: size of the training data; ``None`` without data.
+
+    Raises:
+        UsageError: the method has phases, and there is no data or not one batch of training images.
+    """
     if not phases_of(recipe):
         return
     if images is None:
@@ -172,7 +188,15 @@ def require_possible(recipe: Recipe, images: TrainingSize | None) -> None:
 
 
 def require_time(recipe: Recipe, groups: Sequence[PlannedGroup]) -> None:
-    """Raises UsageError where a phase ends before every group had its turn to be set to zero."""
+    """Check that each phase is long enough to set every cut group to zero.
+
+    Args:
+        recipe: the recipe with the method.
+        groups: the groups of the plan.
+
+    Raises:
+        UsageError: a phase ends before every group had its turn.
+    """
     cut = sum(group.is_cut for group in groups)
     for phase in phases_of(recipe):
         if phase.zero_from is not None and phase.zeroed(phase.steps, cut) < cut:

@@ -15,8 +15,8 @@ from torch import nn
 
 from prunecli.errors import PruneError
 from prunecli.methods.gates import Gated, GateSteps
+from prunecli.methods.growing_penalty import GrowingPenalty
 from prunecli.methods.phase import Phase
-from prunecli.methods.push import Push
 from prunecli.models.tensors import state_digest
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.loop import Event, Loop, Run, settle_
@@ -127,7 +127,7 @@ class _PhaseTraining(Loop):
             return {"open": penalty.open_share()}
         if isinstance(penalty, Orthogonality):
             return {"penalty": float(penalty.value())}
-        assert isinstance(penalty, Push)
+        assert isinstance(penalty, GrowingPenalty)
         figures = {"reg": self._phase.reg(max(self.done - 1, 0)), "norm": penalty.norm()}
         return figures | ({"penalty": float(penalty.gram())} if self._phase.gram_weight else {})
 
@@ -161,7 +161,7 @@ def _penalty(model: nn.Module, groups: Sequence[PlannedGroup], phase: Phase) -> 
     if phase.name == "gate":
         assert isinstance(model, Gated)
         return GateSteps(model.gate, phase.gate_l1)
-    return Push(model, groups, phase)
+    return GrowingPenalty(model, groups, phase)
 
 
 _PLAIN: Final = FinetuneSettings(optimizer="sgd", schedule="constant")

@@ -11,7 +11,7 @@ import copy
 from pathlib import Path
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Notify, interruptible, open_job
 from prunecli.run.learning_rate import past_of, recommended_lr
@@ -71,7 +71,7 @@ def finetune(
     job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
-        started = (start_anew_(model, recipe, job.source.spec.size),) if recipe.init is not None else ()
+        started = (initialise_(model, recipe, job.source.spec.size),) if recipe.init is not None else ()
         job.begin()
         dense_stage(job)
         if job.progress.lr is None:

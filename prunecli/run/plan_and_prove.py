@@ -11,7 +11,7 @@ from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.graph.build import build_graph
 from prunecli.methods import gateable, phase
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.planning.budget import Learned
 from prunecli.planning.make import Planned, make_plan
@@ -57,7 +57,7 @@ def plan_and_prove(
         proof = "the equivalence check was switched off"
     phase.require_time(recipe, planned.plan.groups)
     if recipe.init is not None:
-        start_anew_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
+        initialise_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
     return replace(planned, notes=(*goal.before, *planned.notes, *goal.after)), proof
 
 

@@ -20,7 +20,7 @@ from prunecli.errors import PruneError, TargetError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.measure import cost
 from prunecli.measure.weights import weight_spectra
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.planning.make import Planned
@@ -242,7 +242,7 @@ def recover_stage_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module)
 def _recover_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module) -> tuple[RecoveryStep, ...]:
     """The recovery of the recipe; a recipe that trains from scratch starts anew instead."""
     if job.recipe.init is not None:
-        return (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
+        return (initialise_(smaller.cpu(), job.recipe, job.source.spec.size),)
     context = recovery_context(job, trained, plan)
     model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, plan, smaller))
     smaller.load_state_dict(model.state_dict())

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import timm
-from trial import reload_difference, structure_digest, try_architecture
 
-from benchmarks.coverage.trial import reload_difference, try_architecture
+from benchmarks.coverage.trial import reload_difference, structure_digest, try_architecture
 from prunecli.models.build import build
 from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Row, stored_matrix

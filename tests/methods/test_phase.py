@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph.build import build_graph
+from prunecli.methods.growing_penalty import GrowingPenalty
 from prunecli.methods.phase import Phase, phases_of, require_time
-from prunecli.methods.push import Push
 from prunecli.methods.train_phase import train_phase_
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
@@ -102,7 +102,7 @@ def after_backward(phase: Phase, step: int) -> tuple[Pair, dict[str, torch.Tenso
     torch.manual_seed(2)
     images, labels = torch.randn(5, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1])
     model = Pair()
-    penalty = Push(model, pair_groups(), phase)
+    penalty = GrowingPenalty(model, pair_groups(), phase)
     loss = functional.cross_entropy(model(images), labels)
     plain = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
     loss = functional.cross_entropy(model(images), labels)
@@ -153,7 +153,7 @@ def test_groups_become_zero_one_after_the_other_and_stay_so() -> None:
         )
         for at in range(3)
     ]
-    penalty, silent = Push(model, groups, PUSH), []
+    penalty, silent = GrowingPenalty(model, groups, PUSH), []
     for step in range(16):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -174,7 +174,7 @@ def test_each_stacked_part_of_a_weight_has_its_own_gram_matrix() -> None:
     group = PlannedGroup(name="gated", kind="channels", width=3, keep=(0, 2), members=parts)
     kept = torch.tensor([True, False, True])
     expected = gram_loss(model.weight[:3], kept) + gram_loss(model.weight[3:], kept)
-    torch.testing.assert_close(Push(model, [group], PUSH).gram(), expected)
+    torch.testing.assert_close(GrowingPenalty(model, [group], PUSH).gram(), expected)
 
 
 def test_a_head_is_many_filters_that_leave_together() -> None:
@@ -183,7 +183,7 @@ def test_a_head_is_many_filters_that_leave_together() -> None:
     member = Member(tensor="weight", dim=0, role="out", index=IndexMap(stride=3, loops=((3, 1),)))
     group = PlannedGroup(name="heads", kind="heads", width=2, keep=(1,), members=(member,))
     kept = torch.tensor([False, False, False, True, True, True])
-    torch.testing.assert_close(Push(model, [group], PUSH).gram(), gram_loss(model.weight, kept))
+    torch.testing.assert_close(GrowingPenalty(model, [group], PUSH).gram(), gram_loss(model.weight, kept))
 
 
 # ------------------------------------------------------------------------------------------------- zeroed = cut
@@ -206,7 +206,7 @@ def test_the_zeroed_net_is_the_cut_net(name: str) -> None:
     groups = planned(graph, kept, random.Random(0))
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
-    Push(zeroed, groups, Phase(**{**vars(PUSH), "gram_weight": 0.0})).project_(10_000)
+    GrowingPenalty(zeroed, groups, Phase(**{**vars(PUSH), "gram_weight": 0.0})).project_(10_000)
     cut_(cut, groups=groups, attributes=graph.solve(kept), folds=graph.folds)
     assert sum(p.numel() for p in cut.parameters()) < 0.85 * sum(p.numel() for p in model.parameters())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A new start before training: what the recipe's ``init`` makes of a net, and what the report says of it."""
+"""Initialisation before training: the recipe's ``init`` applied to a net, with the report's row about it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5
-_NAMED = 3  # layers that a sentence lists
+_NAMED = 3  # most layers that a sentence lists
 
 
-def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
-    """Give ``model``, on the CPU, its start in place; the row of the report.
+def initialise_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
+    """Initialise a net in place, as the recipe's ``init`` asks (today ``sao``).
 
-    Raises UsageError where a layer cannot be as sparse as asked; nothing has been changed then.
+    Args:
+        model: the net, on the CPU.
+        recipe: the recipe with the settings of the initialisation and the seed.
+        input_size: channels, height, width of one image.
+
+    Returns:
+        The row of the report.
+
+    Raises:
+        UsageError: a layer cannot be as sparse as the recipe asks; nothing has been changed then.
     """
     began = time.perf_counter()
     asked = recipe.sao
@@ -30,7 +39,7 @@ def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, in
         gain = activation_gain(model, torch.zeros(1, *input_size))
         pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
     sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
-    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
+    found = sao.initialise_sao_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
     return RecoveryStep(
         name="init sao",
         kept=True,
