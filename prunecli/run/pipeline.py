@@ -13,8 +13,8 @@ from prunecli.errors import PruneError, UsageError
 from prunecli.methods.start import start_anew_
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Notify, interruptible, open_job
-from prunecli.run.learning_rate import past_of, recommended_lr
-from prunecli.run.progress import Past
+from prunecli.run.learning_rate import history_of, recommended_lr
+from prunecli.run.progress import History
 from prunecli.run.stages import (
     dense_stage,
     empty_plan,
@@ -70,16 +70,16 @@ def finetune(
         job.begin()
         dense_stage(job)
         if job.progress.lr is None:
-            past, notes = _past(recipe)
-            recommended = recommended_lr(job, model, past)
+            history, notes = _history(recipe)
+            recommended = recommended_lr(job, model, history)
             found = {"lr": recommended, "recovery": started, "warnings": notes}
             job.save(job.progress.model_copy(update=found))
         return finish(job, empty_plan(job.source, recipe.seed), finetuned_stage(job, model))
 
 
-def _past(recipe: Recipe) -> tuple[Past, tuple[str, ...]]:
-    """What the run that a model comes from did to it, and what there is to say where that run does not tell."""
+def _history(recipe: Recipe) -> tuple[History, tuple[str, ...]]:
+    """The history of a model that comes from a run, and a warning where that run cannot be read."""
     try:
-        return past_of(recipe), ()
+        return history_of(recipe), ()
     except PruneError as error:
-        return Past(), (f"{error} So the recommended learning rate is that of an uncut model.",)
+        return History(), (f"{error} So the recommended learning rate is that of an uncut model.",)

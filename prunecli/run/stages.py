@@ -104,7 +104,7 @@ def pruned_stage(job: Job, planned: Planned) -> nn.Module:
     if size != planned.plan.predicted:
         job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
     _check_target(planned.target, size, job.source.cost)
-    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
+    recommended = recommended_lr(job, smaller, job.history(planned.plan, stage))
     job.save(job.progress.with_stage(stage, values, lr=recommended))
     return smaller
 
@@ -155,7 +155,7 @@ def recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
         values = job.progress.jacobians.get("pruned")
     else:
         stage, values = measured_stage(job, "recovered", smaller, began)
-    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
+    recommended = recommended_lr(job, smaller, job.history(planned.plan, stage))
     write_tensors(weights, smaller.state_dict())
     job.save(job.progress.with_stage(stage, values, recovery=steps, lr=recommended))
 
