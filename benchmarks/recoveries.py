@@ -118,7 +118,7 @@ def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
         steps = tuple(step for step in arm.split("+") if step != "kd")
         context = recovery_context(job, job.source.model, plan)
         return apply_steps(context, cut(job.source.model, plan), steps).model, 0
-    trained = phases.before_cut(job, plan)
+    trained = phases.train_before_cut(job, plan)
     (phase,) = job.progress.phases
     return cut(trained, plan), round(phase.epochs)
 

@@ -61,7 +61,7 @@ def test_default_folders_are_numbered_by_model(tmp_path: Path, monkeypatch: pyte
     begun(Path("runs/b-c-9"))
     assert locate(None, model="hf-hub:a/b c", resume=False, force=False).path == Path("runs/b-c-10")
     assert locate(None, model="b c", resume=True, force=False).path == Path("runs/b-c-9")
-    (tmp_path / "runs" / "b-c-9" / run_folder.REPORT).touch()
+    (tmp_path / "runs" / "b-c-9" / "report.json").touch()
     with pytest.raises(UsageError, match="no unfinished run of b-c"):
         locate(None, model="b c", resume=True, force=False)
 
@@ -87,9 +87,10 @@ def test_what_no_run_wrote_is_left_alone(tmp_path: Path, name: str, force: bool)
 
 def test_replacing_a_run_leaves_other_files(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run")
-    for name in (*run_folder.OURS, "thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors"):
-        (folder.path / name).parent.mkdir(exist_ok=True)
-        (folder.path / name).write_text("old")
+    others = ("thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors")
+    for file in (*folder.files, *(folder.path / name for name in others)):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("old")
     run_folder.prepare_(folder, Recipe(model="resnet18"), resume=False, force=True)
     assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "checkpoints", "thesis.tex"}
     assert not list(folder.checkpoints.iterdir())

@@ -20,7 +20,7 @@ from prunecli.methods import phase
 from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
-from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_
+from prunecli.run.folder import RunFolder, held, locate, prepare_
 from prunecli.run.progress import Command, History, Progress
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.training import retraining_rates
@@ -83,7 +83,7 @@ class Job:
     def save(self, progress: Progress) -> None:
         """Make the progress of a finished stage durable."""
         self.progress = progress
-        write_json(_progress_file(self.folder), progress.model_dump(mode="json"))
+        write_json(self.folder.progress_file, progress.model_dump(mode="json"))
 
     def history(self, plan: Plan, now: Stage | None) -> History:
         """What this job did to its model so far."""
@@ -164,16 +164,16 @@ def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> Progress | 
             f"{folder.path} was started with another recipe.",
             hint="Resume without further options (the folder's recipe is used), or --force to start again.",
         )
-    if not _progress_file(folder).is_file():
+    if not folder.progress_file.is_file():
         return None
-    progress = read_value(Progress, _progress_file(folder))
+    progress = read_value(Progress, folder.progress_file)
     if progress.command != command:
         raise UsageError(
             f"{folder.path} was started with `prunecli {progress.command}`.",
             hint=f"`prunecli {progress.command} --resume --out {shlex.quote(str(folder.path))}` continues it.",
         )
     if progress.recipe_sha256 != recipe.sha256():  # cut off in the middle, YAML may still be a recipe
-        raise UsageError(f"{folder.path / RECIPE} was changed after the run had started.", hint="--force starts again.")
+        raise UsageError(f"{folder.recipe_file} was changed after the run had started.", hint="--force starts again.")
     return progress
 
 

@@ -14,7 +14,6 @@ from prunecli import __version__
 from prunecli.measure.stage_spectrum import jacobian_effort
 from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
-from prunecli.run import folder
 from prunecli.run.job import Job
 from prunecli.run.progress import Progress
 from prunecli.values.plan import Cost
@@ -29,7 +28,7 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
     return Report(
         model=job.source.ref.name,
         base=_figures(job.source.cost, dense),
-        final=_figures(size, last) | {"file_bytes": (job.folder.path / folder.WEIGHTS).stat().st_size},
+        final=_figures(size, last) | {"file_bytes": job.folder.weights_file.stat().st_size},
         stages=progress.stages,
         target=progress.target,
         layers=_layers(job.source.model, model, progress.dense_spectra),
