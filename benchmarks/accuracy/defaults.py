@@ -43,9 +43,10 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
-from prunecli.training import recommended_lr
 from prunecli.training.finetune import evaluate
+from prunecli.training.recommended_lr import recommend_lr
 from prunecli.training.schedule import optimizer_name
+from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults.json"
 NETS = ("vgg11_bn", "test_convnext", "test_vit")
@@ -89,9 +90,9 @@ def recipe_of(plain: Recipe, arm: str, seed: int, rate: float) -> Recipe:
     return Recipe.from_mapping(values)
 
 
-def published_rate(optimizer: recommended_lr.Optimizer, batch_size: int) -> float:
+def published_rate(optimizer: OptimizerName, batch_size: int) -> float:
     """What the tool takes where it knows nothing of the cut."""
-    return recommended_lr.recommend_lr(
+    return recommend_lr(
         optimizer=optimizer,
         epochs=EPOCHS,
         batch_size=batch_size,

@@ -57,15 +57,15 @@ from prunecli.run.source import open_images
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
 from prunecli.training.recommended_lr import (
-    Optimizer,
-    distillation_pull,
+    distillation_gain,
     kind_of,
     recommend_lr,
     short_peak,
     short_peak_adamw,
 )
-from prunecli.training.retraining_rates import adaptive_peak
+from prunecli.training.retraining_rates import RemovedWeights, adaptive_peak
 from prunecli.training.schedule import build_optimizer
+from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "lr_regret.json"
 GRIDS = {
@@ -99,7 +99,7 @@ class CifarNet:
     """A net on CIFAR-10: which layers are cut, what trains it, and where its base comes from."""
 
     select: str
-    optimizer: Optimizer = "sgd"
+    optimizer: OptimizerName = "sgd"
     peak: float = 0.1
     args: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
@@ -149,7 +149,7 @@ class Case:
         return kind_of(self.optimizer, taught=self.taught)
 
     @property
-    def optimizer(self) -> Optimizer:
+    def optimizer(self) -> OptimizerName:
         """What trains it."""
         return CIFAR[self.net].optimizer if self.net in CIFAR else "sgd"
 
@@ -464,14 +464,11 @@ def fixed(lr: float) -> Callable[[dict[str, Any]], float]:
 
 def allr(case: dict[str, Any]) -> float:
     """The first rate of ALLR (Zimmer et al. 2023)."""
-    return adaptive_peak(
-        peak=case["base_peak_lr"],
-        norm_dense=case["norm_dense"],
-        norm_pruned=case["norm_pruned"],
-        sparsity=case["removed_params"],
-        epochs=case["epochs"],
-        original_epochs=case["base_epochs"],
+    removed = RemovedWeights(
+        sparsity=case["removed_params"], norm_dense=case["norm_dense"], norm_pruned=case["norm_pruned"]
     )
+    peak, epochs, original_epochs = case["base_peak_lr"], case["epochs"], case["base_epochs"]
+    return adaptive_peak(removed, peak=peak, epochs=epochs, original_epochs=original_epochs)
 
 
 def range_test(case: dict[str, Any]) -> float:
@@ -593,12 +590,12 @@ def left_out(cases: Sequence[Case], records: dict[str, Any]) -> dict[Case, float
 
 def short_rate(case: Case, known: dict[str, Any], peak: float, annealing: float = 0.0) -> float:
     """The rule of short fine-tunings with these constants."""
-    pull = distillation_pull(known["distill_share"], known["distill_temperature"])
+    gain = distillation_gain(known["distill_share"], known["distill_temperature"])
     if case.optimizer == "adamw":
         gone = lost(known)
         assert gone is not None
-        return short_peak_adamw(case.ratio, gone, peak=peak) * pull
-    return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / pull
+        return short_peak_adamw(case.ratio, gone, peak=peak) * gain
+    return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / gain
 
 
 def table(records: dict[str, Any], kind: str) -> str:

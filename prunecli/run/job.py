@@ -21,7 +21,7 @@ from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.folder import RunFolder, held, locate, prepare_
-from prunecli.run.progress import Command, Past, Progress
+from prunecli.run.progress import Command, History, Progress
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.training import retraining_rates
 from prunecli.values.plan import Plan
@@ -85,9 +85,9 @@ class Job:
         self.progress = progress
         write_json(self.folder.progress_file, progress.model_dump(mode="json"))
 
-    def past(self, plan: Plan, now: Stage | None) -> Past:
+    def history(self, plan: Plan, now: Stage | None) -> History:
         """What this job did to its model so far."""
-        return Past(plan=plan, dense=self.progress.stage("dense"), now=now)
+        return History(plan=plan, dense=self.progress.stage("dense"), now=now)
 
     @property
     def epochs(self) -> int:

@@ -14,8 +14,8 @@ from prunecli.errors import PruneError, UsageError
 from prunecli.methods.initialisation import initialise_
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Notify, interruptible, open_job
-from prunecli.run.learning_rate import past_of, recommended_lr
-from prunecli.run.progress import Past
+from prunecli.run.learning_rate import history_of, recommended_lr
+from prunecli.run.progress import History
 from prunecli.run.stages import (
     cut_stage,
     dense_stage,
@@ -75,17 +75,17 @@ def finetune(
         job.begin()
         dense_stage(job)
         if job.progress.lr is None:
-            past, notes = _past(recipe)
-            recommended = recommended_lr(job, model, past)
+            history, notes = _history(recipe)
+            recommended = recommended_lr(job, model, history)
             found = {"lr": recommended, "recovery": started, "warnings": notes}
             job.save(job.progress.model_copy(update=found))
         finetune_stage_(job, model)
         return finish(job, empty_plan(job.source, recipe.seed), model)
 
 
-def _past(recipe: Recipe) -> tuple[Past, tuple[str, ...]]:
-    """What the run that a model comes from did to it, and what there is to say where that run does not tell."""
+def _history(recipe: Recipe) -> tuple[History, tuple[str, ...]]:
+    """The history of a model that comes from a run, and a warning where that run cannot be read."""
     try:
-        return past_of(recipe), ()
+        return history_of(recipe), ()
     except PruneError as error:
-        return Past(), (f"{error} So the recommended learning rate is that of an uncut model.",)
+        return History(), (f"{error} So the recommended learning rate is that of an uncut model.",)

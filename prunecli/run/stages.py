@@ -198,7 +198,7 @@ def cut_stage(job: Job, planned: Planned, trained: nn.Module) -> nn.Module:
         if size != planned.plan.predicted:
             job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
         _check_target(planned.target, size, job.source.cost)
-        return {"lr": recommended_lr(job, smaller, job.past(planned.plan, stage))}
+        return {"lr": recommended_lr(job, smaller, job.history(planned.plan, stage))}
 
     stage_(job, "pruned", smaller, lambda: Work(record=record, seconds=seconds))
     return smaller
@@ -229,7 +229,7 @@ def recover_stage_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module)
         steps = _recover_(job, plan, trained, smaller)
 
         def record(stage: Stage) -> Mapping[str, object]:
-            return {"recovery": steps, "lr": recommended_lr(job, smaller, job.past(plan, stage))}
+            return {"recovery": steps, "lr": recommended_lr(job, smaller, job.history(plan, stage))}
 
         if any(step.kept for step in steps):
             return Work(record=record)

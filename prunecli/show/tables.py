@@ -14,10 +14,10 @@ from rich.text import Text
 
 from prunecli.errors import listed
 from prunecli.show import wording
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
     Accuracy,
-    LRReport,
     PhaseCost,
     Report,
     SpectrumSummary,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.report import (
     FinetuneReport,
-    LRReport,
     PhaseCost,
     PhaseName,
     PhaseReport,
@@ -182,21 +182,19 @@ def headline(report: Report) -> str:
 
 def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
     """What a learning rate rests on, as label and text: the measured inputs, then each rule with its source."""
-    inputs = {label: value for label, value in found.evidence.items() if label not in ("rules", "candidates")}
-    rows = [(label.replace("_", " "), _text(value)) for label, value in inputs.items()]
-    rules = found.evidence.get("rules", ())
-    return rows + [(f"rule: {rule['name']}", f"{_text(rule['lr'])} ({rule['source']})") for rule in rules]
+    rows = [(label.replace("_", " "), _text(value)) for label, value in found.measurements().items()]
+    return rows + [(f"rule: {rule.name}", f"{_text(rule.lr)} ({rule.source})") for rule in found.rules]
 
 
 def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
     """The rates that were weighed up: name, rate, whether it was taken, what is known of it."""
     return [
-        (row["name"], _text(row["lr"]), "taken" if row["taken"] else "", row["says"])
-        for row in found.evidence.get("candidates", ())
+        (candidate.name, _text(candidate.lr), "taken" if candidate.taken else "", candidate.reason)
+        for candidate in found.candidates
     ]
 
 
-def _text(value: object) -> str:
+def _text(value: float | str | None) -> str:
     match value:
         case None:
             return DASH
@@ -204,7 +202,5 @@ def _text(value: object) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:.4g}"
-        case list() | tuple():
-            return ", ".join(_text(entry) for entry in value)
         case _:
             return str(value)

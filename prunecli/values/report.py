@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.value import Value
 
 StageName = Literal["dense", "regularised", "pruned", "recovered", "finetuned"]
@@ -101,14 +102,6 @@ class LayerReport(Value):
     out_after: int
     sv_before: tuple[float, ...] = ()
     sv_after: tuple[float, ...] = ()
-
-
-class LRReport(Value):
-    """The fine-tuning learning rate, the rule behind it and the measurements the rule read."""
-
-    recommended: float
-    rule: str
-    evidence: dict[str, Any] = Field(default_factory=dict)
 
 
 class LatencyReport(Value):

@@ -27,7 +27,7 @@ from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune
-from prunecli.training.recommended_lr import EVIDENCE
+from prunecli.training.recommended_lr import MEASURED_REGRETS
 
 CPU = torch.device("cpu")
 PAPERS = FinetuneSettings(optimizer="sgd", schedule="step", milestones=(0.5,), weight_decay=1e-2, decay_norms=True)
@@ -396,16 +396,16 @@ def test_a_budget_is_compared_with_the_bases_by_the_images_they_see() -> None:
     assert (epochs["mlp7_relu"], epochs["cifar_resnet56"], epochs["test_vit"]) == (270, 2000, 80)
 
 
-@pytest.mark.parametrize("kind", EVIDENCE)
+@pytest.mark.parametrize("kind", MEASURED_REGRETS)
 def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured(kind: str) -> None:
     records = Ledger(lr_regret.RESULTS).records
     lines = lr_regret.table(records, kind).splitlines()
     header, means, worst = ([cell.strip() for cell in lines[at].split("|")] for at in (0, -3, -1))
-    assert (means[1], worst[1], len(lines) - 5) == ("mean", "worst", EVIDENCE[kind].cases)
+    assert (means[1], worst[1], len(lines) - 5) == ("mean", "worst", MEASURED_REGRETS[kind].cases)
     fitted = "prunecli, fitted to other nets"
-    quoted: dict[str, tuple[float, float]] = {fitted if fitted in header else "prunecli": EVIDENCE[kind].short}
+    quoted: dict[str, tuple[float, float]] = {fitted if fitted in header else "prunecli": MEASURED_REGRETS[kind].short}
     names = {0.01: "fixed 1e-2", 0.001: "fixed 1e-3", 1.25e-4: "published rules"}
-    quoted |= {names[lr]: regret for lr, regret in EVIDENCE[kind].fixed.items()}
+    quoted |= {names[lr]: regret for lr, regret in MEASURED_REGRETS[kind].fixed.items()}
     assert {name: tuple(float(row[header.index(name)]) for row in (means, worst)) for name in quoted} == quoted
     steps = [records[str(c)]["steps"] for c in lr_regret.CASES if c.kind == kind and lr_regret.finished(c, records)]
-    assert EVIDENCE[kind].of.endswith(f", {min(steps)} to {max(steps):,} steps")
+    assert MEASURED_REGRETS[kind].scope.endswith(f", {min(steps)} to {max(steps):,} steps")

@@ -505,8 +505,8 @@ def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(tau
     lost = (top1["dense"] - top1["recovered"]) / (top1["dense"] - 10)
     assert 0.03 < lost < 0.9
     assert top1["pruned"] < top1["recovered"]
-    assert report.lr.evidence["lost_top1"] == pytest.approx(lost)
-    alone = 1e-3 * lost / (1 - report.lr.evidence["removed_channels"]) ** 0.5
+    assert report.lr.inputs.lost_top1 == pytest.approx(lost)
+    alone = 1e-3 * lost / (1 - report.lr.inputs.removed_channels) ** 0.5
     assert report.lr.recommended == pytest.approx(alone * 3.7**0.5, rel=0.05)
 
 
@@ -564,7 +564,7 @@ def test_a_run_that_lost_its_report_is_fine_tuned_and_told_so(cut_alone: Path, t
     (run / "report.json").unlink()
     report = tuned(run, tmp_path / "tuned")
     assert report.lr is not None
-    assert report.lr.evidence["removed_channels"] == 0
+    assert report.lr.inputs.removed_channels == 0
     assert any("report.json" in said and "uncut model" in said for said in report.warnings)
     assert "report.json" in sentence(call("lr", str(run), *ON_DIGITS))
 
@@ -624,10 +624,10 @@ def test_allr_reads_the_cut_and_the_report_shows_its_numbers(tmp_path: Path) -> 
     share = 1 - plan.predicted.params / plan.base.params
     assert report.lr is not None
     assert report.finetune is not None
-    found = report.lr.evidence
-    assert found["norm_dense"] == pytest.approx(norm)
-    assert found["sparsity"] == pytest.approx(share)
-    removed = (norm**2 - found["norm_pruned"] ** 2) ** 0.5 / norm
+    found = report.lr.inputs
+    assert found.norm_dense == pytest.approx(norm)
+    assert found.sparsity == pytest.approx(share)
+    removed = (norm**2 - found.norm_pruned**2) ** 0.5 / norm
     assert 0.1 < removed < 0.9
     assert report.finetune.lr == report.lr.recommended == pytest.approx(max(0.1 * removed / share**0.5, 0.1 * 2 / 50))
     last = report.finetune.history[-1]["lr"]
