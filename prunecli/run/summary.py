@@ -1,4 +1,4 @@
-"""What a finished job says of itself: the report from the progress and the final model."""
+"""The report of a finished job, from its progress and its final model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunecli import __version__
+from prunecli.errors import listed
 from prunecli.measure.stage_spectrum import jacobian_effort
 from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
@@ -72,33 +73,33 @@ def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[f
 
 
 def _warnings(job: Job, size: Cost) -> tuple[str, ...]:
-    """What a user must not learn by accident."""
-    said = [*job.source.notes, *job.progress.warnings]
+    """Limits of the result that a user has to know, each once."""
+    warnings = [*job.source.notes, *job.progress.warnings]
     if job.images is None:
-        said.append("No data was given: nothing was fine-tuned and no accuracy was measured.")
+        warnings.append("No data was given: nothing was fine-tuned and no accuracy was measured.")
     elif job.epochs == 0:
-        said.append("Nothing was fine-tuned: the budget is 0 epochs.")
+        warnings.append("Nothing was fine-tuned: the budget is 0 epochs.")
     if job.images is not None and job.images.unreadable:
-        names = ", ".join(sorted(job.images.unreadable)[:3])
-        said.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
+        names = listed(sorted(job.images.unreadable), 3)
+        warnings.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
     classified = job.source.ref.num_classes > 0
     if (
         classified
         and job.recipe.spectrum.samples == "auto"
         and jacobian_effort(job.recipe, job.source, job.device)[1] == 0
     ):
-        said.append("The Jacobian spectrum was not taken: it would take minutes an image here.")
+        warnings.append("The Jacobian spectrum was not taken: it would take minutes an image here.")
     if size.macs >= job.source.cost.macs and job.progress.target is not None:
-        said.append("The model does not have fewer multiply-adds than before.")
-    return tuple(dict.fromkeys(said))
+        warnings.append("The model does not have fewer multiply-adds than before.")
+    return tuple(dict.fromkeys(warnings))
 
 
 def versions() -> dict[str, str]:
-    """What a rerun has to match."""
+    """Versions of Python and of the packages that a rerun has to match."""
     packages = ("torch", "timm", "safetensors", "accelerate")
     return {"prunecli": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def rounded(values: torch.Tensor) -> tuple[float, ...]:
-    """Singular values at six significant digits: what a plot can show, at a third of the size."""
+    """Singular values at six significant digits: enough for a plot, at a third of the size in the file."""
     return tuple(float(f"{value:.6g}") for value in values.tolist())

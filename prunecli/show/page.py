@@ -200,7 +200,7 @@ def _recovery_row(step: RecoveryStep) -> tuple[str, ...]:
 
 def _finetuning(done: FinetuneReport, budget: str | None) -> _Training:
     how = (f"{done.epochs} epochs", f"{done.steps} steps", f"learning rate {done.lr:g}", f"{done.schedule} schedule")
-    text = ", ".join((*how, *wording.taught(done))) + "."
+    text = ", ".join((*how, *wording.distillation(done))) + "."
     if done.best_epoch is not None:
         last = wording.percent(done.last_top1)
         text += f" Best top-1 {wording.percent(done.best_top1)} after epoch {done.best_epoch}, last {last}."
