@@ -49,7 +49,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "toy-run"
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.json").is_file():
-            done = call("compress", *JOB, f"--out={folder}", "--force", fresh=True)
+            done = call("compress", *JOB, f"--out={folder}", "--force", full=True)
             assert done.exit_code == 0, done.stderr
     return folder
 

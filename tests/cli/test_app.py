@@ -70,7 +70,7 @@ def test_the_run_reloads_bit_equal_and_verifies(run):
     assert not model.training
     for name, tensor in load_file(run / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
-    result = call("verify", str(run), "--json", fresh=True)
+    result = call("verify", str(run), "--json", full=True)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ok"] is True
 
@@ -88,7 +88,7 @@ def test_a_tampered_model_does_not_verify(run, tmp_path):
     tensors = load_file(copy / "model.safetensors")
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] + 1}, copy / "model.safetensors")
-    result = call("verify", str(copy), fresh=True)
+    result = call("verify", str(copy), full=True)
     assert result.exit_code == 4
     assert "not the file that was exported" in sentence(result)
 
@@ -400,7 +400,7 @@ def test_json_is_alone_on_stdout_whatever_libraries_print(run, monkeypatch):
         return verification.verify_here(*arguments)
 
     monkeypatch.setattr("prunecli.run.verify.verify", chatty)
-    result = call("verify", str(run), "--json", fresh=True)
+    result = call("verify", str(run), "--json", full=True)
     assert json.loads(result.stdout)["ok"] is True
     assert result.stderr == "Files already downloaded and verified\nwarning: Image x.png cannot be read\n"
 

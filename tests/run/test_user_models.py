@@ -38,8 +38,8 @@ SMALL = JOB[2:]  # without the model and --no-pretrained
 NAMED = "--model=toys.user_nets:Residual"
 
 
-def job(out: Path, model: str, *options: str, fresh: bool = False) -> dict[str, Any]:
-    result = call("compress", model, *options, f"--out={out}", "--json", fresh=fresh)
+def job(out: Path, model: str, *options: str, full: bool = False) -> dict[str, Any]:
+    result = call("compress", model, *options, f"--out={out}", "--json", full=full)
     assert result.exit_code == 0, result.stderr
     report: dict[str, Any] = json.loads(result.stdout)
     return report
@@ -65,7 +65,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job on a net of the user's own."""
     out = tmp_path_factory.mktemp("runs") / "residual"
-    report = job(out, "toys.user_nets:Residual", *SMALL, fresh=True)
+    report = job(out, "toys.user_nets:Residual", *SMALL, full=True)
     assert report["model"] == "toys.user_nets:Residual"
     assert report["verify"] == {"reload_max_abs_diff": 0.0, "classes_equal": True, "ok": True}
     assert report["final"]["params"] < 0.6 * report["base"]["params"]
@@ -170,7 +170,7 @@ def test_a_run_is_loaded_with_the_function_and_verifies(run: Path) -> None:
     model = prunecli.load(run, model=user_nets.Residual)
     assert type(model) is user_nets.Residual
     assert equal({name: model.state_dict()[name] for name in weights(run)}, weights(run))
-    result = call("verify", str(run), NAMED, "--json", fresh=True)
+    result = call("verify", str(run), NAMED, "--json", full=True)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["reload_max_abs_diff"] == 0.0
 
@@ -241,7 +241,7 @@ def test_what_a_folder_names_is_not_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder, trace = malicious
-    result = call(command[0], str(folder), *command[1:], *named, fresh=True)
+    result = call(command[0], str(folder), *command[1:], *named, full=True)
     assert result.exit_code == 2, result.stderr
     assert "os:system(command=" in sentence(result)
     assert not trace.exists()
@@ -267,7 +267,7 @@ def test_python_does_not_run_what_a_folder_names(malicious: tuple[Path, Path]) -
 
 def test_arguments_are_named_by_the_user_too(run: Path, tmp_path: Path) -> None:
     folder = recorded(run, tmp_path / "run", args={"width": 12})
-    result = call("verify", str(folder), NAMED, fresh=True)
+    result = call("verify", str(folder), NAMED, full=True)
     assert result.exit_code == 2
     assert "made by 'toys.user_nets:Residual(width=12)', not by 'toys.user_nets:Residual()'" in sentence(result)
     assert call("inspect", str(folder), NAMED, "--model-arg=width=12").exit_code == 0
@@ -278,7 +278,7 @@ def test_a_model_of_timm_needs_no_function(tmp_path: Path) -> None:
     size = cost.measure(loaded.model, input_spec(loaded.ref).size)
     export(RunFolder(path=tmp_path), loaded.model, ref=loaded.ref, base=size, final=size)
     for arguments, said in ([NAMED], "Leave --model out"), (["--model-arg=width=3"], "Name it with --model"):
-        result = call("verify", str(tmp_path), *arguments, fresh=True)
+        result = call("verify", str(tmp_path), *arguments, full=True)
         assert result.exit_code == 2
         assert said in sentence(result)
     with pytest.raises(UsageError, match="holds a model of timm"):
@@ -331,11 +331,11 @@ def test_cuts_of_torchvisions_resnet() -> None:
 def test_torchvisions_resnet_from_end_to_end(tmp_path: Path) -> None:
     model = ["torchvision.models:resnet18", "--model-arg=num_classes=10"]
     options = ["--target=macs=50%", "data.input_size=[3,32,32]", "finetune.epochs=1", *SMALL[3:]]
-    report = job(tmp_path / "run", *model, "--data=digits", *options, fresh=True)
+    report = job(tmp_path / "run", *model, "--data=digits", *options, full=True)
     assert report["verify"] == {"reload_max_abs_diff": 0.0, "classes_equal": True, "ok": True}
     assert report["final"]["macs"] == pytest.approx(report["base"]["macs"] / 2, rel=0.01)
     named = ["--model=torchvision.models:resnet18", "--model-arg=num_classes=10"]
-    result = call("verify", str(tmp_path / "run"), *named, fresh=True)
+    result = call("verify", str(tmp_path / "run"), *named, full=True)
     assert result.exit_code == 0, result.stderr
     loaded = prunecli.load(tmp_path / "run", model=user_nets.resnet18)
     assert equal({name: loaded.state_dict()[name] for name in weights(tmp_path / "run")}, weights(tmp_path / "run"))
@@ -347,7 +347,7 @@ def test_a_hugging_face_vit_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     assert_cuts_are_right(user_nets.hugging_face_vit().eval(), (3, 32, 32), groups=9)
-    report = job(tmp_path / "run", "toys.user_nets:hugging_face_vit", "data.input_size=[3,32,32]", *SMALL, fresh=True)
+    report = job(tmp_path / "run", "toys.user_nets:hugging_face_vit", "data.input_size=[3,32,32]", *SMALL, full=True)
     assert report["verify"] == {"reload_max_abs_diff": 0.0, "classes_equal": True, "ok": True}
     assert report["final"]["params"] < 0.5 * report["base"]["params"]
     loaded = prunecli.load(tmp_path / "run", model=user_nets.hugging_face_vit)

@@ -17,14 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+import sklearn.datasets  # noqa: F401 - this and what follows is imported once, for all jobs
 import torch
 
 from prunecli.cli.app import app
-from prunecli.run import (
-    pipeline,  # noqa: F401 - imported once, for all jobs
-    verify,
-)
-from prunecli.show import tables  # noqa: F401 - imported once, for all jobs
+from prunecli.run import pipeline  # noqa: F401
+from prunecli.show import tables  # noqa: F401
+from toys.jobs import without_extras
 
 CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"})
 
@@ -54,8 +54,6 @@ def job(order: dict[str, Any], record: int, said: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(said, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
-    if not order.get("fresh"):
-        verify.verify = verify.verify_here  # a fresh process a job would take most of the time
     watch(os.path.realpath(order["folder"]), order.get("stop_at"), order.get("signal", 9), record)
     try:
         app(args=order["arguments"], prog_name="prunecli")
@@ -67,6 +65,7 @@ def job(order: dict[str, Any], record: int, said: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    without_extras(pytest.MonkeyPatch())
     for line in sys.stdin:
         with tempfile.TemporaryFile() as record, tempfile.TemporaryFile() as said:
             child = os.fork()

@@ -30,20 +30,26 @@ JOB = [
 APART = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
 
 
-def call(*arguments: str, stdin: str | None = None, fresh: bool = False) -> Result:
+def without_extras(patch: pytest.MonkeyPatch) -> None:
+    """Let jobs verify their export in this process and draw no plots: each takes as long as the rest of a toy job."""
+    from prunecli.run import verify
+    from prunecli.show import plots
+
+    patch.setattr(verify, "verify", verify.verify_here)
+    patch.setattr(plots, "_drawn", lambda *_, **__: "<svg></svg>")
+
+
+def call(*arguments: str, stdin: str | None = None, full: bool = False) -> Result:
     """Run a command in this process.
 
     Args:
         arguments: command line, without the program's name.
         stdin: what the command reads.
-        fresh: whether an export is verified in a fresh process, as it is for users. Starting one takes longer than a
-            toy job, so most tests let the same comparison run in this process.
+        full: whether an export is verified in a fresh process and the report has its plots, as for users.
     """
-    from prunecli.run import verify
-
     with pytest.MonkeyPatch.context() as patch:
-        if not fresh:
-            patch.setattr(verify, "verify", verify.verify_here)
+        if not full:
+            without_extras(patch)
         return CliRunner(**APART).invoke(app, list(arguments), input=stdin)
 
 
