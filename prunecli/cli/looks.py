@@ -136,7 +136,7 @@ def evaluate(
     """Top-1, top-5 and loss on the validation split."""
     with reported():
         from prunecli.models.device import resolve_device
-        from prunecli.recipe.reading import layered
+        from prunecli.recipe.layers import layered
         from prunecli.run.source import load_source, open_images
         from prunecli.show import tables
         from prunecli.training import finetune as finetuning
@@ -167,7 +167,7 @@ def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = Non
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
         from prunecli.models.user_function import Function
-        from prunecli.recipe.reading import parse_assignments
+        from prunecli.recipe.layers import parse_assignments
         from prunecli.run import verify as verification
         from prunecli.show import tables
 

@@ -72,7 +72,7 @@ def flags_of(
     seed: int | None = None,
 ) -> dict[str, Any]:
     """The shared options as recipe keys. Raises UsageError where a number cannot be read."""
-    from prunecli.recipe.reading import parse_assignments
+    from prunecli.recipe.layers import parse_assignments
 
     rate: str | float | None = lr
     if lr is not None and lr != "auto":
@@ -113,7 +113,7 @@ def resolved_recipe(
     else takes the recipe of the run folder.
     """
     from prunecli.recipe import packaged
-    from prunecli.recipe.reading import layered, parse_assignments
+    from prunecli.recipe.layers import layered, parse_assignments
     from prunecli.recipe.recipe import Recipe
 
     words = words or []

@@ -11,26 +11,25 @@ from torch import nn
 from prunecli.errors import listed
 from prunecli.methods import sao
 from prunecli.models.layers import activation_gain
-from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.methods import SaoInit
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5
 _NAMED = 3  # layers that a sentence lists
 
 
-def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
+def start_anew_(model: nn.Module, asked: SaoInit, input_size: tuple[int, int, int], *, seed: int) -> RecoveryStep:
     """Give ``model``, on the CPU, its start in place; the row of the report.
 
     Raises UsageError where a layer cannot be as sparse as asked; nothing has been changed then.
     """
     began = time.perf_counter()
-    asked = recipe.sao
     pattern = asked.activation
     if pattern == "auto":
         gain = activation_gain(model, torch.zeros(1, *input_size))
         pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
     sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
-    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
+    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=seed)
     return RecoveryStep(
         name="init sao",
         kept=True,

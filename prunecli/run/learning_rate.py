@@ -13,6 +13,7 @@ from prunecli.measure import accuracy as measure_accuracy
 from prunecli.measure.accuracy import knows_the_data
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.schedules import CosineSchedule, StepSchedule
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run.folder import RunFolder
 from prunecli.run.job import DEFAULT_EPOCHS, Job
@@ -50,10 +51,12 @@ def finetune_settings(job: Job) -> FinetuneSettings:
     with distillation from a dense model that is worth learning from.
     """
     asked, found = job.recipe.finetune, job.progress.lr
-    decided: dict[str, Any] = {"distill": asked.distill.model_copy(update={"alpha": _distill_share(job)})}
-    if asked.min_lr is None and found is not None and "final_lr" in found.evidence:
-        decided["min_lr"] = found.evidence["final_lr"]
-    return asked.model_copy(update=decided)
+    decided: dict[str, Any] = {"distill": asked.distill.updated(alpha=_distill_share(job))}
+    planned = asked.schedule
+    anneals = isinstance(planned, CosineSchedule | StepSchedule) and planned.min_lr is None
+    if anneals and found is not None and "final_lr" in found.evidence:
+        decided["schedule"] = planned.updated(min_lr=found.evidence["final_lr"])
+    return asked.updated(**decided)
 
 
 def _distill_share(job: Job) -> float:
@@ -63,7 +66,13 @@ def _distill_share(job: Job) -> float:
     asked, dense = job.recipe.finetune, job.progress.stage("dense")
     if asked.distill.alpha != "auto":
         return asked.distill.share
-    if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
+    if (
+        job.progress.command != "compress"
+        or asked.loss.kind != "ce"
+        or not dense
+        or dense.top1 is None
+        or not job.images
+    ):
         return 0.0
     return DISTILL_SHARE if knows_the_data(dense.top1, job.images.num_classes) else 0.0
 
@@ -90,7 +99,7 @@ def _recommended(job: Job, model: nn.Module, past: Past, *, lost_top1: float | N
 
 def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
     """Feed the norms of the weights before and after the cut to the schedules that have rates of their own."""
-    cut_too = plan is not None and recipe.finetune.schedule == "allr"
+    cut_too = plan is not None and recipe.finetune.schedule.kind == "allr"
     dense = _weight_norm(source.model) if cut_too else 0.0
     return retraining_rates.prescribed_lr(
         recipe.finetune,

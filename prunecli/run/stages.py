@@ -136,7 +136,7 @@ def recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
     job.notify({"event": "start", "name": "recover"})
     steps: tuple[RecoveryStep, ...]
     if job.recipe.init is not None:
-        steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
+        steps = (start_anew_(smaller.cpu(), job.recipe.init, job.source.spec.size, seed=job.recipe.seed),)
     else:
         context = recovery_context(job, phases.before_cut(job, planned.plan), planned.plan)
         model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, planned.plan, smaller))

@@ -9,7 +9,8 @@ import math
 from typing import Any, Final
 
 from prunecli.errors import UsageError
-from prunecli.recipe.settings import RETRAINING, FinetuneSettings, OriginalSchedule
+from prunecli.recipe.schedules import OriginalSchedule, RetrainingSchedule
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.values.report import LRReport
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."
@@ -63,25 +64,23 @@ def prescribed_lr(
     Raises:
         UsageError: ALLR where nothing was cut.
     """
-    original = settings.original
-    if original is None or settings.schedule not in RETRAINING:
+    original, kind = settings.original, settings.schedule.kind
+    if original is None or not isinstance(settings.schedule, RetrainingSchedule):
         return None
     given: dict[str, Any] = {
-        "schedule": settings.schedule,
+        "schedule": kind,
         "epochs": epochs,
         "original_peak_lr": original.lr,
         "original_epochs": original.epochs,
     }
-    if settings.schedule == "rewind":
+    if kind == "rewind":
         lr = _rate_at(original, original.epochs - epochs)
         says = f"LR rewinding replays the last {epochs} of the base's {original.epochs} epochs, which begin at {lr:g}."
         return _report(lr, "rewind", says, _RENDA, given)
-    if settings.schedule == "allr":
+    if kind == "allr":
         return _allr(original, given, sparsity=sparsity, norm_dense=norm_dense, norm_pruned=norm_pruned)
-    name = settings.schedule.upper()
-    return _report(
-        original.lr, settings.schedule, f"{name} climbs to the base's own peak rate {original.lr:g}.", _LE_HUA, given
-    )
+    name = kind.upper()
+    return _report(original.lr, kind, f"{name} climbs to the base's own peak rate {original.lr:g}.", _LE_HUA, given)
 
 
 def _allr(
