@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from prunecli.errors import UsageError
-from prunecli.recipe.reading import layered, parse_assignments, parse_yaml
+from prunecli.recipe.layers import layered, parse_assignments
+from prunecli.recipe.reading import parse_yaml
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.target import Target
 
@@ -125,8 +126,11 @@ def test_preprocessing_is_what_was_given():
         ({"schedule": "rewind", "lr": 0.1}, "schedule rewind needs original"),
         ({"schedule": "clr"}, "schedule clr needs original"),
         ({"schedule": "allr", "original": ORIGINAL, "lr": 0.1}, "allr says its own rates; leave lr at auto"),
-        ({"schedule": "slr", "original": ORIGINAL, "warmup_epochs": 1}, "slr has its own start and end"),
-        ({"schedule": "slr", "original": ORIGINAL, "min_lr": 1e-4}, "slr has its own start and end"),
+        (
+            {"schedule": {"kind": "slr", "warmup_epochs": 1}, "original": ORIGINAL},
+            "finetune.schedule.warmup_epochs' of kind slr",
+        ),
+        ({"schedule": {"kind": "slr", "min_lr": 1e-4}, "original": ORIGINAL}, "finetune.schedule.min_lr' of kind slr"),
         ({"schedule": "rewind", "original": ORIGINAL, "epochs": 201}, "cannot replay 201 of 200 epochs"),
         (
             {"schedule": "step", "original": ORIGINAL, "lr": 0.01},
@@ -137,7 +141,7 @@ def test_preprocessing_is_what_was_given():
 def test_schedules_say_what_they_lack(finetune, said):
     with pytest.raises(UsageError, match=said) as caught:
         Recipe.from_mapping({"finetune": finetune})
-    assert str(caught.value).startswith("recipe: finetune: ")
+    assert str(caught.value).startswith(("recipe: finetune: ", "recipe: unknown key 'finetune.schedule."))
 
 
 @pytest.mark.parametrize("finetune", [{"schedule": "slr", "lr": 0.1}, {"schedule": "rewind", "original": ORIGINAL}])

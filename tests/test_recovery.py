@@ -13,7 +13,7 @@ from torch import nn
 from prunecli.errors import UsageError
 from prunecli.measure.accuracy import knows_the_data, lost_top1
 from prunecli.recipe import packaged
-from prunecli.recipe.reading import layered
+from prunecli.recipe.layers import layered
 from prunecli.recipe.recipe import Recipe
 from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
 from prunecli.run import plan_and_prove

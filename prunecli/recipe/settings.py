@@ -33,10 +33,10 @@ class DataSettings(Value):
     val_limit: int | None = Field(default=None, gt=0, description="use only the first N validation images")
     unreadable_limit: int = Field(default=10, ge=0, description="how many unreadable images a run survives")
     input_size: tuple[Count, Count, Count] | None = Field(
-        default=None, description="channels, height, width that the model is fed with; none: the checkpoint's own"
+        default=None, description="channels, height, width that the model is fed with; null: the checkpoint's own"
     )
     mean: tuple[float, ...] | None = Field(
-        default=None, min_length=1, description="of each channel, for pixels in [0, 1]; none: the checkpoint's own"
+        default=None, min_length=1, description="mean of each channel, for pixels in [0, 1]; null: the checkpoint's own"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, min_length=1)
 
