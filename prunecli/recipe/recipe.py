@@ -42,13 +42,15 @@ class Recipe(Value):
         default=None,
         description="package.module:function that made the run which `model` names; it is called to load the run",
     )
-    weights: str | None = None
-    pretrained: bool = True
+    weights: str | None = Field(default=None, description="file of weights: .safetensors, .pth, .pth.tar or .bin")
+    pretrained: bool = Field(default=True, description="false: start from random weights")
     model_args: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments for timm.create_model, or the function"
     )
     data: DataSettings = DataSettings()
-    target: Target | None = None
+    target: Target | None = Field(
+        default=None, description="what is to be left: macs=50%, speedup=2, params=10M, size=20MB or ratio=0.3"
+    )
     method: Method = Field(
         default=OneshotMethod(),
         description="what happens before the cut: a training phase, with oneshot nothing; abp learns which channels "
@@ -63,8 +65,8 @@ class Recipe(Value):
     recover: RecoverSettings = RecoverSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     spectrum: SpectrumSettings = SpectrumSettings()
-    device: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N]")
+    seed: int = Field(default=0, ge=0, description="seed of all random numbers")
     equivalence_check: bool = Field(
         default=True, description="prove the cut against the silenced dense net before any work"
     )

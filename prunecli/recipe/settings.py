@@ -19,12 +19,12 @@ RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
 class DataSettings(Value):
     """Where images come from. ``name`` is an ImageFolder path, a timm dataset name, or ``digits``."""
 
-    name: str | None = None
-    dir: str | None = None
-    train_split: str = "train"
-    val_split: str = "validation"
-    batch_size: int = Field(default=128, gt=0)
-    workers: int = Field(default=0, ge=0)
+    name: str | None = Field(default=None, description="an ImageFolder, a timm data set, or digits")
+    dir: str | None = Field(default=None, description="folder where a named data set lies")
+    train_split: str = Field(default="train", description="name of the training split")
+    val_split: str = Field(default="validation", description="name of the validation split")
+    batch_size: int = Field(default=128, gt=0, description="images in a batch")
+    workers: int = Field(default=0, ge=0, description="processes that load images; 0: none beside the main one")
     augment: Literal["auto", "timm", "crop_flip", "none"] = Field(
         default="auto",
         description="auto: none for written digits, crop_flip (pad 4, random crop, flip) up to 64 px, timm's own above",
@@ -38,7 +38,9 @@ class DataSettings(Value):
     mean: tuple[float, ...] | None = Field(
         default=None, min_length=1, description="mean of each channel, for pixels in [0, 1]; null: the checkpoint's own"
     )
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None, min_length=1, description="standard deviation of each channel; null: the checkpoint's own"
+    )
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -50,9 +52,11 @@ class DataSettings(Value):
 class PruneSettings(Value):
     """What may be cut, and how channels are ranked."""
 
-    criterion: Criterion = "l1"
-    ranking: Ranking = "local"
-    graph: Literal["axes", "torch_pruning"] = "axes"
+    criterion: Criterion = Field(default="l1", description="score by which channels are ranked")
+    ranking: Ranking = Field(
+        default="local", description="which channels compete: those of a group, all, or those of groups alike"
+    )
+    graph: Literal["axes", "torch_pruning"] = Field(default="axes", description="engine that finds coupled channels")
     attention: Literal["heads", "head_dim"] = Field(
         default="heads", description="which factor of an attention width is cut"
     )
@@ -63,7 +67,7 @@ class PruneSettings(Value):
     round_to: int = Field(
         default=8, gt=0, description="kept widths are multiples of this where the width allows it; 1 is off"
     )
-    min_width: int = Field(default=1, gt=0)
+    min_width: int = Field(default=1, gt=0, description="fewest channels that a group keeps")
     max_ratio: float = Field(default=0.995, gt=0, lt=1, description="largest share of one group that may leave")
     calibration_images: int = Field(default=128, gt=0, description="images for criteria that need gradients")
 
@@ -84,7 +88,9 @@ class RecoverSettings(Value):
     orthp_method: Literal["qr", "polar", "newton_schulz", "approximate", "delta", "scratch"] = Field(
         default="qr", description="delta and scratch forget the weights; they are there for comparison"
     )
-    gain: Literal["auto"] | float = "auto"
+    gain: Literal["auto"] | float = Field(
+        default="auto", description="orthp: singular value of the new weights; auto: by the activation"
+    )
     bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
 
@@ -104,7 +110,7 @@ class DistillSettings(Value):
         default="auto",
         description="auto: 0.9 in `compress` where the dense model is a good teacher for the data, else 0",
     )
-    temperature: float = Field(default=4.0, gt=0)
+    temperature: float = Field(default=4.0, gt=0, description="temperature of both answers")
 
     @property
     def share(self) -> float:
@@ -142,7 +148,7 @@ class FinetuneSettings(Value):
         default="auto", description="auto: bf16 on a GPU that has it, off on CPU"
     )
     channels_last: Literal["auto", "on", "off"] = Field(
-        default="auto", description="memory format of images and weights; auto: on where the device gains from it"
+        default="auto", description="memory format of images and weights; auto: on for convolutional nets on a GPU"
     )
     clip_grad: float | None = Field(default=None, gt=0, description="largest gradient norm")
     ema: float | None = Field(
