@@ -21,13 +21,14 @@ from prunecli.files import write_tensors
 from prunecli.models import paper_nets
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
+from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training import finetune
 
 SEED = 0
 PEAK_LR = 0.1
 DATA = DataSettings(name="digits", batch_size=64)
-SETTINGS = FinetuneSettings(optimizer="sgd", schedule="cosine", warmup_epochs=1.0, weight_decay=5e-4, min_lr=1e-4)
+SETTINGS = FinetuneSettings(optimizer="sgd", schedule=CosineSchedule(min_lr=1e-4, warmup_epochs=1.0), weight_decay=5e-4)
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ from prunecli.measure.accuracy import lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.recovery.steps import apply_steps, has_batch_norm
 from prunecli.run.job import Job, open_job
@@ -78,8 +79,8 @@ RANGE_STEPS = 100
 TRIAL_SHARE = 0.05  # of the fine-tuning's steps, for three trials
 TRIAL_STEPS = 10  # a shorter trial says nothing
 SETTINGS = {
-    "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine"),
-    "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05, schedule="cosine"),
+    "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True),
+    "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05),
 }
 TEACHER = DistillSettings(alpha=0.9, temperature=4.0)
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -176,7 +177,7 @@ class Case:
     def settings(self, lr: float) -> FinetuneSettings:
         """Of the run that starts at ``lr``."""
         distill = TEACHER if self.taught else DistillSettings()
-        return SETTINGS[self.optimizer].model_copy(update={"min_lr": lr / 100, "distill": distill})
+        return SETTINGS[self.optimizer].updated(schedule=CosineSchedule(min_lr=lr / 100), distill=distill)
 
     def key(self, lr: float, seed: int) -> str:
         """The name of one run's record."""
@@ -372,8 +373,8 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
         return file
     with opened(recipe_for(net, None, how.base.images, asked)) as job:
         assert job.images is not None
-        settings = SETTINGS[how.optimizer].model_copy(
-            update={"min_lr": how.peak / 100, "warmup_epochs": how.base.warmup}
+        settings = SETTINGS[how.optimizer].updated(
+            schedule=CosineSchedule(min_lr=how.peak / 100, warmup_epochs=how.base.warmup)
         )
         done = finetune.finetune(
             job.source.model,

@@ -29,7 +29,7 @@ _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=")
 
 def _keyword_arguments(pairs: list[str]) -> dict[str, Any]:
     """``["width=32", …]`` as a mapping. Raises UsageError."""
-    from prunecli.recipe.reading import parse_assignments
+    from prunecli.recipe.layers import parse_assignments
 
     return parse_assignments(pairs)
 
@@ -190,7 +190,7 @@ class Asked:
             UsageError: An option, a word or the recipe is wrong, or there is no run to resume.
         """
         from prunecli.recipe import packaged
-        from prunecli.recipe.reading import layered, nested, parse_assignments
+        from prunecli.recipe.layers import layered, nested, parse_assignments
         from prunecli.recipe.recipe import Recipe
 
         rows = [(RECIPE_OPTIONS[name], value) for name, value in self.options.items()]

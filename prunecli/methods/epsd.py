@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.methods.gates import gate_places, gated_weights
-from prunecli.recipe.settings import DistillSettings, EpsdSettings, FinetuneSettings
+from prunecli.recipe.methods import EpsdMethod
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import Net, Objective, build_objective
 from prunecli.training.step import TrainingImages, own_randomness
 from prunecli.values.groups import Group
@@ -34,7 +35,7 @@ def epsd_scores(
     model: nn.Module,
     groups: Sequence[Group],
     images: TrainingImages,
-    settings: EpsdSettings,
+    settings: EpsdMethod,
     finetune: FinetuneSettings,
     *,
     device: torch.device,
@@ -65,7 +66,9 @@ def epsd_scores(
     masks = torch.ones(sum(group.width for group in groups), device=device, requires_grad=True)
     given = dict(net.named_parameters())
     weights = given | gated_weights(given, places, masks)
-    plain = finetune.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "distill": DistillSettings()})
+    asked = finetune.loss
+    unmixed = asked.updated(mixup=0.0, cutmix=0.0) if asked.kind == "ce" else asked
+    plain = finetune.updated(loss=unmixed, distill=DistillSettings())
     objective = build_objective(plain, num_classes=images.num_classes, epochs=settings.steps + 1)
     batches = _batches(images, objective, device)
     moved = copy.deepcopy(net)  # the net after each step, as a module: the objective keeps the last one as a teacher
@@ -87,7 +90,7 @@ def epsd_scores(
             ) from error
     if not bool(gradient.isfinite().all()):
         raise PruneError(
-            f"Method epsd's {settings.steps} steps at learning rate {settings.lr:g} diverge.", hint="Lower epsd.lr."
+            f"Method epsd's {settings.steps} steps at learning rate {settings.lr:g} diverge.", hint="Lower method.lr."
         )
     parts = gradient.abs().cpu().double().split([group.width for group in groups])
     return {group.name: part for group, part in zip(groups, parts, strict=True)}

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from prunecli.errors import UsageError
+from prunecli.recipe.methods import (
+    AbpMethod,
+    GregFixed,
+    GregGrowing,
+    GregPicking,
+    OrthogonalMethod,
+    TppFixed,
+    TppGrowing,
+)
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseCost, PhaseName
-
-_LR: Final = 1e-3
-_GATE_LR: Final = 0.1  # ABP trains nets, not only gates
 
 
 class TrainingSize(Protocol):
@@ -98,54 +104,61 @@ class Phase:
 
 def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
     """The phases of the recipe's method, in order; empty for ``oneshot`` and ``epsd``."""
-    asked = recipe.phase
-    lr = asked.lr or (_GATE_LR if recipe.method == "abp" else _LR)
-    if recipe.method in ("oneshot", "epsd"):
-        return ()
-    if recipe.method == "abp":
-        return (Phase(name="gate", steps=asked.steps, lr=lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)
-    if recipe.method in ("kernorth", "orthconv"):
-        return (
-            Phase(
-                name="regularise",
-                steps=asked.steps,
-                lr=lr,
-                momentum=asked.momentum,
-                regulariser=recipe.method,
-                regulariser_weight=asked.regulariser_weight,
-            ),
-        )
-    tpp, picks_late = recipe.method == "tpp", recipe.method == "greg" and asked.variant == 2
-    start = asked.pick_ceiling if picks_late else 0.0
-    growing = asked.penalty == "growing"
-    pushing = _growth(asked.reg_ceiling - start, asked.reg_step, asked.reg_every) if growing else asked.steps
-    push = Phase(
-        name="push",
-        steps=pushing + asked.stabilise,
-        lr=lr,
-        momentum=asked.momentum,
-        reg_start=start if growing else asked.reg_ceiling,
-        reg_step=asked.reg_step if growing else 0.0,
-        reg_every=asked.reg_every,
-        reg_ceiling=asked.reg_ceiling,
-        gram_weight=asked.gram_weight if tpp else 0.0,
-        bn_term=asked.bn_term if asked.bn_term is not None else tpp,
-        zero_from=pushing if tpp else None,
-        zero_every=asked.zero_every,
-    )
-    if not picks_late:
-        return (push,)
-    grow = Phase(
+    match recipe.method:
+        case AbpMethod() as asked:
+            return (Phase(name="gate", steps=asked.steps, lr=asked.lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)
+        case OrthogonalMethod() as asked:
+            return (
+                Phase(
+                    name="regularise",
+                    steps=asked.steps,
+                    lr=asked.lr,
+                    momentum=asked.momentum,
+                    regulariser=asked.kind,
+                    regulariser_weight=asked.weight,
+                ),
+            )
+        case GregPicking() as asked:
+            return (_grow(asked), _push(asked))
+        case TppGrowing() | TppFixed() | GregGrowing() | GregFixed() as asked:
+            return (_push(asked),)
+    return ()
+
+
+def _grow(asked: GregPicking) -> Phase:
+    return Phase(
         name="grow",
         steps=_growth(asked.pick_ceiling, asked.pick_step, asked.reg_every),
-        lr=lr,
+        lr=asked.lr,
         momentum=asked.momentum,
         reg_step=asked.pick_step,
         reg_every=asked.reg_every,
         reg_ceiling=asked.pick_ceiling,
-        bn_term=push.bn_term,
+        bn_term=asked.bn_term,
     )
-    return (grow, push)
+
+
+def _push(asked: TppGrowing | TppFixed | GregGrowing | GregFixed | GregPicking) -> Phase:
+    start = asked.pick_ceiling if isinstance(asked, GregPicking) else 0.0
+    pushing = (
+        asked.steps if asked.penalty == "fixed" else _growth(asked.reg_ceiling - start, asked.reg_step, asked.reg_every)
+    )
+    phase = Phase(
+        name="push",
+        steps=pushing + asked.stabilise,
+        lr=asked.lr,
+        momentum=asked.momentum,
+        reg_start=start,
+        reg_ceiling=asked.reg_ceiling,
+        bn_term=asked.bn_term,
+    )
+    if asked.penalty == "fixed":
+        phase = replace(phase, reg_start=asked.reg_ceiling)
+    else:
+        phase = replace(phase, reg_step=asked.reg_step, reg_every=asked.reg_every)
+    if asked.kind == "tpp":
+        return replace(phase, gram_weight=asked.gram_weight, zero_from=pushing, zero_every=asked.zero_every)
+    return phase
 
 
 def _growth(height: float, step: float, every: int) -> int:
@@ -158,7 +171,7 @@ def costs_of(recipe: Recipe, steps_per_epoch: int) -> tuple[PhaseCost, ...]:
     return tuple(
         PhaseCost(
             name=phase.name,
-            method=recipe.method,
+            method=recipe.method.kind,
             steps=phase.steps,
             epochs=phase.steps / steps_per_epoch,
             lr=phase.lr,
@@ -180,10 +193,10 @@ def require_possible(recipe: Recipe, images: TrainingSize | None) -> None:
     if not phases_of(recipe):
         return
     if images is None:
-        raise UsageError(f"Method {recipe.method} trains before the cut, so it needs data.", hint="Give --data.")
+        raise UsageError(f"Method {recipe.method.kind} trains before the cut, so it needs data.", hint="Give --data.")
     if images.steps_per_epoch < 1:
         raise UsageError(
-            f"Method {recipe.method} trains before the cut, and data {recipe.data.name} has no training images."
+            f"Method {recipe.method.kind} trains before the cut, and data {recipe.data.name} has no training images."
         )
 
 
@@ -201,7 +214,7 @@ def require_time(recipe: Recipe, groups: Sequence[PlannedGroup]) -> None:
     for phase in phases_of(recipe):
         if phase.zero_from is not None and phase.zeroed(phase.steps, cut) < cut:
             raise UsageError(
-                f"phase.stabilise is {phase.steps - phase.zero_from} steps: too few to set {cut} groups to zero, one "
+                f"method.stabilise is {phase.steps - phase.zero_from} steps: too few to set {cut} groups to zero, one "
                 f"every {phase.zero_every} steps.",
-                hint=f"phase.stabilise={cut * phase.zero_every}, or a smaller phase.zero_every.",
+                hint=f"method.stabilise={cut * phase.zero_every}, or a smaller method.zero_every.",
             )

@@ -18,6 +18,7 @@ from prunecli.methods.gates import Gated, GateSteps
 from prunecli.methods.growing_penalty import GrowingPenalty
 from prunecli.methods.phase import Phase
 from prunecli.models.tensors import state_digest
+from prunecli.recipe.schedules import ConstantSchedule
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.loop import Event, Loop, Run, settle_
 from prunecli.training.objective import build_objective
@@ -164,13 +165,13 @@ def _penalty(model: nn.Module, groups: Sequence[PlannedGroup], phase: Phase) -> 
     return GrowingPenalty(model, groups, phase)
 
 
-_PLAIN: Final = FinetuneSettings(optimizer="sgd", schedule="constant")
+_PLAIN: Final = FinetuneSettings(optimizer="sgd", schedule=ConstantSchedule())
 
 
 def _plain(settings: FinetuneSettings, phase: Phase) -> FinetuneSettings:
     """The papers' plain SGD, with what the recipe says of weight decay, precision, memory and the dense teacher."""
     shared = ("weight_decay", "decay_norms", "amp", "channels_last", "distill")
-    return _PLAIN.model_copy(update={"momentum": phase.momentum} | {name: getattr(settings, name) for name in shared})
+    return _PLAIN.updated(momentum=phase.momentum, **{name: getattr(settings, name) for name in shared})
 
 
 def _job(

@@ -131,8 +131,8 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
 def _require_possible(command: Command, recipe: Recipe, images: Images | None) -> None:
     """Raises UsageError where a later stage would find that what it needs is not there."""
     if recipe.init is not None:
-        _require_start(command, recipe, images)
-    if command == "finetune" and recipe.finetune.schedule == "allr":
+        _require_start(command, recipe, images, recipe.init.kind)
+    if command == "finetune" and recipe.finetune.schedule.kind == "allr":
         raise UsageError(retraining_rates.NEEDS_A_CUT)
     for step in recipe.recover.steps:
         if step in _NEEDS_IMAGES and images is None:
@@ -144,15 +144,15 @@ def _require_possible(command: Command, recipe: Recipe, images: Images | None) -
         )
 
 
-def _require_start(command: Command, recipe: Recipe, images: Images | None) -> None:
+def _require_start(command: Command, recipe: Recipe, images: Images | None, init: str) -> None:
     """Raises UsageError where a new start makes no sense."""
     if images is None:
-        raise UsageError(f"init {recipe.init} is the start of a training, so it needs data.", hint="Give --data.")
+        raise UsageError(f"init {init} is the start of a training, so it needs data.", hint="Give --data.")
     if run_of(recipe):
-        raise UsageError(f"init {recipe.init} starts from a plain model, and {recipe.model} is a run folder.")
+        raise UsageError(f"init {init} starts from a plain model, and {recipe.model} is a run folder.")
     if command == "compress" and recipe.recover.steps:
         raise UsageError(
-            f"init {recipe.init} starts anew after the cut, so there is nothing to recover.",
+            f"init {init} starts anew after the cut, so there is nothing to recover.",
             hint="Give --recover none.",
         )
 

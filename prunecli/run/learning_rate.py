@@ -13,6 +13,7 @@ from prunecli.errors import PruneError
 from prunecli.measure import accuracy
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.schedules import CosineSchedule, StepSchedule
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run.folder import RunFolder
 from prunecli.run.job import DEFAULT_EPOCHS, Job
@@ -69,9 +70,11 @@ def learning_rate_at(job: Job, plan: Plan, model: nn.Module, lost_top1: float | 
 def finetune_settings(job: Job) -> FinetuneSettings:
     """The recipe's fine-tuning settings with the final rate and the distillation share resolved."""
     asked, found = job.recipe.finetune, job.progress.lr
-    distill = asked.distill.model_copy(update={"alpha": _distill_share(job)})
-    min_lr = asked.min_lr if asked.min_lr is not None or found is None else found.final_lr
-    return asked.model_copy(update={"distill": distill, "min_lr": min_lr})
+    schedule = asked.schedule
+    anneals = isinstance(schedule, CosineSchedule | StepSchedule) and schedule.min_lr is None
+    if anneals and found is not None and found.final_lr is not None:
+        schedule = schedule.updated(min_lr=found.final_lr)
+    return asked.updated(distill=asked.distill.updated(alpha=_distill_share(job)), schedule=schedule)
 
 
 def _distill_share(job: Job) -> float:
@@ -81,7 +84,13 @@ def _distill_share(job: Job) -> float:
     asked, dense = job.recipe.finetune, job.progress.stage("dense")
     if asked.distill.alpha != "auto":
         return asked.distill.share
-    if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
+    if (
+        job.progress.command != "compress"
+        or asked.loss.kind != "ce"
+        or not dense
+        or dense.top1 is None
+        or not job.images
+    ):
         return 0.0
     return DISTILL_SHARE if accuracy.halves_chance_error(dense.top1, job.images.num_classes) else 0.0
 
@@ -122,7 +131,7 @@ def _recommended(asked: Finetuning, model: nn.Module, history: History, *, lost_
 
 def _prescribed(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
     """The rate of a schedule that has one of its own; ``None`` for the others."""
-    allr = recipe.finetune.schedule == "allr"
+    allr = recipe.finetune.schedule.kind == "allr"
     removed = _removed_weights(source.model, plan) if plan and allr else None
     return retraining_rates.prescribed_lr(recipe.finetune, epochs=epochs, removed=removed)
 

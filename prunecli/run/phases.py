@@ -38,7 +38,7 @@ class Learnt:
 def train_before_plan(job: Job, first: Plan) -> Learnt:
     """What the phases before the plan leave; ``first`` is the plan on trial, for the weights as they came."""
     model = _through(job, first, before=True).cpu()
-    return Learnt(model=model, gates=read_tensors(job.folder.gates_file) if job.recipe.method == "abp" else None)
+    return Learnt(model=model, gates=read_tensors(job.folder.gates_file) if job.recipe.method.kind == "abp" else None)
 
 
 def train_before_cut(job: Job, plan: Plan) -> nn.Module:
@@ -71,7 +71,7 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         plan.groups,
         job.images,
         finetune_settings(job),
-        method=job.recipe.method,
+        method=job.recipe.method.kind,
         device=job.device,
         seed=job.recipe.seed,
         folder=job.folder.training_state(phase.name),

@@ -71,7 +71,9 @@ def finetune(
     job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
-        started = (initialise_(model, recipe, job.source.spec.size),) if recipe.init is not None else ()
+        started = (
+            () if recipe.init is None else (initialise_(model, recipe.init, job.source.spec.size, seed=recipe.seed),)
+        )
         job.begin()
         dense_stage(job)
         if job.progress.lr is None:

@@ -33,7 +33,7 @@ def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | Non
         UsageError: a method or criterion that needs data, without data.
         PruneError: as ``epsd_scores`` and ``score.score_groups``.
     """
-    if recipe.method == "epsd":
+    if recipe.method.kind == "epsd":
         if images is None or images.steps_per_epoch < 1:
             raise UsageError(
                 "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
@@ -42,7 +42,7 @@ def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | Non
             source.model,
             graph.groups,
             images,
-            recipe.epsd,
+            recipe.method,
             recipe.finetune,
             device=resolve_device(recipe.device),
             seed=recipe.seed,

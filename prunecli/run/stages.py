@@ -242,7 +242,7 @@ def recover_stage_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module)
 def _recover_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module) -> tuple[RecoveryStep, ...]:
     """The recovery of the recipe; a recipe that trains from scratch starts anew instead."""
     if job.recipe.init is not None:
-        return (initialise_(smaller.cpu(), job.recipe, job.source.spec.size),)
+        return (initialise_(smaller.cpu(), job.recipe.init, job.source.spec.size, seed=job.recipe.seed),)
     context = recovery_context(job, trained, plan)
     model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, plan, smaller))
     smaller.load_state_dict(model.state_dict())

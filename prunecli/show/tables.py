@@ -27,6 +27,7 @@ from prunecli.values.report import (
 )
 
 if TYPE_CHECKING:
+    from prunecli.recipe.reference import Key
     from prunecli.values.groups import Frozen, Graph, Tie
     from prunecli.values.inspection import Inspection
     from prunecli.values.support_matrix import Matrix, Row
@@ -340,6 +341,15 @@ def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
     table = _table(None, "recipe", "for")
     for name, purpose in rows:
         _row(table, name, purpose)
+    return table
+
+
+def recipe_keys(keys: Sequence[Key]) -> Table:
+    """Recipe keys with type, default and description, in sections by kind with the kinds that have the key too."""
+    table = _table(None, "key", "type", "default", "what it sets")
+    for key in keys:
+        kinds = f" ({', '.join(key.kinds)})" if key.kinds else ""
+        _row(table, key.name, key.type, key.default or "required", f"{key.description}{kinds}")
     return table
 
 

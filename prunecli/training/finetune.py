@@ -16,6 +16,7 @@ from prunecli.errors import PruneError, UsageError
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models.tensors import state_digest
+from prunecli.recipe.losses import NoRegulariser
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 from prunecli.training.loop import Event, Loop, Run, settle_
@@ -162,7 +163,7 @@ class _Finetuning(Loop):
             epochs=self.epochs,
             steps=self.steps,
             lr=lr,
-            schedule=self.settings.schedule,
+            schedule=self.settings.schedule.kind,
             distill=self.settings.distill.share,
             best_epoch=int(best["epoch"]),
             best_top1=best["top1"],
@@ -197,9 +198,9 @@ def _job(
 
 
 def _penalty(model: nn.Module, settings: FinetuneSettings) -> Penalty:
-    if settings.regulariser == "none":
+    if isinstance(settings.regulariser, NoRegulariser):
         return Penalty()
-    return Orthogonality(model, settings.regulariser, settings.regulariser_weight)
+    return Orthogonality(model, settings.regulariser.kind, settings.regulariser.weight)
 
 
 def _best(history: Iterable[Mapping[str, float]]) -> Mapping[str, float]:

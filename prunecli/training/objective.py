@@ -23,6 +23,7 @@ from torch.nn import functional
 from prunecli.data.loader import Companion
 from prunecli.errors import UsageError
 from prunecli.models.outputs import logits_of
+from prunecli.recipe.losses import CeLoss, CskdLoss, DlbLoss, PskdLoss
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 
@@ -222,27 +223,27 @@ def build_objective(
             f"finetune.distill.alpha is {alpha:g}, but there is no dense model to learn from.",
             hint="Set it to 0, or run `compress`, which has the dense model.",
         )
-    if settings.loss == "pskd":
-        return Progressive(weight=settings.loss_weight or 0.8, epochs=epochs)
-    mixing = settings.mixup > 0 or settings.cutmix > 0
+    loss = settings.loss
+    if isinstance(loss, PskdLoss):
+        return Progressive(weight=loss.weight, epochs=epochs)
+    mixing = isinstance(loss, CeLoss) and (loss.mixup > 0 or loss.cutmix > 0)
     criterion: Callable[[Tensor, Tensor], Tensor]
     if mixing:
         criterion = SoftTargetCrossEntropy()
-    elif settings.label_smoothing > 0:
-        criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
+    elif loss.label_smoothing > 0:
+        criterion = LabelSmoothingCrossEntropy(loss.label_smoothing)
     else:
         criterion = nn.CrossEntropyLoss()
-    weight = settings.loss_weight or 1.0
-    if settings.loss == "cskd":
-        return ClassWise(criterion=criterion, weight=weight, temperature=settings.loss_temperature or 4.0)
-    if settings.loss == "dlb":
-        return LastBatch(criterion, weight=weight, temperature=settings.loss_temperature or 3.0)
+    if isinstance(loss, CskdLoss):
+        return ClassWise(criterion=criterion, weight=loss.weight, temperature=loss.temperature)
+    if isinstance(loss, DlbLoss):
+        return LastBatch(criterion, weight=loss.weight, temperature=loss.temperature)
     return Supervised(
         criterion=criterion,
         mixup=Mixup(
-            mixup_alpha=settings.mixup,
-            cutmix_alpha=settings.cutmix,
-            label_smoothing=settings.label_smoothing,
+            mixup_alpha=loss.mixup,
+            cutmix_alpha=loss.cutmix,
+            label_smoothing=loss.label_smoothing,
             num_classes=num_classes,
         )
         if mixing

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from prunecli.errors import PruneError
 from prunecli.measure.accuracy import answers
 from prunecli.measure.batch_norm import recalibrate_bn_
+from prunecli.recipe.losses import supervised_part
+from prunecli.recipe.schedules import ConstantSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import build_objective
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
@@ -75,8 +77,12 @@ def probe_loss(
     if steps and len(labels) <= held:
         raise PruneError("A trial fine-tuning needs at least two training images.")
     losses: list[float] = []
-    plain = settings.model_copy(
-        update={"schedule": "constant", "warmup_epochs": 0.0, "ema": None, "distill": DistillSettings(), "loss": "ce"}
+    plain = settings.updated(
+        schedule=ConstantSchedule(),
+        original=None,
+        ema=None,
+        distill=DistillSettings(),
+        loss=supervised_part(settings.loss),
     )
     with own_randomness(device):
         if steps:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from prunecli.errors import UsageError
-from prunecli.recipe.settings import FinetuneSettings, OriginalSchedule
+from prunecli.recipe.schedules import OriginalSchedule
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.values.learning_rate import LRReport, PrescribedSchedule, Rule
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."
@@ -78,7 +79,7 @@ def prescribed_lr(settings: FinetuneSettings, *, epochs: int, removed: RemovedWe
     Raises:
         UsageError: ALLR where nothing was cut.
     """
-    original, name = settings.original, settings.schedule
+    original, name = settings.original, settings.schedule.kind
     if original is None:
         return None
     match name:

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from prunecli.errors import UsageError
+from prunecli.recipe.schedules import ConstantSchedule, CosineSchedule, RetrainingSchedule, StepSchedule
 from prunecli.recipe.settings import FinetuneSettings
 
 _CLIMB: Final = 0.1  # share of the steps in which slr, clr and allr rise to their peak
@@ -112,21 +113,27 @@ def build_schedule(
     """
     total = steps_per_epoch * epochs
     match settings.schedule:
-        case "rewind":
+        case RetrainingSchedule(kind="rewind"):
             return _rewind(optimizer, settings, steps_per_epoch=steps_per_epoch, epochs=epochs)
-        case "slr" | "clr" | "allr":
-            return _climb_and_fall(optimizer, settings.schedule, lr=lr, total=total)
-        case _:
-            return _plain(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, total=total)
+        case RetrainingSchedule(kind=("slr" | "clr" | "allr") as name):
+            return _climb_and_fall(optimizer, name, lr=lr, total=total)
+        case named:
+            assert not isinstance(named, RetrainingSchedule)
+            return _plain(optimizer, named, lr=lr, steps_per_epoch=steps_per_epoch, total=total)
 
 
 def _plain(
-    optimizer: Optimizer, settings: FinetuneSettings, *, lr: float, steps_per_epoch: int, total: int
+    optimizer: Optimizer,
+    schedule: CosineSchedule | StepSchedule | ConstantSchedule,
+    *,
+    lr: float,
+    steps_per_epoch: int,
+    total: int,
 ) -> Schedule:
-    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total - 1)
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total - 1)
     shared = {"warmup_t": warmup, "warmup_lr_init": lr / max(warmup, 1), "t_in_epochs": False}
-    lowest = min(settings.min_lr or 0.0, lr)
-    if settings.schedule == "cosine":
+    lowest = 0.0 if isinstance(schedule, ConstantSchedule) else min(schedule.min_lr or 0.0, lr)
+    if isinstance(schedule, CosineSchedule):
         cosine = CosineLRScheduler(
             optimizer,
             t_initial=max(total - warmup - 1, 1),  # so that the last step, not the one after it, is at the end
@@ -135,9 +142,9 @@ def _plain(
             **shared,
         )
         return Schedule(optimizer=optimizer, scheduler=cosine)
-    steps = settings.schedule == "step"
-    stepped = _steps(optimizer, settings.milestones if steps else (), settings.gamma, total=total, **shared)
-    return Schedule(optimizer=optimizer, scheduler=stepped, floor=lowest if steps else 0.0, floor_from=warmup)
+    drops = schedule if isinstance(schedule, StepSchedule) else StepSchedule(milestones=())
+    stepped = _steps(optimizer, drops.milestones, drops.gamma, total=total, **shared)
+    return Schedule(optimizer=optimizer, scheduler=stepped, floor=lowest, floor_from=warmup)
 
 
 def _steps(
@@ -157,13 +164,10 @@ def _rewind(optimizer: Optimizer, settings: FinetuneSettings, *, steps_per_epoch
         )
     for group in optimizer.param_groups:
         group["lr"] = original.lr
-    plain = settings.model_copy(
-        update={
-            "schedule": original.schedule,
-            "milestones": original.milestones,
-            "gamma": original.gamma,
-            "min_lr": original.min_lr,
-        }
+    plain = (
+        CosineSchedule(min_lr=original.min_lr)
+        if original.schedule == "cosine"
+        else StepSchedule(milestones=original.milestones, gamma=original.gamma, min_lr=original.min_lr)
     )
     total = original.epochs * steps_per_epoch
     whole = _plain(optimizer, plain, lr=original.lr, steps_per_epoch=steps_per_epoch, total=total)

@@ -30,7 +30,9 @@ from prunecli.training.finetune import finetune
 from prunecli.training.recommended_lr import MEASURED_REGRETS
 
 CPU = torch.device("cpu")
-PAPERS = FinetuneSettings(optimizer="sgd", schedule="step", milestones=(0.5,), weight_decay=1e-2, decay_norms=True)
+PAPERS = FinetuneSettings(
+    optimizer="sgd", schedule={"kind": "step", "milestones": (0.5,)}, weight_decay=1e-2, decay_norms=True
+)
 
 
 class Noise:
@@ -230,18 +232,18 @@ def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its
 def test_an_arm_says_what_happens_before_the_cut(arm: str, method: str, taught: float) -> None:
     options = recoveries.parsed(["--weights=w.safetensors", "--data-dir=d"])
     recipe = recoveries.recipe_for(options, 0.7, 3, arm)
-    assert (recipe.method, recipe.finetune.distill.share) == (method, taught)
+    assert (recipe.method.kind, recipe.finetune.distill.share) == (method, taught)
     assert (recipe.seed, recipe.prune.select, recipe.target.value) == (3, ("layer*.*.conv1",), 0.7)
 
 
 def test_a_changed_recipe_or_teacher_is_a_row_of_its_own() -> None:
-    common = ["--weights=w.safetensors", "--data-dir=d", "--teacher", "0.5", "2", "--set", "phase.reg_every=3"]
+    common = ["--weights=w.safetensors", "--data-dir=d", "--teacher", "0.5", "2", "--set", "method.reg_every=3"]
     changed = recoveries.parsed(common)
     recipe = recoveries.recipe_for(changed, 0.7, 0, "kd+tpp+kd")
     distill = recipe.finetune.distill
-    assert (recipe.phase.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
+    assert (recipe.method.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
     row = (0.7, 0.01, 0, "kd+tpp+kd")
-    assert recoveries.key(changed, row).endswith("judged on 2000 | phase.reg_every=3 | teacher 0.5 2.0")
+    assert recoveries.key(changed, row).endswith("judged on 2000 | method.reg_every=3 | teacher 0.5 2.0")
     assert recoveries.key(recoveries.parsed(common[:2]), row).endswith("judged on 2000")
 
 
@@ -333,7 +335,7 @@ def test_a_case_trains_with_the_optimiser_of_its_net(
     case = lr_regret.Case(net=net, ratio=0.5, epochs=1, taught=taught)
     settings = case.settings(rates[0])
     assert (case.kind, case.grid[0], case.grid[-1]) == (kind, *rates)
-    assert (settings.optimizer, settings.min_lr, settings.distill.share) == (
+    assert (settings.optimizer, settings.schedule.min_lr, settings.distill.share) == (
         kind.partition(",")[0].lower(),
         rates[0] / 100,
         0.9 * taught,

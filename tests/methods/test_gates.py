@@ -226,7 +226,7 @@ def test_the_comparison_sees_a_gate_that_closes_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "tpp", "phase": {"gate_l1": 1e-4}}, "phase.gate_l1 is of method abp, not of tpp"),
+        ({"method": {"kind": "tpp", "gate_l1": 1e-4}}, "unknown key 'method.gate_l1' of kind tpp"),
         ({"method": "abp", "prune": {"criterion": "fpgm"}}, "method abp ranks channels by their gates"),
     ],
 )
@@ -239,7 +239,7 @@ def test_settings_that_contradict_the_method_are_refused(values: dict[str, Any],
 
 
 def gate_phase(**settings: Any) -> Phase:
-    (phase,) = phases_of(Recipe.from_mapping({"method": "abp", "phase": {"steps": 30, **settings}}))
+    (phase,) = phases_of(Recipe.from_mapping({"method": {"kind": "abp", "steps": 30, **settings}}))
     return phase
 
 

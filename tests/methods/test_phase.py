@@ -34,7 +34,7 @@ from toys.training import ADAMW, CPU, Interrupting, ToyImages, same, toy_groups,
 
 
 def phases(method: str, **settings: Any) -> tuple[Phase, ...]:
-    return phases_of(Recipe.from_mapping({"method": method, "phase": settings}))
+    return phases_of(Recipe.from_mapping({"method": {"kind": method, **settings}}))
 
 
 def test_the_defaults_are_the_papers_figures_for_cifar() -> None:
@@ -69,16 +69,16 @@ def test_a_regulariser_alone_pushes_nothing_and_comes_before_the_plan() -> None:
 
 
 def test_every_group_needs_its_turn_to_be_zeroed() -> None:
-    recipe = Recipe.from_mapping({"method": "tpp", "phase": {"stabilise": 199}})
+    recipe = Recipe.from_mapping({"method": {"kind": "tpp", "stabilise": 199}})
     groups = [*toy_groups(), *toy_groups()]
-    with pytest.raises(UsageError, match=r"phase.stabilise is 199 steps.*2 groups.*phase.stabilise=200"):
+    with pytest.raises(UsageError, match=r"method.stabilise is 199 steps.*2 groups.*method.stabilise=200"):
         require_time(recipe, groups)
     require_time(recipe, groups[:1])
 
 
 def test_greg2_settings_of_another_method_are_refused() -> None:
-    with pytest.raises(UsageError, match="variant 2 is of method greg, not of tpp"):
-        Recipe.from_mapping({"method": "tpp", "phase": {"variant": 2}})
+    with pytest.raises(UsageError, match=r"unknown key 'method.variant' of kind tpp"):
+        Recipe.from_mapping({"method": {"kind": "tpp", "variant": 2}})
 
 
 # ------------------------------------------------------------------------------------------------- pushing
@@ -288,7 +288,7 @@ def test_another_plan_is_another_job(tmp_path: Path) -> None:
 
 
 def test_a_regulariser_phase_makes_weights_more_orthogonal() -> None:
-    (phase,) = phases("kernorth", steps=30, regulariser_weight=1.0, lr=0.05)
+    (phase,) = phases("kernorth", steps=30, weight=1.0, lr=0.05)
     report = train_phase_(toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", device=CPU, seed=7)
     assert report.penalty_after < 0.8 * report.penalty_before
     assert report.norm_after is None
@@ -307,7 +307,13 @@ def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
     """Only weight decay, precision and memory format are shared: the papers' phase is plain SGD on cross-entropy."""
     plain, decorated, decayed = toy_net(), toy_net(), toy_net()
     train_toy_phase(plain, ToyImages())
-    fancy = FinetuneSettings(optimizer="adamw", ema=0.9, mixup=0.4, label_smoothing=0.1, clip_grad=0.1, nesterov=True)
+    fancy = FinetuneSettings(
+        optimizer="adamw",
+        ema=0.9,
+        loss={"kind": "ce", "mixup": 0.4, "label_smoothing": 0.1},
+        clip_grad=0.1,
+        nesterov=True,
+    )
     train_toy_phase(decorated, ToyImages(), settings=fancy)
     train_toy_phase(decayed, ToyImages(), settings=FinetuneSettings(weight_decay=0.1))
     assert same(weights(plain), weights(decorated))
@@ -316,7 +322,7 @@ def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
 
 def test_a_phase_learns_from_the_dense_model_where_fine_tuning_does() -> None:
     """With nothing but distillation the labels have no say; without a teacher there is nothing to learn from."""
-    taught = ADAMW.model_copy(update={"distill": DistillSettings(alpha=1.0)})
+    taught = ADAMW.updated(distill=DistillSettings(alpha=1.0))
     pair, images = [toy_net(), toy_net()], [ToyImages(), ToyImages()]
     images[1].train = TensorDataset(images[1].train.tensors[0], images[1].train.tensors[1].flip(0))
     for net, shown in zip(pair, images, strict=True):

@@ -12,7 +12,7 @@ from torch import nn
 from prunecli.errors import UsageError
 from prunecli.measure.accuracy import halves_chance_error, lost_top1
 from prunecli.recipe import packaged
-from prunecli.recipe.reading import layered
+from prunecli.recipe.layers import layered
 from prunecli.recipe.recipe import Recipe
 from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
 from prunecli.run import plan_and_prove

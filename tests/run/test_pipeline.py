@@ -161,8 +161,16 @@ def test_killed_while_an_old_run_is_replaced_leaves_no_broken_finished_run(jobs:
 # ---------------------------------------------------------------------------------------------- phases before the cut
 
 # GReg-2, with a phase before the plan and one after it, each two epochs of eight steps.
-PHASES = [*JOB, SAVING, "--epochs=1", "--method=greg", "phase.variant=2", "phase.pick_step=0.002", "phase.reg_every=3"]
-PHASES += ["phase.reg_step=0.33", "phase.stabilise=7", "phase.lr=0.01"]
+PHASES = [
+    *JOB,
+    SAVING,
+    "--epochs=1",
+    "--method=greg",
+    "method.variant=2",
+    "method.pick_step=0.002",
+    "method.reg_every=3",
+]
+PHASES += ["method.reg_step=0.33", "method.stabilise=7", "method.lr=0.01"]
 
 
 class PhaseJobs(Jobs):
@@ -199,7 +207,7 @@ def test_greg2_plans_from_what_the_growing_penalty_left(phase_jobs: Jobs) -> Non
     assert not list(folder.checkpoints.glob("*.safetensors"))
 
 
-TPP = ["--method=tpp", "phase.reg_step=0.25", "phase.reg_every=2", "phase.stabilise=8", "phase.zero_every=2"]
+TPP = ["--method=tpp", "method.reg_step=0.25", "method.reg_every=2", "method.stabilise=8", "method.zero_every=2"]
 
 
 def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- learned gates
 
 ABP = [part for part in PHASES[: len(JOB) + 2] if not part.startswith("--target")]
-ABP += ["--method=abp", "phase.steps=12", "phase.lr=0.05", "prune.round_to=1", "--recover=none"]
+ABP += ["--method=abp", "method.steps=12", "method.lr=0.05", "prune.round_to=1", "--recover=none"]
 
 
 class GateJobs(Jobs):

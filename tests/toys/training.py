@@ -25,9 +25,14 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 SGD = FinetuneSettings(
-    optimizer="sgd", ema=0.9, mixup=0.4, label_smoothing=0.1, warmup_epochs=0.5, checkpoint_every=4, export="best"
+    optimizer="sgd",
+    ema=0.9,
+    loss={"kind": "ce", "mixup": 0.4, "label_smoothing": 0.1},
+    schedule={"kind": "cosine", "warmup_epochs": 0.5},
+    checkpoint_every=4,
+    export="best",
 )
-CSKD = FinetuneSettings(optimizer="sgd", loss="cskd", label_smoothing=0.1, checkpoint_every=4)
+CSKD = FinetuneSettings(optimizer="sgd", loss={"kind": "cskd", "label_smoothing": 0.1}, checkpoint_every=4)
 PSKD = FinetuneSettings(optimizer="sgd", loss="pskd", checkpoint_every=4)
 DLB = FinetuneSettings(optimizer="sgd", loss="dlb", channels_last="on", checkpoint_every=4)
 ADAMW = FinetuneSettings(optimizer="adamw", schedule="step", clip_grad=1.0, checkpoint_every=5)
