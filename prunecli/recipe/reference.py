@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prunecli.errors import UsageError, nearest
-from prunecli.files import write_text
 from prunecli.recipe.by_kind import KIND, Section, choices_of, tag_values
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.target import Target
@@ -211,8 +210,8 @@ def schema() -> str:
 def main() -> None:
     """Write both files into the folder that is the only argument."""
     folder = Path(sys.argv[1])
-    write_text(folder / PAGE, page())
-    write_text(folder / SCHEMA, schema())
+    (folder / PAGE).write_text(page(), encoding="utf-8")
+    (folder / SCHEMA).write_text(schema(), encoding="utf-8")
 
 
 if __name__ == "__main__":
