@@ -41,7 +41,7 @@ from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training import recommended_lr
 from prunecli.training.finetune import evaluate
-from prunecli.training.schedule import optimizer_name
+from prunecli.training.optimizer import optimizer_name
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
 NETS = ("vgg11_bn", "test_convnext", "test_vit")

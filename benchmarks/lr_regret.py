@@ -52,6 +52,7 @@ from prunecli.run.recovery_context import recovery_context
 from prunecli.run.source import open_images
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.optimizer import build_optimizer
 from prunecli.training.recommended_lr import (
     Optimizer,
     distillation_pull,
@@ -61,7 +62,6 @@ from prunecli.training.recommended_lr import (
     short_peak_adamw,
 )
 from prunecli.training.retraining_rates import adaptive_peak
-from prunecli.training.schedule import build_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "lr_regret.json"
 GRIDS = {

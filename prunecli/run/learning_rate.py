@@ -19,7 +19,8 @@ from prunecli.run.job import DEFAULT_EPOCHS, Job
 from prunecli.run.progress import Past
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.surgery.cut import cut
-from prunecli.training import retraining_rates, schedule
+from prunecli.training import retraining_rates
+from prunecli.training.optimizer import optimizer_name
 from prunecli.training.recommended_lr import recommend_lr
 from prunecli.values.plan import Plan
 from prunecli.values.report import LRReport
@@ -123,7 +124,7 @@ def lr_report(
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
     ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
     return recommend_lr(
-        optimizer=schedule.optimizer_name(recipe.finetune, model),
+        optimizer=optimizer_name(recipe.finetune, model),
         epochs=epochs,
         batch_size=recipe.data.batch_size,
         small_images=max(source.spec.size[1:]) <= _SMALL_IMAGE,

@@ -20,9 +20,9 @@ from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 from prunecli.training.loop import Event, Loop, Run, settle_
 from prunecli.training.objective import build_objective
+from prunecli.training.optimizer import optimizer_name
 from prunecli.training.penalty import Orthogonality, Penalty
 from prunecli.training.probe import ProbeResult, probe_loss
-from prunecli.training.schedule import optimizer_name
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
 from prunecli.training.stopping import stop_requests, until
 from prunecli.values.report import Accuracy, FinetuneReport

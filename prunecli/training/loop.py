@@ -215,7 +215,7 @@ class Loop(ABC):
     @property
     def lr(self) -> float:
         """The learning rate of the last step."""
-        return float(self.trainer.optimizer.param_groups[0]["lr"])
+        return self.trainer.schedule(max(self.done - 1, 0))
 
     def diverged(self, what: str, lr: float) -> DivergedError:
         """What to raise where a number is not finite."""

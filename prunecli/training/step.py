@@ -27,8 +27,9 @@ from prunecli.errors import PruneError
 from prunecli.models.outputs import logits_of
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.objective import Objective
+from prunecli.training.optimizer import build_optimizer
 from prunecli.training.penalty import Penalty
-from prunecli.training.schedule import Schedule, build_optimizer, build_schedule
+from prunecli.training.schedule import Schedule, build_schedule
 
 
 class TrainingImages(Protocol):
@@ -101,7 +102,9 @@ class Trainer:
             step: steps taken in this epoch; with ``epoch`` it names the step's random numbers.
         """
         total = epoch * self.steps_per_epoch + step
-        lr = self.schedule.set_(total)
+        lr = self.schedule(total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         _seed_(self.seed, epoch, step, self.accelerator.process_index, self.device)
         layout = torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=layout)
@@ -161,7 +164,7 @@ def build_trainer(
         model=model,
         shell=accelerator.prepare_model(_Shell(model)),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, epochs=epochs),
+        schedule=build_schedule(settings, lr=lr, steps_per_epoch=steps_per_epoch, epochs=epochs),
         objective=make_objective(device),
         penalty=make_penalty(model),
         ema=ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None,
