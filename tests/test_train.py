@@ -24,13 +24,13 @@ from toy_training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, ToyImages, toy_n
 
 from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.interrupts import Stopped, stop_if_asked, stop_requests
 from prunecli.models import paper_nets
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.training import checkpoint, finetune
 from prunecli.training.penalty import Orthogonality
-from prunecli.training.stopping import Stopped, stop_if_asked, stop_requests
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
 

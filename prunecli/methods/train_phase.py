@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prunecli.errors import PruneError
+from prunecli.interrupts import stop_requests
 from prunecli.methods.gates import Gated, GateSteps
 from prunecli.methods.phase import Phase
 from prunecli.methods.push import Push
@@ -23,7 +24,6 @@ from prunecli.training.loop import Event, Loop, Run, settle_
 from prunecli.training.objective import build_objective
 from prunecli.training.penalty import Orthogonality, Penalty
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
-from prunecli.training.stopping import stop_requests
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport
 

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError
+from prunecli.interrupts import stop_requests, until
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models.tensors import state_digest
@@ -24,7 +25,6 @@ from prunecli.training.optimizer import optimizer_name
 from prunecli.training.penalty import Orthogonality, Penalty
 from prunecli.training.probe import ProbeResult, probe_loss
 from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
-from prunecli.training.stopping import stop_requests, until
 from prunecli.values.report import Accuracy, FinetuneReport
 
 __all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]

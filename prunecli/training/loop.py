@@ -20,11 +20,11 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from prunecli.errors import DivergedError, InterruptedRunError, PruneError
+from prunecli.interrupts import Stopped, stop_if_asked, until
 from prunecli.models.tensors import state_digest
 from prunecli.training import checkpoint
 from prunecli.training.checkpoint import Progress
 from prunecli.training.step import Trainer, TrainingImages
-from prunecli.training.stopping import Stopped, stop_if_asked, until
 
 Event = dict[str, Any]
 _EVENT_SECONDS = 0.5  # at most one step event in this time
