@@ -41,6 +41,7 @@ from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training import recommended_lr
 from prunecli.training.finetune import evaluate
+from prunecli.training.loop import TrainingRun
 from prunecli.training.optimizer import optimizer_name
 
 RESULTS = Path(__file__).parent / "results" / "defaults.json"
@@ -125,7 +126,13 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     net = halved(source.model, source.spec.size)
     size = cost.measure(net, source.spec.size)
     done = finetuning.finetune(
-        net, images, recipe.finetune, lr=rate, epochs=EPOCHS, device=device, seed=recipe.seed, teacher=source.model
+        net,
+        images,
+        recipe.finetune,
+        lr=rate,
+        epochs=EPOCHS,
+        run=TrainingRun(device=device, seed=recipe.seed),
+        teacher=source.model,
     )
     return {
         "dense": evaluate(source.model, images.val_loader(), device=device).top1,

@@ -52,6 +52,7 @@ from prunecli.run.recovery_context import recovery_context
 from prunecli.run.source import open_images
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.training.optimizer import build_optimizer
 from prunecli.training.recommended_lr import (
     Optimizer,
@@ -377,9 +378,7 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
             settings,
             lr=how.peak,
             epochs=how.base.epochs,
-            device=job.device,
-            seed=0,
-            folder=asked.work / f"{net}_cifar10_base",
+            run=TrainingRun(device=job.device, seed=0, folder=asked.work / f"{net}_cifar10_base"),
         )
         print(net, "base", done.last_top1, flush=True)
         write_tensors(file, job.source.model.state_dict())
@@ -426,7 +425,13 @@ def cifar_run(
     """Top-1 after the fine-tuning; that of guessing where the loss is no number."""
     try:
         done = finetune.finetune(
-            net, images, case.settings(lr), lr=lr, epochs=case.epochs, device=job.device, seed=seed, teacher=dense
+            net,
+            images,
+            case.settings(lr),
+            lr=lr,
+            epochs=case.epochs,
+            run=TrainingRun(device=job.device, seed=seed),
+            teacher=dense,
         )
     except DivergedError as reason:
         print(case.key(lr, seed), reason, flush=True)

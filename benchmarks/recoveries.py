@@ -41,6 +41,7 @@ from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "recoveries.json"
@@ -142,8 +143,7 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
         settings.model_copy(update={"distill": distill}),
         lr=lr,
         epochs=options.epochs - spent,
-        device=job.device,
-        seed=seed,
+        run=TrainingRun(device=job.device, seed=seed),
         teacher=job.source.model,
     )
     return {

@@ -30,6 +30,7 @@ from prunecli.run.summary import rounded, summarise
 from prunecli.show import page
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune as finetuning
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import RecoveryStep, Report, TargetResult
 
@@ -177,11 +178,13 @@ def finetuned_stage(job: Job, model: nn.Module) -> nn.Module:
         finetune_settings(job),
         lr=learning_rate(job),
         epochs=job.epochs,
-        device=job.device,
-        seed=job.recipe.seed,
-        folder=job.folder.checkpoints / "finetune",
+        run=TrainingRun(
+            device=job.device,
+            seed=job.recipe.seed,
+            folder=job.folder.checkpoints / "finetune",
+            on_event=job.relay,
+        ),
         teacher=job.source.model,
-        on_event=job.relay,
     )
     stage, values = measured_stage(job, "finetuned", model, began)
     write_tensors(weights, model.state_dict())
