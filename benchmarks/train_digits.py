@@ -24,6 +24,7 @@ from prunecli.models.load import load_model
 from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 
 SEED = 0
 PEAK_LR = 0.1
@@ -47,9 +48,11 @@ def main() -> None:
         SETTINGS,
         lr=PEAK_LR,
         epochs=asked.epochs,
-        device=torch.device("cpu"),
-        seed=SEED,
-        on_event=lambda event: print(json.dumps(event)) if event["event"] == "epoch" else None,
+        run=TrainingRun(
+            device=torch.device("cpu"),
+            seed=SEED,
+            on_event=lambda event: print(json.dumps(event)) if event["event"] == "epoch" else None,
+        ),
     )
     metadata = {
         "architecture": "cifar_resnet20, input 3x16x16",

@@ -44,8 +44,9 @@ from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training.finetune import evaluate
+from prunecli.training.loop import TrainingRun
+from prunecli.training.optimizer import optimizer_name
 from prunecli.training.recommended_lr import recommend_lr
-from prunecli.training.schedule import optimizer_name
 from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults.json"
@@ -130,7 +131,13 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     net = halved(source.model, source.spec.size)
     size = cost.measure(net, source.spec.size)
     done = finetuning.finetune(
-        net, images, recipe.finetune, lr=rate, epochs=EPOCHS, device=device, seed=recipe.seed, teacher=source.model
+        net,
+        images,
+        recipe.finetune,
+        lr=rate,
+        epochs=EPOCHS,
+        run=TrainingRun(device=device, seed=recipe.seed),
+        teacher=source.model,
     )
     return {
         "dense": evaluate(source.model, images.val_loader(), device=device).top1,

@@ -57,6 +57,8 @@ from prunecli.run.recovery_context import recovery_context
 from prunecli.run.source import open_images
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
+from prunecli.training.optimizer import build_optimizer
 from prunecli.training.recommended_lr import (
     distillation_gain,
     kind_of,
@@ -65,7 +67,6 @@ from prunecli.training.recommended_lr import (
     short_peak_adamw,
 )
 from prunecli.training.retraining_rates import RemovedWeights, adaptive_peak
-from prunecli.training.schedule import build_optimizer
 from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "lr_regret.json"
@@ -382,9 +383,7 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
             settings,
             lr=how.peak,
             epochs=how.base.epochs,
-            device=job.device,
-            seed=0,
-            folder=asked.work / f"{net}_cifar10_base",
+            run=TrainingRun(device=job.device, seed=0, folder=asked.work / f"{net}_cifar10_base"),
         )
         print(net, "base", done.last_top1, flush=True)
         write_tensors(file, job.source.model.state_dict())
@@ -431,7 +430,13 @@ def cifar_run(
     """Top-1 after the fine-tuning; that of guessing where the loss is no number."""
     try:
         done = finetune.finetune(
-            net, images, case.settings(lr), lr=lr, epochs=case.epochs, device=job.device, seed=seed, teacher=dense
+            net,
+            images,
+            case.settings(lr),
+            lr=lr,
+            epochs=case.epochs,
+            run=TrainingRun(device=job.device, seed=seed),
+            teacher=dense,
         )
     except DivergedError as reason:
         print(case.key(lr, seed), reason, flush=True)

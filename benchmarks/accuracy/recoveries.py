@@ -46,6 +46,7 @@ from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parents[1] / "results" / "recoveries.json"
@@ -155,8 +156,7 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
         settings.updated(distill=distill),
         lr=lr,
         epochs=options.epochs - spent,
-        device=job.device,
-        seed=seed,
+        run=TrainingRun(device=job.device, seed=seed),
         teacher=job.source.model,
     )
     return {

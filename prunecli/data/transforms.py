@@ -5,9 +5,8 @@ Every random number is drawn from a generator that is a function of the seed, th
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from prunecli.data.sources import ArraySplit, Split
 from prunecli.models.build import InputSpec
+from prunecli.randomness import own_randomness
 from prunecli.recipe.settings import DataSettings
 
 WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist"})
@@ -76,7 +76,11 @@ class TimmAugment:
         self.epoch = epoch
 
     def __call__(self, image: Image.Image, position: int) -> Tensor:
-        with _own_random_numbers(AUGMENT, self.seed, self.epoch, position):
+        words = np.random.SeedSequence((AUGMENT, self.seed, self.epoch, position)).generate_state(3)
+        with own_randomness():
+            random.seed(int(words[0]))
+            np.random.seed(int(words[1]))  # noqa: NPY002 - the global one is what timm draws from
+            torch.manual_seed(int(words[2]))
             return self.transform(image)
 
 
@@ -106,25 +110,6 @@ class CropFlip:
         each = torch.arange(batch, device=x.device)[:, None, None]
         chosen = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
         return chosen.permute(0, 3, 1, 2).contiguous()
-
-
-@contextlib.contextmanager
-def _own_random_numbers(*key: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's global generators from ``key``, and put them back afterwards.
-
-    timm and torchvision draw from all three.
-    """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the global one is meant
-    state = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))  # noqa: NPY002
-    torch.manual_seed(int(state[2]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
 
 
 def augmentation(settings: DataSettings, spec: InputSpec) -> str:

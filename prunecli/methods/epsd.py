@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.methods.gates import gate_places, gated_weights
+from prunecli.randomness import own_randomness
 from prunecli.recipe.methods import EpsdMethod
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import Net, Objective, build_objective
-from prunecli.training.step import TrainingImages, own_randomness
+from prunecli.training.step import TrainingImages
 from prunecli.values.groups import Group
 
 

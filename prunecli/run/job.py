@@ -16,6 +16,7 @@ from torch import nn
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, read_value, write_json
+from prunecli.interrupts import interrupted_as
 from prunecli.methods import phase
 from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
@@ -188,18 +189,19 @@ def reload_(model: nn.Module, path: Path) -> None:
 @contextmanager
 def interruptible(job: Job) -> Iterator[None]:
     """Ctrl-C and SIGTERM end a run with what was finished on disk."""
-    try:
-        with job.closing:
-            yield
-    except (KeyboardInterrupt, InterruptedRunError):
+
+    def explain() -> InterruptedRunError:
         if not job.begun:
-            raise InterruptedRunError("Interrupted before anything was written.") from None
+            return InterruptedRunError("Interrupted before anything was written.")
         with suppress(PruneError):  # a full disk must not hide why the run ended
             job.folder.log("interrupted")
-        raise InterruptedRunError(
+        return InterruptedRunError(
             f"Interrupted; {job.folder.path} keeps what was finished.",
             hint=f"`prunecli {job.progress.command} --resume --out {shlex.quote(str(job.folder.path))}` continues.",
-        ) from None
+        )
+
+    with interrupted_as(explain), job.closing:
+        yield
 
 
 def _progress_file(folder: RunFolder) -> Path:

@@ -20,7 +20,8 @@ from prunecli.run.job import DEFAULT_EPOCHS, Job
 from prunecli.run.progress import History
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.surgery.cut import cut
-from prunecli.training import retraining_rates, schedule
+from prunecli.training import retraining_rates
+from prunecli.training.optimizer import optimizer_name
 from prunecli.training.recommended_lr import recommendation
 from prunecli.training.retraining_rates import RemovedWeights
 from prunecli.values.learning_rate import FinetuneSituation, LRReport
@@ -168,7 +169,7 @@ def _situation(asked: Finetuning, model: nn.Module, history: History, *, lost_to
     cut_groups = plan.cut_groups if plan else ()
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
     return FinetuneSituation(
-        optimizer=schedule.optimizer_name(settings, model),
+        optimizer=optimizer_name(settings, model),
         epochs=asked.epochs,
         batch_size=recipe.data.batch_size,
         small_images=max(asked.source.spec.size[1:]) <= _SMALL_IMAGE,

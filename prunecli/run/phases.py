@@ -14,6 +14,7 @@ from prunecli.methods.train_phase import train_phase_
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Job, reload_
 from prunecli.run.learning_rate import finetune_settings
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Plan
 
 
@@ -72,11 +73,13 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         job.images,
         finetune_settings(job),
         method=job.recipe.method.kind,
-        device=job.device,
-        seed=job.recipe.seed,
-        folder=job.folder.training_state(phase.name),
+        run=TrainingRun(
+            device=job.device,
+            seed=job.recipe.seed,
+            folder=job.folder.training_state(phase.name),
+            on_event=lambda event: job.relay({**event, "phase": phase.name}),
+        ),
         teacher=job.source.model,
-        on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
     if isinstance(net, Gated):
         net.fold_()

@@ -37,6 +37,7 @@ from prunecli.run.verify import verify
 from prunecli.show import page
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune as finetuning
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import RecoveryStep, Report, Stage, StageName, TargetResult
 
@@ -263,11 +264,13 @@ def finetune_stage_(job: Job, model: nn.Module) -> None:
             finetune_settings(job),
             lr=learning_rate(job),
             epochs=job.epochs,
-            device=job.device,
-            seed=job.recipe.seed,
-            folder=job.folder.training_state("finetune"),
+            run=TrainingRun(
+                device=job.device,
+                seed=job.recipe.seed,
+                folder=job.folder.training_state("finetune"),
+                on_event=job.relay,
+            ),
             teacher=job.source.model,
-            on_event=job.relay,
         )
         return Work(record=lambda _: {"finetune": result})
 

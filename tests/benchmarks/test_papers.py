@@ -27,6 +27,7 @@ from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.training.recommended_lr import MEASURED_REGRETS
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ class Noise:
 def tool_run(net: str, start: dict[str, Tensor], *, seed: int, lr: float) -> tuple[dict[str, Tensor], float]:
     model = load_model(net, pretrained=False).model
     model.load_state_dict(start)
-    report = finetune(model, Noise(seed), PAPERS, lr=lr, epochs=2, device=CPU, seed=seed)
+    report = finetune(model, Noise(seed), PAPERS, lr=lr, epochs=2, run=TrainingRun(device=CPU, seed=seed))
     assert report.last_top1 is not None
     return model.state_dict(), report.last_top1
 
@@ -155,7 +156,7 @@ def test_the_resident_loop_is_the_tools_own(tmp_path: Path) -> None:
     for _ in range(3):
         ours.step_()
     assert ours.done
-    report = finetune(start.model, images, PAPERS, lr=LR, epochs=2, device=CPU, seed=4)
+    report = finetune(start.model, images, PAPERS, lr=LR, epochs=2, run=TrainingRun(device=CPU, seed=4))
     assert ours.top1() == pytest.approx([entry["top1"] for entry in report.history])
     expected = start.model.state_dict()
     torch.testing.assert_close(dict(ours.model.state_dict()), dict(expected), atol=2e-6, rtol=1e-5)

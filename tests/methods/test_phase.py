@@ -23,6 +23,7 @@ from prunecli.models.channels import silencing_slices
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.surgery.cut import cut_
+from prunecli.training.loop import TrainingRun
 from prunecli.training.penalty import gram_loss
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
@@ -289,7 +290,9 @@ def test_another_plan_is_another_job(tmp_path: Path) -> None:
 
 def test_a_regulariser_phase_makes_weights_more_orthogonal() -> None:
     (phase,) = phases("kernorth", steps=30, weight=1.0, lr=0.05)
-    report = train_phase_(toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", device=CPU, seed=7)
+    report = train_phase_(
+        toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", run=TrainingRun(device=CPU, seed=7)
+    )
     assert report.penalty_after < 0.8 * report.penalty_before
     assert report.norm_after is None
 
@@ -298,7 +301,13 @@ def test_a_penalty_that_explodes_is_a_sentence_and_leaves_no_such_state(tmp_path
     (phase,) = phases("tpp", reg_step=1.0, reg_every=1, stabilise=11, zero_every=11, gram_weight=1e30)
     with pytest.raises(PruneError, match=r"The (loss|penalty|norm) .*(nan|inf).*"):
         train_phase_(
-            toy_net(), phase, toy_groups(), ToyImages(), ADAMW, method="tpp", device=CPU, seed=7, folder=tmp_path
+            toy_net(),
+            phase,
+            toy_groups(),
+            ToyImages(),
+            ADAMW,
+            method="tpp",
+            run=TrainingRun(device=CPU, seed=7, folder=tmp_path),
         )
     assert not list(tmp_path.iterdir())
 

@@ -23,15 +23,14 @@ from torch.nn import functional
 
 from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
+from prunecli.interrupts import Stopped, stop_if_asked, stop_requests
 from prunecli.models import paper_nets
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
-from prunecli.recipe.losses import supervised_part
 from prunecli.recipe.settings import DataSettings, DistillSettings, FinetuneSettings
 from prunecli.training import checkpoint, finetune
 from prunecli.training.penalty import Orthogonality
-from prunecli.training.stopping import Stopped, stop_if_asked, stop_requests
-from toys.training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, Interrupting, ToyImages, same, toy_net, weights
+from toys.training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, Interrupting, ToyImages, same, toy_net, tune, weights
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
 
@@ -95,7 +94,7 @@ def test_sgd_equals_a_loop_written_out() -> None:
                     velocity[name] = 0.9 * velocity[name] + gradient + decay
                     weight.sub_(0.02 * velocity[name])
     settings = FinetuneSettings(optimizer="sgd", schedule="constant")
-    report = finetune.finetune(model, images, settings, lr=0.02, epochs=2, device=CPU, seed=0)
+    report = tune(model, images, settings, lr=0.02, epochs=2, device=CPU, seed=0)
     for name, tensor in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
     assert report.steps == 24
@@ -106,7 +105,7 @@ def test_it_learns_and_reports_last_and_best() -> None:
     images, model, events = ToyImages(), toy_net(), []
     before = finetune.evaluate(model, images.val_loader(), device=CPU)
     settings = SGD.updated(schedule=SGD.schedule.updated(min_lr=1e-4))
-    report = finetune.finetune(model, images, settings, on_event=events.append, **(RUN | {"epochs": 5}))
+    report = tune(model, images, settings, on_event=events.append, **(RUN | {"epochs": 5}))
     after = finetune.evaluate(model, images.val_loader(), device=CPU)
     assert after.top1 > before.top1 + 20
     assert report.best_top1 == after.top1 == max(entry["top1"] for entry in report.history)
@@ -125,9 +124,9 @@ def test_the_average_is_exported_where_asked() -> None:
     images, model, raw = ToyImages(), toy_net(), toy_net()
     trajectory: list[Tensor] = []
     handle = raw[5].register_forward_pre_hook(lambda *_: trajectory.append(raw[5].weight.detach().clone()))
-    finetune.finetune(raw, images, PLAIN, **(RUN | {"epochs": 1}))
+    tune(raw, images, PLAIN, **(RUN | {"epochs": 1}))
     handle.remove()
-    finetune.finetune(model, images, settings, **(RUN | {"epochs": 1}))
+    tune(model, images, settings, **(RUN | {"epochs": 1}))
     seen = [*trajectory[1 : images.steps_per_epoch], raw[5].weight.detach()]
     average = seen[0]
     for step, value in enumerate(seen[1:], start=1):
@@ -143,7 +142,7 @@ def test_runs_repeat_and_leave_the_callers_random_state_alone() -> None:
         random.seed(1)
         model = toy_net()
         torch.manual_seed(11)
-        finetune.finetune(model, ToyImages(), SGD, **RUN)
+        tune(model, ToyImages(), SGD, **RUN)
         results.append((weights(model), float(torch.rand(())), np.random.rand(), random.random()))  # noqa: NPY002
     torch.manual_seed(11)
     np.random.seed(1)  # noqa: NPY002
@@ -155,7 +154,7 @@ def test_runs_repeat_and_leave_the_callers_random_state_alone() -> None:
 def test_bf16_trains_and_leaves_the_model_plain() -> None:
     model = toy_net()
     settings = SGD.updated(amp="bf16", channels_last="on")
-    report = finetune.finetune(model, ToyImages(), settings, **RUN)
+    report = tune(model, ToyImages(), settings, **RUN)
     assert report.last_top1 is not None
     assert report.last_top1 > 50
     assert "forward" not in vars(model)
@@ -165,12 +164,12 @@ def test_bf16_trains_and_leaves_the_model_plain() -> None:
 
 def test_distillation_pulls_towards_the_teacher() -> None:
     images, teacher, alone = ToyImages(), toy_net(), toy_net(dropout=0.0)
-    finetune.finetune(teacher, images, PLAIN, **(RUN | {"epochs": 8}))
+    tune(teacher, images, PLAIN, **(RUN | {"epochs": 8}))
     student = copy.deepcopy(alone)
     settings = PLAIN.updated(distill=DistillSettings(alpha=1.0, temperature=2.0))
-    finetune.finetune(alone, images, PLAIN, **RUN)
+    tune(alone, images, PLAIN, **RUN)
     before = weights(teacher)
-    finetune.finetune(student, images, settings, teacher=teacher, **RUN)
+    tune(student, images, settings, teacher=teacher, **RUN)
     inputs = images.val.tensors[0]
 
     def distance(model: nn.Module) -> float:
@@ -184,16 +183,16 @@ def test_distillation_pulls_towards_the_teacher() -> None:
 def test_distillation_needs_a_teacher() -> None:
     settings = PLAIN.updated(distill=DistillSettings(alpha=0.5))
     with pytest.raises(UsageError, match="no dense model"):
-        finetune.finetune(toy_net(), ToyImages(), settings, **RUN)
+        tune(toy_net(), ToyImages(), settings, **RUN)
 
 
 @pytest.mark.parametrize("settings", [CSKD, PSKD, DLB])
 def test_the_losses_that_learn_from_the_net_itself_train_it(settings: FinetuneSettings) -> None:
     images, model = ToyImages(), toy_net()
-    report = finetune.finetune(model, images, settings, **(RUN | {"epochs": 6}))
+    report = tune(model, images, settings, **(RUN | {"epochs": 6}))
     assert report.last_top1 > 60
     plain = toy_net()
-    finetune.finetune(plain, images, settings.updated(loss=supervised_part(settings.loss)), **(RUN | {"epochs": 6}))
+    tune(plain, images, settings.model_copy(update={"loss": "ce"}), **(RUN | {"epochs": 6}))
     assert not same(weights(plain), weights(model))
 
 
@@ -208,7 +207,7 @@ def test_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, name: str, settings: FinetuneSettings, moment: str, resumed_at: tuple[int, int]
 ) -> None:
     whole = toy_net()
-    expected = finetune.finetune(whole, ToyImages(), settings, **RUN)
+    expected = tune(whole, ToyImages(), settings, **RUN)
 
     root = Path(__file__).parents[2]
     program = [sys.executable, str(root / "tests" / "toys" / "training.py"), str(tmp_path / "run"), name, moment]
@@ -217,7 +216,7 @@ def test_killed_run_resumes_to_the_same_bits(
 
     events: list[dict[str, Any]] = []
     model = toy_net()
-    report = finetune.finetune(model, ToyImages(), settings, folder=tmp_path / "run", on_event=events.append, **RUN)
+    report = tune(model, ToyImages(), settings, folder=tmp_path / "run", on_event=events.append, **RUN)
     assert events[0] == {"event": "resume", "epoch": resumed_at[0], "step": resumed_at[1]}
     assert figures(report) == figures(expected)
     assert same(weights(model), weights(whole))
@@ -232,17 +231,17 @@ def test_killed_run_resumes_to_the_same_bits(
 def test_interrupted_anywhere_resumes_to_the_same_bits(tmp_path: Path, settings: Any, stop_at: int) -> None:
     settings = settings.updated(checkpoint_every=None)
     whole = toy_net()
-    finetune.finetune(whole, ToyImages(), settings, **RUN)
+    tune(whole, ToyImages(), settings, **RUN)
 
     images = ToyImages()
     images.train = Interrupting(
         images.train, stop_at * images.batch_size * (2 if settings.loss.kind in ("cskd", "dlb") else 1)
     )
     with pytest.raises(InterruptedRunError, match="saved") as caught:
-        finetune.finetune(toy_net(), images, settings, folder=tmp_path, **RUN)
+        tune(toy_net(), images, settings, folder=tmp_path, **RUN)
     assert caught.value.exit_code == 130
     model = toy_net()
-    finetune.finetune(model, ToyImages(), settings, folder=tmp_path, **RUN)
+    tune(model, ToyImages(), settings, folder=tmp_path, **RUN)
     assert same(weights(model), weights(whole))
 
 
@@ -250,11 +249,11 @@ def test_interrupted_in_validation_trains_no_step_twice(tmp_path: Path) -> None:
     images = ToyImages()
     images.val = Interrupting(images.val, 40)
     with pytest.raises(InterruptedRunError):
-        finetune.finetune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
+        tune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
     assert states(tmp_path) == ["state-00000-00000012.safetensors"]
     whole, model = toy_net(), toy_net()
-    finetune.finetune(whole, ToyImages(), PLAIN, **RUN)
-    finetune.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(whole, ToyImages(), PLAIN, **RUN)
+    tune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
     assert same(weights(model), weights(whole))
 
 
@@ -264,7 +263,7 @@ def test_a_stop_asked_for_at_the_very_end_is_heard(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(InterruptedRunError):
-        finetune.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=interrupt, **RUN)
+        tune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=interrupt, **RUN)
     assert states(tmp_path) == ["state-00003-00000000.safetensors"]
 
 
@@ -285,13 +284,13 @@ def test_a_stop_asked_for_too_late_to_be_heard_is_handed_on() -> None:
 
 def test_signals_work_as_before_afterwards_and_threads_may_train() -> None:
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    finetune.finetune(toy_net(), ToyImages(), PLAIN, **RUN)
+    tune(toy_net(), ToyImages(), PLAIN, **RUN)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
     model, expected = toy_net(), toy_net()
-    thread = threading.Thread(target=finetune.finetune, args=(model, ToyImages(), PLAIN), kwargs=RUN)
+    thread = threading.Thread(target=tune, args=(model, ToyImages(), PLAIN), kwargs=RUN)
     thread.start()
     thread.join()
-    finetune.finetune(expected, ToyImages(), PLAIN, **RUN)
+    tune(expected, ToyImages(), PLAIN, **RUN)
     assert same(weights(model), weights(expected))
 
 
@@ -302,53 +301,53 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(InterruptedRunError) as caught:
-        finetune.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=impatient, **RUN)
+        tune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, on_event=impatient, **RUN)
     assert "saved" not in caught.value.message
     assert states(tmp_path) == ["state-00001-00000000.safetensors"]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     model = toy_net()
-    report = finetune.finetune(model, ToyImages(), SGD, folder=tmp_path, **RUN)
+    report = tune(model, ToyImages(), SGD, folder=tmp_path, **RUN)
     images, again = ToyImages(), toy_net()
-    assert finetune.finetune(again, images, SGD, folder=tmp_path, **RUN) == report
+    assert tune(again, images, SGD, folder=tmp_path, **RUN) == report
     assert images.val_loads == 0
     assert same(weights(again), weights(model))
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.04}, {"seed": 8}, {"epochs": 4}])
 def test_another_job_starts_afresh(tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    finetune.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
     fresh, model = toy_net(), toy_net()
-    finetune.finetune(fresh, ToyImages(), PLAIN, **(RUN | change))
-    finetune.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **(RUN | change))
+    tune(fresh, ToyImages(), PLAIN, **(RUN | change))
+    tune(model, ToyImages(), PLAIN, folder=tmp_path, **(RUN | change))
     assert same(weights(model), weights(fresh))
     assert "another job" in caplog.text
     assert len(states(tmp_path)) == 1
 
 
 def test_other_starting_weights_are_another_job(tmp_path: Path) -> None:
-    finetune.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
     other, expected = toy_net(), toy_net()
     for model in (other, expected):
         model[5].weight.data.mul_(0.5)
-    finetune.finetune(expected, ToyImages(), PLAIN, **RUN)
-    finetune.finetune(other, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(expected, ToyImages(), PLAIN, **RUN)
+    tune(other, ToyImages(), PLAIN, folder=tmp_path, **RUN)
     assert same(weights(other), weights(expected))
 
 
 def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    finetune.finetune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(toy_net(), ToyImages(), PLAIN, folder=tmp_path, **RUN)
     whole = tmp_path / states(tmp_path)[0]
     (tmp_path / "state-00009-00000000.safetensors").write_bytes(whole.read_bytes()[:200])
     images = ToyImages()
-    finetune.finetune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
+    tune(toy_net(), images, PLAIN, folder=tmp_path, **RUN)
     assert images.val_loads == 0
     assert "passed over" in caplog.text
 
 
 def test_a_checkpoint_holds_no_pickle_and_every_state(tmp_path: Path) -> None:
-    finetune.finetune(toy_net(), ToyImages(), SGD, folder=tmp_path, **RUN)
+    tune(toy_net(), ToyImages(), SGD, folder=tmp_path, **RUN)
     path = tmp_path / states(tmp_path)[0]
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -372,13 +371,13 @@ def test_full_disk_keeps_the_former_checkpoint(tmp_path: Path) -> None:
 
     try:
         with pytest.raises(PruneError, match=r"Cannot write .*state-00002"):
-            finetune.finetune(toy_net(), train_until_saved, PLAIN, folder=tmp_path, on_event=fill, **RUN)
+            tune(toy_net(), train_until_saved, PLAIN, folder=tmp_path, on_event=fill, **RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert states(tmp_path) == ["state-00001-00000000.safetensors"]
     whole, model = toy_net(), toy_net()
-    finetune.finetune(whole, ToyImages(), PLAIN, **RUN)
-    finetune.finetune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
+    tune(whole, ToyImages(), PLAIN, **RUN)
+    tune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
     assert same(weights(model), weights(whole))
 
 
@@ -392,7 +391,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
             inputs[poisoned] = torch.nan
 
     with pytest.raises(PruneError, match=r"loss is nan at step 6 of epoch 2 \(learning rate 0.05\)") as caught:
-        finetune.finetune(toy_net(), images, PLAIN, folder=tmp_path, on_event=poison, **RUN)
+        tune(toy_net(), images, PLAIN, folder=tmp_path, on_event=poison, **RUN)
     assert str(tmp_path) in caught.value.message
     assert states(tmp_path) == ["state-00001-00000000.safetensors"]
     assert not torch.equal(labels, inputs)
@@ -401,9 +400,9 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
 def test_a_state_with_infinite_weights_is_never_saved(tmp_path: Path) -> None:
     settings = PLAIN.updated(checkpoint_every=1)
     with pytest.raises(PruneError, match=r"not finite|loss is (nan|inf)"):
-        finetune.finetune(toy_net(), ToyImages(), settings, folder=tmp_path, **(RUN | {"lr": 1e30}))
+        tune(toy_net(), ToyImages(), settings, folder=tmp_path, **(RUN | {"lr": 1e30}))
     for path in tmp_path.glob("state-*"):
-        progress = checkpoint.newest(tmp_path, job=json.loads(_header(path)["prunecli_finetune"])["job"])
+        progress = checkpoint.newest(tmp_path, digest=json.loads(_header(path)["prunecli_finetune"])["job"])
         assert progress is not None
         assert all(tensor.isfinite().all() for tensor in progress[1].values())
 
@@ -418,19 +417,19 @@ def test_frozen_models_are_refused() -> None:
     model = toy_net()
     model.requires_grad_(requires_grad=False)
     with pytest.raises(PruneError, match="frozen"):
-        finetune.finetune(model, ToyImages(), PLAIN, **RUN)
+        tune(model, ToyImages(), PLAIN, **RUN)
 
 
 def test_training_that_changes_nothing_is_an_error() -> None:
     with pytest.raises(PruneError, match="changed no parameter"):
-        finetune.finetune(toy_net(), ToyImages(), PLAIN, **(RUN | {"lr": 1e-60}))
+        tune(toy_net(), ToyImages(), PLAIN, **(RUN | {"lr": 1e-60}))
 
 
 def test_no_epochs_or_no_batches() -> None:
     with pytest.raises(UsageError, match="at least one epoch"):
-        finetune.finetune(toy_net(), ToyImages(), PLAIN, **(RUN | {"epochs": 0}))
+        tune(toy_net(), ToyImages(), PLAIN, **(RUN | {"epochs": 0}))
     with pytest.raises(PruneError, match="not one batch"):
-        finetune.finetune(toy_net(), ToyImages(train=4), PLAIN, **RUN)
+        tune(toy_net(), ToyImages(train=4), PLAIN, **RUN)
 
 
 # --------------------------------------------------------------------------------------- the shipped checkpoint
@@ -527,8 +526,8 @@ def test_a_diverging_probe_is_infinitely_bad() -> None:
 def test_a_regulariser_is_minimised_beside_the_loss_and_stays_out_of_the_figures(regulariser: Any) -> None:
     settings = PLAIN.updated(regulariser={"kind": regulariser, "weight": 1.0})
     plain, model = toy_net(), toy_net()
-    alone = finetune.finetune(plain, ToyImages(), PLAIN, **RUN)
-    report = finetune.finetune(model, ToyImages(), settings, **RUN)
+    alone = tune(plain, ToyImages(), PLAIN, **RUN)
+    report = tune(model, ToyImages(), settings, **RUN)
     assert orthogonality(model, regulariser) < 0.7 * orthogonality(plain, regulariser)
     assert report.history[0]["train_loss"] == pytest.approx(alone.history[0]["train_loss"], rel=0.5)
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from prunecli.errors import UsageError
 from prunecli.recipe.settings import FinetuneSettings
-from prunecli.training.schedule import build_optimizer, build_schedule, optimizer_name
+from prunecli.training.optimizer import build_optimizer, optimizer_name
+from prunecli.training.schedule import build_schedule
 
 
 def rates(lr: float, *, epochs: int, steps: int, **settings: Any) -> list[float]:
     asked = FinetuneSettings(optimizer="sgd", **settings)
-    optimizer = build_optimizer(nn.Linear(2, 2), asked, lr=lr)
-    schedule = build_schedule(optimizer, asked, lr=lr, steps_per_epoch=steps, epochs=epochs)
-    forward = [schedule.set_(step) for step in range(epochs * steps)]
-    assert forward == [schedule.set_(step) for step in reversed(range(epochs * steps))][::-1]  # position is all
+    schedule = build_schedule(asked, lr=lr, steps_per_epoch=steps, epochs=epochs)
+    forward = [schedule(step) for step in range(epochs * steps)]
+    assert forward == [schedule(step) for step in reversed(range(epochs * steps))][::-1]  # position is all
     return forward
 
 
