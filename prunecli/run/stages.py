@@ -25,7 +25,7 @@ from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.planning.make import Planned
 from prunecli.recovery.choose import recover_stage
-from prunecli.run import phases
+from prunecli.run import phases, verify
 from prunecli.run.export import export
 from prunecli.run.job import Job, reload_
 from prunecli.run.learning_rate import finetune_settings, learning_rate, learning_rate_at, recommended_lr
@@ -33,7 +33,6 @@ from prunecli.run.measured import measured_stage
 from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
 from prunecli.run.summary import rounded, summarise
-from prunecli.run.verify import verify
 from prunecli.show import page
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune as finetuning
@@ -288,7 +287,7 @@ def finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     job.notify({"event": "start", "name": "export"})
     write_json(job.folder.plan_file, plan.model_dump(mode="json"))
     export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
-    verified = verify(job.folder.path, Function.of(job.source.ref))
+    verified = verify.verify(job.folder.path, Function.of(job.source.ref))
     job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
     report = summarise(job, model, size, verified)
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from test_cli import call, sentence
 
 import prunecli
 from prunecli.recipe.moved_keys import MOVED
+from toys.jobs import call, sentence
 
-OLD = Path(__file__).parent / "fixtures" / "old_run"
+OLD = Path(__file__).parents[1] / "fixtures" / "old_run"
 
 
 def test_it_loads_as_the_net_it_was() -> None:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import call, sentence
 
 from prunecli.errors import UsageError
 from prunecli.recipe import packaged, reference
 from prunecli.recipe.by_kind import KIND
 from prunecli.recipe.moved_keys import MOVED
 from prunecli.recipe.recipe import Recipe
+from toys.jobs import call, sentence
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_pages_in_docs_are_fresh() -> None:
