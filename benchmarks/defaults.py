@@ -35,12 +35,12 @@ from papers import row
 from torch import nn
 
 from prunecli.measure import cost
+from prunecli.measure.accuracy import evaluate
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training import recommended_lr
-from prunecli.training.finetune import evaluate
 from prunecli.training.loop import TrainingRun
 from prunecli.training.optimizer import optimizer_name
 
