@@ -39,11 +39,11 @@ from benchmarks.accuracy.lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, train
 from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import row
 from prunecli.measure import cost
+from prunecli.measure.accuracy import evaluate
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
-from prunecli.training.finetune import evaluate
 from prunecli.training.loop import TrainingRun
 from prunecli.training.optimizer import optimizer_name
 from prunecli.training.recommended_lr import recommend_lr

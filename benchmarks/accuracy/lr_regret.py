@@ -44,7 +44,7 @@ from benchmarks.shared.side_by_side import Arm, SideBySide
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.files import write_tensors
-from prunecli.measure.accuracy import lost_top1
+from prunecli.measure.accuracy import evaluate, lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
@@ -456,8 +456,8 @@ def cifar_inputs(case: Case, images: Images, dense: nn.Module, net: nn.Module) -
     device = next(net.parameters()).device
     return {
         **inputs(case, dense, net, images.calibration(64)[0], batches, steps=case.epochs * images.steps_per_epoch),
-        "dense_top1": finetune.evaluate(dense, images.val_loader(), device=device).top1,
-        "start": finetune.evaluate(net, images.val_loader(), device=device).top1,
+        "dense_top1": evaluate(dense, images.val_loader(), device=device).top1,
+        "start": evaluate(net, images.val_loader(), device=device).top1,
     }
 
 

@@ -43,7 +43,19 @@ class Progress(Value):
 
 
 def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
-    """Write one checkpoint durably, then remove the older ones. Raises PruneError where the disk refuses."""
+    """Write one checkpoint durably, then remove the older ones.
+
+    Args:
+        folder: folder of the checkpoints of one training.
+        progress: position and history.
+        tensors: weights, optimiser state and what else the training has to remember, by name.
+
+    Returns:
+        The file written.
+
+    Raises:
+        PruneError: the disk refuses.
+    """
     path = folder / f"state-{progress.epoch:05d}-{progress.step:08d}.safetensors"
     write_tensors(path, tensors, {_KEY: json.dumps(progress.model_dump(mode="json", by_alias=True), allow_nan=False)})
     with explained(path):

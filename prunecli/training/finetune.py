@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from prunecli.errors import UsageError
 from prunecli.interrupts import until
 from prunecli.measure.accuracy import evaluate
-from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models.tensors import state_digest
 from prunecli.recipe.losses import NoRegulariser
 from prunecli.recipe.settings import FinetuneSettings
@@ -21,11 +20,8 @@ from prunecli.training.loop import Loop, TrainingRun, settle_, train_
 from prunecli.training.objective import build_objective
 from prunecli.training.optimizer import optimizer_name
 from prunecli.training.penalty import Orthogonality, Penalty
-from prunecli.training.probe import ProbeResult, probe_loss
 from prunecli.training.step import TrainingImages, TrainingPlan
 from prunecli.values.report import Accuracy, FinetuneReport
-
-__all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]
 
 
 def finetune(

@@ -24,12 +24,15 @@ from torch.nn import functional
 from prunecli.data.images import open_data
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.interrupts import Stopped, stop_if_asked, stop_requests
+from prunecli.measure.accuracy import evaluate
+from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models import paper_nets
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
 from prunecli.recipe.settings import DataSettings, DistillSettings, FinetuneSettings
-from prunecli.training import checkpoint, finetune
+from prunecli.training import checkpoint
 from prunecli.training.penalty import Orthogonality
+from prunecli.training.probe import ProbeResult, probe_loss
 from toys.training import ADAMW, CPU, CSKD, DLB, PSKD, RUN, SGD, Interrupting, ToyImages, same, toy_net, tune, weights
 
 PLAIN = FinetuneSettings(optimizer="sgd", schedule="constant", weight_decay=0.0)
@@ -56,7 +59,7 @@ class Answers(nn.Module):
 def test_evaluate_by_hand() -> None:
     logits = torch.tensor([[4.0, 3, 2, 1, 0, -1], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
     labels = torch.tensor([0, 0, 4])
-    found = finetune.evaluate(Answers(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])], device=CPU)
+    found = evaluate(Answers(), [(logits[:2], labels[:2]), (logits[2:], labels[2:])], device=CPU)
     assert found.samples == 3
     assert found.top1 == pytest.approx(100 / 3)
     assert found.top5 == pytest.approx(200 / 3)
@@ -66,14 +69,14 @@ def test_evaluate_by_hand() -> None:
 def test_evaluate_has_no_top5_below_five_classes_and_puts_modes_back() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Dropout(0.9))
     model[1].eval()
-    found = finetune.evaluate(model, [(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))], device=CPU)
+    found = evaluate(model, [(torch.randn(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))], device=CPU)
     assert found.top5 is None
     assert [module.training for module in model.modules()] == [True, True, False, True]
 
 
 def test_evaluate_refuses_an_empty_split() -> None:
     with pytest.raises(PruneError, match="no image"):
-        finetune.evaluate(Answers(), [], device=CPU)
+        evaluate(Answers(), [], device=CPU)
 
 
 # -------------------------------------------------------------------------------------------------- the loop
@@ -103,10 +106,10 @@ def test_sgd_equals_a_loop_written_out() -> None:
 
 def test_it_learns_and_reports_last_and_best() -> None:
     images, model, events = ToyImages(), toy_net(), []
-    before = finetune.evaluate(model, images.val_loader(), device=CPU)
+    before = evaluate(model, images.val_loader(), device=CPU)
     settings = SGD.updated(schedule=SGD.schedule.updated(min_lr=1e-4))
     report = tune(model, images, settings, on_event=events.append, **(RUN | {"epochs": 5}))
-    after = finetune.evaluate(model, images.val_loader(), device=CPU)
+    after = evaluate(model, images.val_loader(), device=CPU)
     assert after.top1 > before.top1 + 20
     assert report.best_top1 == after.top1 == max(entry["top1"] for entry in report.history)
     assert report.last_top1 == report.history[-1]["top1"]
@@ -255,6 +258,16 @@ def test_interrupted_in_validation_trains_no_step_twice(tmp_path: Path) -> None:
     tune(whole, ToyImages(), PLAIN, **RUN)
     tune(model, ToyImages(), PLAIN, folder=tmp_path, **RUN)
     assert same(weights(model), weights(whole))
+
+
+def test_interrupted_in_validation_the_epoch_still_reports_the_rate_of_its_last_step(tmp_path: Path) -> None:
+    settings = FinetuneSettings(optimizer="sgd", schedule="cosine")
+    images = ToyImages()
+    images.val = Interrupting(images.val, 40)
+    with pytest.raises(InterruptedRunError):
+        tune(toy_net(), images, settings, folder=tmp_path, **RUN)
+    resumed = tune(toy_net(), ToyImages(), settings, folder=tmp_path, **RUN)
+    assert figures(resumed) == figures(tune(toy_net(), ToyImages(), settings, **RUN))
 
 
 def test_a_stop_asked_for_at_the_very_end_is_heard(tmp_path: Path) -> None:
@@ -442,7 +455,7 @@ def test_the_digits_checkpoint_is_what_its_metadata_says() -> None:
     assert metadata["made_by"].startswith("benchmarks/train_digits.py")
     loaded = load_model("cifar_resnet20.digits")
     images = open_data(DataSettings(name="digits"), input_spec(loaded.ref), num_classes=10, seed=0)
-    found = finetune.evaluate(loaded.model, images.val_loader(), device=CPU)
+    found = evaluate(loaded.model, images.val_loader(), device=CPU)
     assert f"{found.top1:.2f}" == metadata["top1_held_out"]
     assert found.top1 > 99
 
@@ -454,7 +467,7 @@ def test_bn_statistics_by_hand() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     model[1].running_mean.fill_(9.0)
     batches = [torch.randn(5, 3, 4, 4) for _ in range(3)]
-    assert finetune.recalibrate_bn_(model, [batches[0], (batches[1], torch.zeros(5)), batches[2]], device=CPU) == 2
+    assert recalibrate_bn_(model, [batches[0], (batches[1], torch.zeros(5)), batches[2]], device=CPU) == 2
     torch.testing.assert_close(model[1].running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0))
     torch.testing.assert_close(model[1].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
     assert model[1].momentum == 0.3
@@ -466,16 +479,16 @@ def test_bn_without_batches_keeps_the_statistics() -> None:
     model = toy_net()
     before = weights(model)
     with pytest.raises(PruneError, match="training image"):
-        finetune.recalibrate_bn_(model, [], device=CPU)
+        recalibrate_bn_(model, [], device=CPU)
     assert same(weights(model), before)
-    assert finetune.recalibrate_bn_(nn.Linear(2, 2), [], device=CPU) == 0
+    assert recalibrate_bn_(nn.Linear(2, 2), [], device=CPU) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ probe
 
 
-def probe(model: nn.Module, images: ToyImages, steps: int, lr: float = 0.05) -> finetune.ProbeResult:
-    return finetune.probe_loss(model, images, steps=steps, lr=lr, settings=SGD, device=CPU, seed=5)
+def probe(model: nn.Module, images: ToyImages, steps: int, lr: float = 0.05) -> ProbeResult:
+    return probe_loss(model, images, steps=steps, lr=lr, settings=SGD, device=CPU, seed=5)
 
 
 def test_probe_leaves_the_model_and_the_validation_split_alone() -> None:
@@ -492,7 +505,7 @@ def test_probe_leaves_the_model_and_the_validation_split_alone() -> None:
 def test_probe_of_no_steps_only_evaluates() -> None:
     images, model = ToyImages(), toy_net()
     result = probe(model, images, steps=0)
-    expected = finetune.evaluate(model, [images.calibration(96)], device=CPU)
+    expected = evaluate(model, [images.calibration(96)], device=CPU)
     assert result.train_loss is None
     assert result.val_loss == pytest.approx(expected.loss)
     assert result.val_top1 == expected.top1
