@@ -55,6 +55,7 @@ def finetune(asked: Asked, folder: FolderOptions, output: OutputOptions) -> None
 
 def _run(job: Callable[..., Report], recipe: Recipe, folder: FolderOptions, output: OutputOptions) -> None:
     from prunecli.cli.progress import ProgressDisplay
+    from prunecli.run.folder import RunFolder
     from prunecli.show import tables
 
     opened: list[str] = []
@@ -67,7 +68,9 @@ def _run(job: Callable[..., Report], recipe: Recipe, folder: FolderOptions, outp
             display(event)
 
         report = job(recipe, out=folder.out, resume=folder.resume, force=folder.force, notify=notify)
-    show(report.model_dump(mode="json"), tables.report_summary(report, Path(opened[-1])), as_json=output.as_json)
+    run = RunFolder(path=Path(opened[-1]))
+    table = tables.report_summary(report, page=run.page_file, model=run.weights_file)
+    show(report.model_dump(mode="json"), table, as_json=output.as_json)
 
 
 def _show_plan(recipe: Recipe, *, as_json: bool) -> None:

@@ -70,8 +70,13 @@ def _notes(notes: Sequence[str]) -> list[RenderableType]:
 # ---------------------------------------------------------------------------------------------- a finished run
 
 
-def report_summary(report: Report, folder: Path) -> RenderableType:
-    """The end of a run: dense against final, every stage, target, learning rate, verification, place of the report.
+def report_summary(report: Report, *, page: Path, model: Path) -> RenderableType:
+    """The end of a run: dense against final, every stage, target, learning rate, verification, places.
+
+    Args:
+        report: The report of the run.
+        page: Where the report for people lies.
+        model: Where the exported weights lie.
 
     Raises:
         ValueError: The report has no stages.
@@ -80,13 +85,13 @@ def report_summary(report: Report, folder: Path) -> RenderableType:
         Text(wording.headline(report)),
         final_table(report),
         stages_table(report.stages),
-        _fields(*_outcome(report, folder)),
+        _fields(*_outcome(report), ("report", str(page)), ("model", str(model))),
         *_notes(report.warnings),
     ]
     return Group(*parts)
 
 
-def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
+def _outcome(report: Report) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     if report.target:
         lines.append(("target", wording.target_line(report.target)))
@@ -102,7 +107,7 @@ def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
         lines.append(("budget", budget))
     if report.verify:
         lines.append(("verified", _verdict(report.verify)))
-    return [*lines, ("report", str(folder / "report.html")), ("model", str(folder / "model.safetensors"))]
+    return lines
 
 
 def _finetuning(report: Report) -> str:
