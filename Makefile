@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup run test test-slow lint format types image
+.PHONY: setup run test test-slow lint format types docs image
 
 setup: $(BIN)/prunecli
 
@@ -28,6 +28,9 @@ format: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m typer prunecli.cli.app utils docs --name prunecli --output docs/cli.md
 
 image:
 	docker build -t prunecli .

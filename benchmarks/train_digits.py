@@ -21,13 +21,15 @@ from prunecli.files import write_tensors
 from prunecli.models import paper_nets
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
+from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 
 SEED = 0
 PEAK_LR = 0.1
 DATA = DataSettings(name="digits", batch_size=64)
-SETTINGS = FinetuneSettings(optimizer="sgd", schedule="cosine", warmup_epochs=1.0, weight_decay=5e-4, min_lr=1e-4)
+SETTINGS = FinetuneSettings(optimizer="sgd", schedule=CosineSchedule(min_lr=1e-4, warmup_epochs=1.0), weight_decay=5e-4)
 
 
 def main() -> None:
@@ -46,9 +48,11 @@ def main() -> None:
         SETTINGS,
         lr=PEAK_LR,
         epochs=asked.epochs,
-        device=torch.device("cpu"),
-        seed=SEED,
-        on_event=lambda event: print(json.dumps(event)) if event["event"] == "epoch" else None,
+        run=TrainingRun(
+            device=torch.device("cpu"),
+            seed=SEED,
+            on_event=lambda event: print(json.dumps(event)) if event["event"] == "epoch" else None,
+        ),
     )
     metadata = {
         "architecture": "cifar_resnet20, input 3x16x16",

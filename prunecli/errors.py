@@ -1,6 +1,6 @@
 """Every failure prunecli names, one class an exit code (INTERFACE: exit codes are part of the public promise).
 
-A message is one plain sentence that names the value and the place; ``hint`` says what to do next.
+A message is one plain sentence that names the value and the place; ``hint`` is the next step.
 Nothing here prints: the command line turns these into text and an exit status in one place.
 """
 
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class ExitCode(IntEnum):
-    """What the process tells its caller."""
+    """Exit status of the process."""
 
     OK = 0
     FAILED = 1
@@ -26,7 +26,13 @@ class ExitCode(IntEnum):
 
 
 class PruneError(Exception):
-    """A run that cannot go on: the world holds the wrong thing (a truncated file, a NaN loss, a full disk)."""
+    """A run that cannot go on: the world holds the wrong thing (a truncated file, a NaN loss, a full disk).
+
+    Attributes:
+        exit_code: exit status of a command that ends with this error.
+        message: one plain sentence that names the value and the place.
+        hint: next step for the user, or ``None``.
+    """
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILED
 
@@ -40,7 +46,7 @@ class PruneError(Exception):
 
 
 class DivergedError(PruneError):
-    """A loss or a weight that is no finite number any more."""
+    """A loss or a weight that is no longer a finite number."""
 
 
 class UsageError(PruneError):
@@ -80,11 +86,11 @@ class InterruptedRunError(PruneError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint for a misspelt name: its nearest match, or all choices where they are few.
+    """The hint for a misspelt name: its nearest match, all choices where they are few, or nothing.
 
     Args:
-        name: what the user typed.
-        known: what exists.
+        name: name as the user typed it.
+        known: names that exist.
     """
     choices = sorted(known)
     match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
@@ -94,12 +100,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 240) -> str:
-    """What an exception says, as one line without its full stop, at most ``limit`` characters; its type if nothing."""
+    """The message of an exception as one line without its final full stop.
+
+    Args:
+        error: any exception; without a message, the name of its type is returned.
+        limit: most characters of the result; a longer message is cut off.
+    """
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def listed(names: Sequence[str], limit: int) -> str:
-    """The first names, and how many more there are."""
+    """Names as one text: ``a, b, c``, or ``a, b (+3 more)`` where there are more than ``limit``."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} (+{len(names) - limit} more)"

@@ -26,11 +26,15 @@ from prunecli.values.value import Value
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an operating-system refusal to write ``path`` into one plain sentence."""
+    """Turn the operating system's refusal to write ``path`` into one plain sentence.
+
+    Raises:
+        PruneError: the write failed; names the path, the reason and the next step.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
+        code = getattr(error, "errno", None)  # safetensors' own errors have none, only the system's text
         if code is None and "No space left" in str(error):
             code = errno.ENOSPC
         reasons = {
@@ -46,9 +50,16 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary neighbour, then rename it over ``path``. Raises PruneError.
+    """Let ``write`` fill a temporary neighbour, then rename it over ``path``.
 
     The file gets the mode the user's umask asks for (safetensors leaves 0600 behind).
+
+    Args:
+        path: file to create or replace; missing folders above it are made.
+        write: function that writes the whole content to the path it is given.
+
+    Raises:
+        PruneError: the operating system refuses the write.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +68,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             write(temporary)
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
-            umask = os.umask(0)
+            umask = os.umask(0)  # it can only be read by setting it
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
@@ -66,17 +77,35 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically. Raises PruneError."""
+    """Write UTF-8 text atomically.
+
+    Raises:
+        PruneError: the operating system refuses the write.
+    """
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON document atomically; a NaN is refused, because JSON has none. Raises PruneError."""
+    """Write a JSON document atomically.
+
+    Raises:
+        PruneError: the operating system refuses the write.
+        ValueError: a NaN or infinite number, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write safetensors atomically; shared memory is written once under each name. Raises PruneError."""
+    """Write safetensors atomically; tensors that share memory are written under each of their names.
+
+    Args:
+        path: file to create or replace.
+        tensors: name → tensor, on any device.
+        metadata: further text entries of the file's header.
+
+    Raises:
+        PruneError: the operating system refuses the write.
+    """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
@@ -95,11 +124,15 @@ def _sort_header_(path: Path) -> None:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= length
         handle.seek(8)
-        handle.write(text.ljust(length))
+        handle.write(text.ljust(length))  # spaces are allowed at its end; the data behind it must not move
 
 
 def read_json(path: Path) -> Any:
-    """Raises PruneError naming the file where it is missing or broken."""
+    """The content of a JSON file.
+
+    Raises:
+        PruneError: the file is missing or broken; names it.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,9 +142,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors in memory of their own: the file may be replaced later, and mapped memory is not aligned for kernels.
+    """Name → tensor of a safetensors file, on the CPU.
 
-    Raises PruneError naming the file where it is missing, truncated or no safetensors file.
+    Tensors get memory of their own: the file may be replaced later, and mapped memory is not aligned for kernels.
+
+    Raises:
+        PruneError: the file is missing, truncated or no safetensors file; names it.
     """
     try:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -123,7 +159,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """SHA-256 of a file's bytes, as hex digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -132,7 +168,11 @@ V = TypeVar("V", bound=Value)
 
 
 def read_value(kind: type[V], path: Path) -> V:
-    """A value type from its JSON file. Raises PruneError naming the file and the place in it."""
+    """A value of type ``kind`` from its JSON file.
+
+    Raises:
+        PruneError: the file is missing, broken or does not hold such a value; names it.
+    """
     values = read_json(path)
     try:
         return kind.model_validate(values)

@@ -39,13 +39,15 @@ from benchmarks.accuracy.lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, train
 from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import row
 from prunecli.measure import cost
+from prunecli.measure.accuracy import evaluate
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
-from prunecli.training import recommended_lr
-from prunecli.training.finetune import evaluate
-from prunecli.training.schedule import optimizer_name
+from prunecli.training.loop import TrainingRun
+from prunecli.training.optimizer import optimizer_name
+from prunecli.training.recommended_lr import recommend_lr
+from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults.json"
 NETS = ("vgg11_bn", "test_convnext", "test_vit")
@@ -89,9 +91,9 @@ def recipe_of(plain: Recipe, arm: str, seed: int, rate: float) -> Recipe:
     return Recipe.from_mapping(values)
 
 
-def published_rate(optimizer: recommended_lr.Optimizer, batch_size: int) -> float:
+def published_rate(optimizer: OptimizerName, batch_size: int) -> float:
     """What the tool takes where it knows nothing of the cut."""
-    return recommended_lr.recommend_lr(
+    return recommend_lr(
         optimizer=optimizer,
         epochs=EPOCHS,
         batch_size=batch_size,
@@ -129,7 +131,13 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     net = halved(source.model, source.spec.size)
     size = cost.measure(net, source.spec.size)
     done = finetuning.finetune(
-        net, images, recipe.finetune, lr=rate, epochs=EPOCHS, device=device, seed=recipe.seed, teacher=source.model
+        net,
+        images,
+        recipe.finetune,
+        lr=rate,
+        epochs=EPOCHS,
+        run=TrainingRun(device=device, seed=recipe.seed),
+        teacher=source.model,
     )
     return {
         "dense": evaluate(source.model, images.val_loader(), device=device).top1,

@@ -44,10 +44,11 @@ from benchmarks.shared.side_by_side import Arm, SideBySide
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
 from prunecli.files import write_tensors
-from prunecli.measure.accuracy import lost_top1
+from prunecli.measure.accuracy import evaluate, lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.recovery.steps import apply_steps, has_batch_norm
 from prunecli.run.job import Job, open_job
@@ -56,16 +57,17 @@ from prunecli.run.recovery_context import recovery_context
 from prunecli.run.source import open_images
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
+from prunecli.training.optimizer import build_optimizer
 from prunecli.training.recommended_lr import (
-    Optimizer,
-    distillation_pull,
+    distillation_gain,
     kind_of,
     recommend_lr,
     short_peak,
     short_peak_adamw,
 )
-from prunecli.training.retraining_rates import adaptive_peak
-from prunecli.training.schedule import build_optimizer
+from prunecli.training.retraining_rates import RemovedWeights, adaptive_peak
+from prunecli.values.learning_rate import OptimizerName
 
 RESULTS = Path(__file__).parents[1] / "results" / "lr_regret.json"
 GRIDS = {
@@ -78,8 +80,8 @@ RANGE_STEPS = 100
 TRIAL_SHARE = 0.05  # of the fine-tuning's steps, for three trials
 TRIAL_STEPS = 10  # a shorter trial says nothing
 SETTINGS = {
-    "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine"),
-    "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05, schedule="cosine"),
+    "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True),
+    "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05),
 }
 TEACHER = DistillSettings(alpha=0.9, temperature=4.0)
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
@@ -99,7 +101,7 @@ class CifarNet:
     """A net on CIFAR-10: which layers are cut, what trains it, and where its base comes from."""
 
     select: str
-    optimizer: Optimizer = "sgd"
+    optimizer: OptimizerName = "sgd"
     peak: float = 0.1
     args: Mapping[str, Any] = field(default_factory=dict)
     base: Base | None = None
@@ -149,7 +151,7 @@ class Case:
         return kind_of(self.optimizer, taught=self.taught)
 
     @property
-    def optimizer(self) -> Optimizer:
+    def optimizer(self) -> OptimizerName:
         """What trains it."""
         return CIFAR[self.net].optimizer if self.net in CIFAR else "sgd"
 
@@ -176,7 +178,7 @@ class Case:
     def settings(self, lr: float) -> FinetuneSettings:
         """Of the run that starts at ``lr``."""
         distill = TEACHER if self.taught else DistillSettings()
-        return SETTINGS[self.optimizer].model_copy(update={"min_lr": lr / 100, "distill": distill})
+        return SETTINGS[self.optimizer].updated(schedule=CosineSchedule(min_lr=lr / 100), distill=distill)
 
     def key(self, lr: float, seed: int) -> str:
         """The name of one run's record."""
@@ -372,8 +374,8 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
         return file
     with opened(recipe_for(net, None, how.base.images, asked)) as job:
         assert job.images is not None
-        settings = SETTINGS[how.optimizer].model_copy(
-            update={"min_lr": how.peak / 100, "warmup_epochs": how.base.warmup}
+        settings = SETTINGS[how.optimizer].updated(
+            schedule=CosineSchedule(min_lr=how.peak / 100, warmup_epochs=how.base.warmup)
         )
         done = finetune.finetune(
             job.source.model,
@@ -381,9 +383,7 @@ def trained_base(net: str, asked: argparse.Namespace) -> Path:
             settings,
             lr=how.peak,
             epochs=how.base.epochs,
-            device=job.device,
-            seed=0,
-            folder=asked.work / f"{net}_cifar10_base",
+            run=TrainingRun(device=job.device, seed=0, folder=asked.work / f"{net}_cifar10_base"),
         )
         print(net, "base", done.last_top1, flush=True)
         write_tensors(file, job.source.model.state_dict())
@@ -430,7 +430,13 @@ def cifar_run(
     """Top-1 after the fine-tuning; that of guessing where the loss is no number."""
     try:
         done = finetune.finetune(
-            net, images, case.settings(lr), lr=lr, epochs=case.epochs, device=job.device, seed=seed, teacher=dense
+            net,
+            images,
+            case.settings(lr),
+            lr=lr,
+            epochs=case.epochs,
+            run=TrainingRun(device=job.device, seed=seed),
+            teacher=dense,
         )
     except DivergedError as reason:
         print(case.key(lr, seed), reason, flush=True)
@@ -450,8 +456,8 @@ def cifar_inputs(case: Case, images: Images, dense: nn.Module, net: nn.Module) -
     device = next(net.parameters()).device
     return {
         **inputs(case, dense, net, images.calibration(64)[0], batches, steps=case.epochs * images.steps_per_epoch),
-        "dense_top1": finetune.evaluate(dense, images.val_loader(), device=device).top1,
-        "start": finetune.evaluate(net, images.val_loader(), device=device).top1,
+        "dense_top1": evaluate(dense, images.val_loader(), device=device).top1,
+        "start": evaluate(net, images.val_loader(), device=device).top1,
     }
 
 
@@ -464,14 +470,11 @@ def fixed(lr: float) -> Callable[[dict[str, Any]], float]:
 
 def allr(case: dict[str, Any]) -> float:
     """The first rate of ALLR (Zimmer et al. 2023)."""
-    return adaptive_peak(
-        peak=case["base_peak_lr"],
-        norm_dense=case["norm_dense"],
-        norm_pruned=case["norm_pruned"],
-        sparsity=case["removed_params"],
-        epochs=case["epochs"],
-        original_epochs=case["base_epochs"],
+    removed = RemovedWeights(
+        sparsity=case["removed_params"], norm_dense=case["norm_dense"], norm_pruned=case["norm_pruned"]
     )
+    peak, epochs, original_epochs = case["base_peak_lr"], case["epochs"], case["base_epochs"]
+    return adaptive_peak(removed, peak=peak, epochs=epochs, original_epochs=original_epochs)
 
 
 def range_test(case: dict[str, Any]) -> float:
@@ -593,12 +596,12 @@ def left_out(cases: Sequence[Case], records: dict[str, Any]) -> dict[Case, float
 
 def short_rate(case: Case, known: dict[str, Any], peak: float, annealing: float = 0.0) -> float:
     """The rule of short fine-tunings with these constants."""
-    pull = distillation_pull(known["distill_share"], known["distill_temperature"])
+    gain = distillation_gain(known["distill_share"], known["distill_temperature"])
     if case.optimizer == "adamw":
         gone = lost(known)
         assert gone is not None
-        return short_peak_adamw(case.ratio, gone, peak=peak) * pull
-    return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / pull
+        return short_peak_adamw(case.ratio, gone, peak=peak) * gain
+    return short_peak(known["steps"], case.ratio, peak=peak, annealing=annealing) / gain
 
 
 def table(records: dict[str, Any], kind: str) -> str:

@@ -40,6 +40,7 @@ from prunecli.files import read_tensors, write_tensors
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
+from prunecli.recipe.schedules import StepSchedule
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 
@@ -50,7 +51,7 @@ JSV_IMAGES = 10 * BATCH
 JSV_AFTER = (1, 2, 5, 10)
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 SAVE_EVERY = 10
-SGD = FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="step", gamma=0.1)
+SGD = FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True)
 # The papers' schedules, as shares of the budget: 0:1e-2, 30:1e-3, 60:1e-4 and 0:1e-3, 45:1e-4 of 90 epochs.
 MILESTONES = {0.01: (1 / 3, 2 / 3), 0.001: (0.5,)}
 METHODS = ("L1", "L1+OrthP", "Scratch")
@@ -198,7 +199,7 @@ def _record(job: Mapping[str, Any], run: int, rates: torch.Tensor) -> dict[str, 
 
 
 def settings_for(lr: float) -> FinetuneSettings:
-    return SGD.model_copy(update={"milestones": MILESTONES[lr]})
+    return SGD.updated(schedule=StepSchedule(milestones=MILESTONES[lr]))
 
 
 def train_base(bench: Bench) -> None:

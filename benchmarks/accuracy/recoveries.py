@@ -20,7 +20,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -35,7 +35,8 @@ from benchmarks.shared.papers import fresh
 from prunecli.measure.accuracy import evaluate
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.recipe import packaged
-from prunecli.recipe.reading import layered, parse_assignments
+from prunecli.recipe.layers import layered, parse_assignments
+from prunecli.recipe.methods import GregGrowing
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DistillSettings
 from prunecli.recovery.steps import apply_steps
@@ -45,6 +46,7 @@ from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Plan
 
 RESULTS = Path(__file__).parents[1] / "results" / "recoveries.json"
@@ -66,7 +68,7 @@ ARMS = (
 TEACHER = (0.9, 4.0)  # share and temperature of the distillation
 JSV_IMAGES = 64
 OWN = (  # keys of the recipe that this script sets or does not read
-    *("model", "weights", "data", "target", "method", "device", "seed", "recover"),
+    *("model", "weights", "data", "target", "method.kind", "device", "seed", "recover"),
     *("finetune.distill", "finetune.lr", "finetune.epochs"),
 )
 Row = tuple[float, float, int, str]  # pruning ratio, learning rate, seed, arm
@@ -84,13 +86,21 @@ def recipe_for(options: argparse.Namespace, ratio: float, seed: int, arm: str) -
             "val_limit": options.test_images,
         },
         "target": f"ratio={ratio}",
-        "method": next((method for method in ("tpp", "greg") if method in arm), "oneshot"),
         "finetune": {"distill": teacher(options) if arm.startswith("kd") else {"alpha": 0.0}},
         "device": options.device,
         "seed": seed,
     }
     recipe = layered(packaged.read("cifar10_resnet20_tpp_cpu"), values, parse_assignments(options.set))
-    return Recipe.from_mapping(recipe)
+    return Recipe.from_mapping(recipe | {"method": method_of(arm, recipe["method"])})
+
+
+def method_of(arm: str, tpp: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The method of an arm; ``greg`` has the figures of ``tpp`` that it knows."""
+    if "tpp" in arm:
+        return tpp
+    if "greg" in arm:
+        return {key: value for key, value in tpp.items() if key in GregGrowing.model_fields} | {"kind": "greg"}
+    return {"kind": "oneshot"}
 
 
 def owned(assignment: str) -> bool:
@@ -118,11 +128,11 @@ def started(job: Job, plan: Plan, arm: str) -> tuple[nn.Module, int]:
     """The net that fine-tuning starts from, and the epochs it has had."""
     if arm == "scratch":
         return fresh(cut(job.source.model, plan), job.recipe.seed), 0
-    if job.recipe.method == "oneshot":
+    if job.recipe.method.kind == "oneshot":
         steps = tuple(step for step in arm.split("+") if step != "kd")
         context = recovery_context(job, job.source.model, plan)
         return apply_steps(context, cut(job.source.model, plan), steps).model, 0
-    trained = phases.before_cut(job, plan)
+    trained = phases.train_before_cut(job, plan)
     (phase,) = job.progress.phases
     return cut(trained, plan), round(phase.epochs)
 
@@ -143,11 +153,10 @@ def measure(job: Job, plan: Plan, row: Row, options: argparse.Namespace) -> dict
     done = finetune.finetune(
         model,
         job.images,
-        settings.model_copy(update={"distill": distill}),
+        settings.updated(distill=distill),
         lr=lr,
         epochs=options.epochs - spent,
-        device=job.device,
-        seed=seed,
+        run=TrainingRun(device=job.device, seed=seed),
         teacher=job.source.model,
     )
     return {

@@ -45,6 +45,7 @@ from prunecli.data.images import epoch_order, open_data
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.build import input_spec
 from prunecli.models.load import load_model
+from prunecli.recipe.schedules import StepSchedule
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.recovery.orthogonal import orthogonalize_
 from prunecli.run.export import load_exported
@@ -57,7 +58,7 @@ SEEDS = 3
 JSV_IMAGES = 64
 SAVE_EVERY = 10
 RATIOS = (0.3, 0.5, 0.7, 0.9, 0.95)
-SGD = FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=5e-4, decay_norms=True, schedule="step", gamma=0.1)
+SGD = FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=5e-4, decay_norms=True)
 BASE = 93.39  # of the checkpoint, on all test images; the papers' base has 93.78
 
 
@@ -185,7 +186,7 @@ class Bench:
     def begin(self, run: Run) -> tuple[Run, Resident, dict[str, Any]]:
         """The run in training, at its last save where there is one, and what was measured before it began."""
         course = Course(
-            settings=SGD.model_copy(update={"milestones": run.arm.milestones}),
+            settings=SGD.updated(schedule=StepSchedule(milestones=run.arm.milestones)),
             lr=run.arm.lr,
             epochs=self.epochs or run.arm.epochs,
             batch_size=BATCH,

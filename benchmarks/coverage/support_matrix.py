@@ -93,7 +93,7 @@ def one(name: str, out: Path) -> Row:
     graph = build_graph(model, size)
     effort = {"graph_seconds": time.perf_counter() - start, "graph_mib": resident_mib("VmHWM") - before}
     large = graph.numel({}, graph.tensors) > MANY_PARAMETERS or graph.macs({}) > MANY_MACS
-    fewer = fewer_layers(ref, trial.structure_of(model)) if large else {}
+    fewer = fewer_layers(ref, trial.structure_digest(model)) if large else {}
     smaller = None if fewer or graph.macs({}) <= HUGE_MACS else smaller_images(size, graph.macs({}))
     del model
     row = trial.try_architecture(name, model_args={**ref.args, **fewer}, input_size=smaller, out=out)
@@ -107,7 +107,7 @@ def fewer_layers(ref: ModelRef, structure: str) -> dict[str, Any]:
             smaller = build(ref.model_copy(update={"args": {**ref.args, **args}}))
         except (PruneError, RuntimeError, IndexError):
             continue
-        if trial.structure_of(smaller) == structure:
+        if trial.structure_digest(smaller) == structure:
             return args
     return {}
 

@@ -21,8 +21,9 @@ from prunecli.planning.prove import proven_plan
 from prunecli.planning.score import score_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.target import Target
-from prunecli.run import folder, verify
+from prunecli.run import verify
 from prunecli.run.export import export
+from prunecli.run.folder import RunFolder
 from prunecli.run.source import load_source
 from prunecli.surgery.cut import cut
 from prunecli.values.groups import Frozen, Graph
@@ -41,13 +42,13 @@ def blank_row(name: str, model: nn.Module, *, model_args: Mapping[str, Any], inp
         model_args=dict(model_args),
         module=home.removeprefix("timm.models.").partition(".")[0],
         model_class=type(model).__name__,
-        structure=structure_of(model),
+        structure=structure_digest(model),
         input_size=input_size,
         params=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
-def structure_of(model: nn.Module) -> str:
+def structure_digest(model: nn.Module) -> str:
     """A digest of the kinds of modules a model is made of, sizes and repetitions left out.
 
     A kind is a class with its parameters' names and ranks, its switches (bools, None), the kinds of convolution, and
@@ -106,7 +107,7 @@ def try_architecture(
     trials, plans = zip(*(try_cut(source, graph, recipe, target) for target in TARGETS), strict=True)
     if (plan := plans[-1]) is not None:
         small = cut(source.model, plan)
-        export(folder.RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
+        export(RunFolder(path=out), small, ref=source.ref, base=source.cost, final=plan.predicted)
     return row.model_copy(
         update={
             "groups": len(graph.groups),
@@ -143,7 +144,7 @@ def reload_difference(out: Path) -> float | None:
 
     None where nothing was exported to ``out``.
     """
-    return verify.verify_here(out).reload_max_abs_diff if (out / folder.CONFIG).is_file() else None
+    return verify.verify_here(out).reload_max_abs_diff if RunFolder(path=out).config_file.is_file() else None
 
 
 def _frozen(model: nn.Module, graph: Graph) -> tuple[FrozenShare, ...]:

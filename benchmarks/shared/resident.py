@@ -31,7 +31,7 @@ from prunecli.files import read_tensors, write_tensors
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.checkpoint import prefixed, unprefixed
-from prunecli.training.schedule import build_optimizer, build_schedule
+from prunecli.training.schedule import build_schedule
 from prunecli.training.step import wants_bf16
 
 _CHUNK = 10_000  # images augmented at once
@@ -62,9 +62,8 @@ class Resident:
         self.steps_per_epoch = -(-len(train.labels) // course.batch_size)
         self.epoch, self.step = 0, 0
         self.hits: list[Tensor] = []
-        optimizer = build_optimizer(nn.Linear(1, 1), course.settings, lr=course.lr)
         self.schedule = build_schedule(
-            optimizer, course.settings, lr=course.lr, steps_per_epoch=self.steps_per_epoch, epochs=course.epochs
+            course.settings, lr=course.lr, steps_per_epoch=self.steps_per_epoch, epochs=course.epochs
         )
         self.params = list(self.model.parameters())
         self.momenta = [torch.zeros_like(parameter) for parameter in self.params]
@@ -87,7 +86,7 @@ class Resident:
         with self._own_stream():
             if self.step == 0:
                 self._shuffle_()
-            rate = self.schedule.set_(self.epoch * self.steps_per_epoch + self.step)
+            rate = self.schedule(self.epoch * self.steps_per_epoch + self.step)
             self.rate.fill_(rate)
             rows = slice(self.step * self.course.batch_size, (self.step + 1) * self.course.batch_size)
             images, labels = self.images[rows], self.labels[rows]

@@ -27,7 +27,7 @@ from benchmarks.shared.papers import Split
 from prunecli.data.images import epoch_order
 from prunecli.files import read_tensors, write_tensors
 from prunecli.recipe.settings import FinetuneSettings
-from prunecli.training.schedule import build_optimizer, build_schedule
+from prunecli.training.schedule import build_schedule
 
 State = Mapping[str, Tensor]
 
@@ -42,9 +42,8 @@ class Arm:
 
     def rates(self, epochs: int, steps_per_epoch: int) -> Tensor:
         """The learning rate of every step ``[epochs * steps_per_epoch]``, from the tool's own schedule."""
-        optimizer = build_optimizer(nn.Linear(1, 1), self.settings, lr=self.lr)
-        schedule = build_schedule(optimizer, self.settings, lr=self.lr, steps_per_epoch=steps_per_epoch, epochs=epochs)
-        return torch.tensor([schedule.set_(step) for step in range(epochs * steps_per_epoch)])
+        schedule = build_schedule(self.settings, lr=self.lr, steps_per_epoch=steps_per_epoch, epochs=epochs)
+        return torch.tensor([schedule(step) for step in range(epochs * steps_per_epoch)])
 
 
 def stacked_logits(net: nn.Module, params: State, images: Tensor) -> Tensor:

@@ -6,24 +6,21 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from types import FrameType
 from typing import TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
 from prunecli.errors import ExitCode, PruneError
+from prunecli.interrupts import die_of_ctrl_c, raised_at_once
 
 _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
-_HEARD_WITHIN = 0.25  # seconds after which an interrupt that nothing has reacted to is raised again
 
 
 # ---------------------------------------------------------------------------------------------- what is printed
@@ -77,13 +74,13 @@ def reported(*, quiet: bool = False) -> Iterator[None]:
     """
     token = _stdout.set(sys.stdout)
     try:
-        with _interruptible() as from_now_on_at_once, _log_to_stderr(quiet=quiet), redirect_stdout(sys.stderr):
+        with raised_at_once(_farewell) as end_at_once, _log_to_stderr(quiet=quiet), redirect_stdout(sys.stderr):
             try:
                 yield
             except typer.Exit:
                 raise
             except (KeyboardInterrupt, Exception) as error:
-                from_now_on_at_once()
+                end_at_once()
                 code, sentence = _explained(error)
                 if os.environ.get("PRUNECLI_DEBUG"):
                     traceback.print_exc()
@@ -111,63 +108,9 @@ def _explained(error: BaseException) -> tuple[ExitCode, str]:
     return ExitCode.FAILED, f"Unexpected {type(error).__name__}: {first[0] if first else ''} (--debug shows where)."
 
 
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """SIGTERM (a container being stopped) is taken as Ctrl-C; the second signal of either kind ends the process.
-
-    Yields a function that makes any further signal end the process. Signals reach the main thread only.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def end_at_once() -> None:
-        for number in former:
-            signal.signal(number, signal.SIG_DFL)
-
-    def interrupt(_signal: int, frame: FrameType | None) -> None:
-        end_at_once()
-        if _importing(frame):  # an exception in the C++ half of an import may abort the process (torch's does)
-            errors().show_cursor(show=True)
-            tell("Error: Interrupted.")
-            os._exit(ExitCode.INTERRUPTED)
-        # Raised inside a finaliser, a weak reference's callback or another library's bare ``except`` it would be lost.
-        signal.setitimer(signal.ITIMER_REAL, _HEARD_WITHIN)
-        raise KeyboardInterrupt
-
-    def insist(number: int, frame: FrameType | None) -> None:
-        if _interrupt_under_way():
-            signal.setitimer(signal.ITIMER_REAL, _HEARD_WITHIN)
-        else:
-            interrupt(number, frame)
-
-    former = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    unused = signal.signal(signal.SIGALRM, insist)
-    try:
-        yield end_at_once
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, unused)
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _interrupt_under_way() -> bool:
-    """Whether a KeyboardInterrupt, or an error raised because of one, is on its way up."""
-    error = sys.exc_info()[1]
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False
-
-
-def _importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
+def _farewell() -> None:
+    errors().show_cursor(show=True)
+    tell("Error: Interrupted.")
 
 
 @contextmanager
@@ -203,7 +146,7 @@ def settle_process() -> None:
 
     Python's warnings come back with ``-W`` or ``PYTHONWARNINGS``, and with ``--debug``.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_of_ctrl_c()
     if not sys.warnoptions and not os.environ.get("PRUNECLI_DEBUG"):
         warnings.simplefilter("ignore")
     # OpenMP's threads spin while they wait, so that on a shared core each little operator costs a time slice. Read when

@@ -2,179 +2,77 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from prunecli.cli.console import reported, show
-from prunecli.cli.options import (
-    DataDirOpt,
-    DataOpt,
-    DeviceOpt,
-    EpochsOpt,
-    FunctionOpt,
-    JsonOpt,
-    ModelArgsOpt,
-    PretrainedOpt,
-    RunArg,
-    SeedOpt,
-    WeightsOpt,
-    WordsArg,
-    flags_of,
-    given,
-    resolved_recipe,
-)
-from prunecli.errors import UsageError
+from prunecli.cli.options import Asked, FunctionOpt, JsonOpt, ModelArgsOpt, named_function, takes
 
 
-def inspect(
-    words: WordsArg = None,
-    model: FunctionOpt = None,
-    weights: WeightsOpt = None,
-    model_arg: ModelArgsOpt = None,
-    engine: Annotated[str | None, typer.Option("--graph", help="axes or torch_pruning")] = None,
-    as_json: JsonOpt = False,
-) -> None:
+@takes("weights", "model_arg", "graph")
+def inspect(asked: Asked, as_json: JsonOpt = False) -> None:
     """Coupled groups, widths, what may be cut and what may not and why, params, MACs, support status."""
     with reported():
         from prunecli.errors import UnsupportedError
-        from prunecli.planning.inspect import inspection
-        from prunecli.run.source import load_source
+        from prunecli.run import looks
         from prunecli.show import tables
 
-        flags = flags_of(weights=weights, no_pretrained=not weights, model_arg=model_arg)
-        resolved = resolved_recipe(words, None, flags | given(prune=given(graph=engine)), model=model)
-        found = inspection(load_source(resolved), resolved)
+        recipe = asked.untrained().recipe()
+        found = looks.inspect(recipe)
         show(found.to_mapping(), tables.inspection(found), as_json=as_json)
         if not found.supported:
-            raise UnsupportedError(f"{resolved.model} is not supported.")
+            raise UnsupportedError(f"{recipe.model} is not supported.")
 
 
-def spectrum(
-    words: WordsArg = None,
-    model: FunctionOpt = None,
-    weights: WeightsOpt = None,
-    no_pretrained: PretrainedOpt = False,
-    model_arg: ModelArgsOpt = None,
-    data: DataOpt = None,
-    data_dir: DataDirOpt = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="images for the Jacobian")] = None,
-    device: DeviceOpt = None,
-    seed: SeedOpt = None,
-    as_json: JsonOpt = False,
-) -> None:
+@takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "samples", "device", "seed")
+def spectrum(asked: Asked, as_json: JsonOpt = False) -> None:
     """Singular values of the input-output Jacobian and of each layer's weights."""
     with reported():
-        from prunecli.measure.stage_spectrum import jacobian_spectrum
-        from prunecli.measure.weights import weight_spectra
-        from prunecli.models.device import resolve_device
-        from prunecli.run.source import load_source, open_images
+        from prunecli.run import looks
         from prunecli.show import tables
 
-        flags = flags_of(
-            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
-            device=device, seed=seed,
-        )  # fmt: skip
-        resolved = resolved_recipe(words, None, flags | given(spectrum=given(samples=samples)), model=model)
-        source = load_source(resolved)
-        images = open_images(resolved, source)
-        found = jacobian_spectrum(resolved, source, source.model, images, resolve_device(resolved.device))
-        if found is None:
-            raise UsageError(
-                f"The Jacobian of {source.ref.name} would take minutes an image.", hint="--samples 1 takes it anyway."
-            )
-        layers = {name: values.tolist() for name, values in weight_spectra(source.model.cpu()).items()}
-        inputs = "training images" if images else "Gaussian noise (no --data)"
-        document = {
-            "model": source.ref.name,
-            "inputs": inputs,
-            "jsv": found.summary.model_dump(),
-            "jacobian": found.values.tolist(),
-            "layers": layers,
-        }
-        show(document, tables.spectrum_table(source.ref.name, found.summary, layers, inputs), as_json=as_json)
+        found = looks.spectra(asked.recipe())
+        table = tables.spectrum_table(found.model, found.jacobian.summary, found.layers, found.inputs)
+        show(found.to_mapping(), table, as_json=as_json)
 
 
-def lr(
-    words: WordsArg = None,
-    model: FunctionOpt = None,
-    weights: WeightsOpt = None,
-    no_pretrained: PretrainedOpt = False,
-    model_arg: ModelArgsOpt = None,
-    data: DataOpt = None,
-    data_dir: DataDirOpt = None,
-    epochs: EpochsOpt = None,
-    device: DeviceOpt = None,
-    as_json: JsonOpt = False,
-) -> None:
+@takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "epochs", "device")
+def lr(asked: Asked, as_json: JsonOpt = False) -> None:
     """The recommended fine-tuning LR with its evidence."""
     with reported():
         from prunecli.run.learning_rate import lr_of_source
         from prunecli.show import tables
 
-        flags = flags_of(
-            weights=weights, no_pretrained=no_pretrained, model_arg=model_arg, data=data, data_dir=data_dir,
-            epochs=epochs, device=device,
-        )  # fmt: skip
-        found = lr_of_source(resolved_recipe(words, None, flags, model=model))
+        found = lr_of_source(asked.recipe())
         show(found.model_dump(mode="json"), tables.lr_table(found), as_json=as_json)
 
 
-def evaluate(
-    words: WordsArg = None,
-    model: FunctionOpt = None,
-    weights: WeightsOpt = None,
-    no_pretrained: PretrainedOpt = False,
-    model_arg: ModelArgsOpt = None,
-    data: DataOpt = None,
-    data_dir: DataDirOpt = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first N images")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
-    device: DeviceOpt = None,
-    as_json: JsonOpt = False,
-) -> None:
+@takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "limit", "batch_size", "device")
+def evaluate(asked: Asked, as_json: JsonOpt = False) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
-        from prunecli.models.device import resolve_device
-        from prunecli.recipe.reading import layered
-        from prunecli.run.source import load_source, open_images
+        from prunecli.run import looks
         from prunecli.show import tables
-        from prunecli.training import finetune as finetuning
 
-        flags = flags_of(
-            weights=weights,
-            no_pretrained=no_pretrained,
-            model_arg=model_arg,
-            data=data,
-            data_dir=data_dir,
-            device=device,
-        )
-        flags = layered(flags, {"data": given(val_limit=limit, batch_size=batch_size)})
-        resolved = resolved_recipe(words, None, flags, model=model)
-        if resolved.data.name is None:
-            raise UsageError("Evaluation needs data.", hint="Give --data.")
-        source = load_source(resolved)
-        images = open_images(resolved, source)
-        assert images is not None
-        where = resolve_device(resolved.device)
-        found = finetuning.evaluate(source.model.to(where), images.val_loader(), device=where)
-        name = resolved.data.name
-        document = {"model": source.ref.name, "data": name, **found.model_dump(mode="json")}
-        show(document, tables.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)
+        found = looks.evaluate(asked.recipe())
+        table = tables.accuracy_table(found.model, found.data, found.accuracy, found.notes)
+        show(found.to_mapping(), table, as_json=as_json)
 
 
-def verify(run: RunArg, model: FunctionOpt = None, model_arg: ModelArgsOpt = None, as_json: JsonOpt = False) -> None:
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    model: FunctionOpt = None,
+    model_arg: ModelArgsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Reload in a fresh process and compare logits, class count and bytes."""
     with reported():
-        from prunecli.models.user_function import Function
-        from prunecli.recipe.reading import parse_assignments
         from prunecli.run import verify as verification
         from prunecli.show import tables
 
-        args = parse_assignments(model_arg or [])
-        if args and model is None:
-            raise UsageError("--model-arg belongs to a function.", hint="Name it with --model.")
-        found = verification.verify(run, Function(name=model, args=args) if model is not None else None)
+        found = verification.verify(run, named_function(model, model_arg))
         show(found.model_dump(mode="json"), tables.verify_line(run, found), as_json=as_json)
 
 
@@ -192,5 +90,5 @@ def models(
             show(matrix.model_dump(mode="json"), tables.matrix_table(matrix), as_json=as_json)
             return
         found = matrix.matching(pattern)
-        document = {name: row.model_dump(mode="json") | {"status": row.status} for name, row in found.items()}
+        document = {name: row.to_mapping() for name, row in found.items()}
         show(document, tables.architectures_table(found), as_json=as_json)

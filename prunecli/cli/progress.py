@@ -24,7 +24,7 @@ _DOING: Final = {
 }
 
 
-class Narrator:
+class ProgressDisplay:
     """Turns a job's events into progress on standard error. A context manager, and the callable the job notifies."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:

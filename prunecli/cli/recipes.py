@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -10,7 +12,11 @@ from prunecli.cli.console import reported, show, tell, write
 from prunecli.cli.options import JsonOpt
 from prunecli.errors import UsageError
 
-recipes = typer.Typer(help="Packaged recipes: list, show, copy, validate.", no_args_is_help=True, rich_markup_mode=None)
+recipes = typer.Typer(
+    help="Packaged recipes: list, show, copy, validate; the reference of all keys.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @recipes.command("ls")
@@ -56,3 +62,17 @@ def recipes_validate(file: str) -> None:
 
         packaged.validate(file)
         tell(f"{file} is a valid recipe.")
+
+
+@recipes.command("keys")
+def recipes_keys(
+    prefix: Annotated[str, typer.Argument(metavar="[PREFIX]", help="only keys at and below this one")] = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """The reference of all recipe keys: type or choices, default, what each sets."""
+    with reported():
+        from prunecli.recipe import reference
+        from prunecli.show import tables
+
+        found = reference.recipe_keys(prefix)
+        show([asdict(key) for key in found], tables.recipe_keys(found), as_json=as_json)

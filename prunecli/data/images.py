@@ -1,6 +1,6 @@
 """Batches for training, evaluation and calibration, the same bits for the same seed and epoch.
 
-Preprocessing is the checkpoint's own (``zoo.InputSpec``). Batches are pairs: images ``[B, C, H, W]`` float32,
+Preprocessing is the checkpoint's own (``models.build.InputSpec``). Batches are pairs: images ``[B, C, H, W]`` float32,
 normalised, and labels ``[B]`` int64.
 
 What makes a run repeatable: the order of an epoch is a function of (seed, epoch), and the random part of a sample's
@@ -35,7 +35,7 @@ from prunecli.data.transforms import (
     generator,
     mode,
 )
-from prunecli.errors import PruneError, UsageError
+from prunecli.errors import PruneError, UsageError, listed
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import DataSettings
 
@@ -47,8 +47,14 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
     or the class folders themselves, then for evaluation only), a timm dataset name (``torch/cifar10`` below
     ``settings.dir``, ``wds/…`` for local tar shards there, ``hfds/…``), or ``digits`` (scikit-learn's; of each class
     every fifth image is validation).
-    ``train_limit`` and ``val_limit`` choose images as ``limited`` says. ``augment: auto`` is ``crop_flip`` for inputs
+    ``train_limit`` and ``val_limit`` choose images as ``limited`` does. ``augment: auto`` is ``crop_flip`` for inputs
     up to 64 pixels and ``timm`` above, but ``none`` for written characters, which a flip would turn into others.
+
+    Args:
+        settings: section ``data`` of the recipe.
+        spec: images that the model expects.
+        num_classes: number of the model's logits.
+        seed: seed of the order, the augmentation and the choice of calibration images.
 
     Raises:
         UsageError: the folder or dataset name does not exist.
@@ -61,9 +67,8 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
     if len(names) < 2:
         raise PruneError(f"Data {settings.name} has only {len(names)} class ({', '.join(names)}).")
     if len(names) != num_classes:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         raise PruneError(
-            f"Data {settings.name} has {len(names)} classes ({shown}), the model has {num_classes}.",
+            f"Data {settings.name} has {len(names)} classes ({listed(names, 3)}), the model has {num_classes}.",
             hint=f"Use other data, or --model-arg num_classes={len(names)} for a new classifier.",
         )
     return Images(
@@ -77,11 +82,15 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
 
 
 def limited(split: Split, limit: int | None) -> Split:
-    """``limit`` images of a split, in the split's order: those that come first in one fixed shuffling of it.
+    """A split of ``limit`` images, in the split's order: those that come first in one fixed shuffling of it.
 
     Folders are sorted by class, so the first images as they lie there would be one class. The shuffling depends on the
     length alone, not on the run's seed: runs with different seeds are evaluated on the same images, and a larger limit
     contains the images of a smaller one.
+
+    Args:
+        split: images to choose from.
+        limit: number of images; ``None`` or a number that the split does not reach keeps all.
     """
     if limit is None or limit >= len(split):
         return split
@@ -112,7 +121,7 @@ class Images:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the data, and so the model, has."""
+        """Number of classes of the data, and so of the model."""
         return len(self.class_names)
 
     @property
@@ -122,27 +131,32 @@ class Images:
 
     @property
     def train_size(self) -> int:
-        """Training images; 0 where the source is for evaluation only."""
+        """Number of training images; 0 where the source is for evaluation only."""
         return 0 if self._train is None else len(self._train.split)
 
     @property
     def val_size(self) -> int:
-        """Validation images."""
+        """Number of validation images."""
         return len(self._val.split)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training batches in one epoch; 0 where the source is for evaluation only."""
+        """Number of training batches in one epoch; 0 where the source is for evaluation only."""
         return math.ceil(self.train_size / self._settings.batch_size) - self._drops_last
 
     def train_loader(self, *, epoch: int, skip_batches: int = 0, companion: Companion = "none") -> DataLoader[Any]:
-        """The batches of one epoch from ``skip_batches`` on. A last batch of one image is left out.
+        """The batches of one epoch. A last batch of one image is left out.
 
-        An unreadable image is replaced by the next readable one. With companions a batch is twice as long: behind each
-        image another one of its class (``class``; itself, where there is no other) or another view of it (``view``).
+        An unreadable image is replaced by the next readable one.
+
+        Args:
+            epoch: number of the epoch, which decides order and augmentation.
+            skip_batches: number of batches to leave out at the beginning, for a run that is resumed.
+            companion: image that follows each image, so that a batch is twice as long: another one of its class
+                (``class``; itself, where there is no other) or another view of it (``view``).
 
         Raises:
-            UsageError: the source has no training images, or does not say of what class they are.
+            UsageError: the source has no training images, or does not tell their classes before they are read.
             PruneError: (also while iterating) more images are unreadable than ``unreadable_limit``.
         """
         if self._train is None:
@@ -165,9 +179,12 @@ class Images:
         return self._loader(self._plain_samples(self._val), range(self.val_size), drop_last=False)
 
     def calibration(self, count: int) -> Batch:
-        """``count`` training images (all, if fewer) chosen by the seed, in evaluation preprocessing, with their labels.
+        """Training images chosen by the seed, in evaluation preprocessing, with their labels.
 
         A source that is for evaluation only gives validation images.
+
+        Args:
+            count: number of images; all are taken where there are fewer.
 
         Raises:
             PruneError: more images are unreadable than ``unreadable_limit``.
@@ -233,13 +250,11 @@ class Images:
         )
 
     def _check_unreadable(self) -> None:
-        """Raises PruneError above the limit."""
+        """Raise PruneError where more images are unreadable than ``unreadable_limit``."""
         count = sum(int(watched.bad.count_nonzero()) for watched in self._watched)
         if count > self._settings.unreadable_limit:
-            names = self.unreadable
-            shown = ", ".join(names[:5]) + (", …" if count > 5 else "")
             raise PruneError(
-                f"{count} images of {self._settings.name} cannot be read ({shown}), "
+                f"{count} images of {self._settings.name} cannot be read ({listed(self.unreadable, 5)}), "
                 f"more than unreadable_limit={self._settings.unreadable_limit}.",
                 hint="Repair or remove them, or raise data.unreadable_limit.",
             )
@@ -249,14 +264,29 @@ class Images:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order ``[count]`` in which an epoch goes through the training images: a function of (seed, epoch)."""
+    """The order in which an epoch goes through the training images.
+
+    Args:
+        count: number of training images.
+        seed: seed of the run.
+        epoch: number of the epoch, which gives each epoch its own order.
+
+    Returns:
+        Positions ``[count]``, int64.
+    """
     return torch.randperm(count, generator=generator(ORDER, seed, epoch))
 
 
 def partners_of_class(classes: NDArray[np.int64], *, seed: int, epoch: int) -> Tensor:
-    """For each of the images ``[count]`` another one of its class, uniformly; itself, where it is the only one.
+    """For each image another one of its class, uniformly; itself, where it is the only one.
 
-    A function of (seed, epoch).
+    Args:
+        classes: class ``[N]`` of every image.
+        seed: seed of the draw.
+        epoch: number of the epoch, which gives each epoch its own draw.
+
+    Returns:
+        Positions ``[N]``, int64.
     """
     draw = np.random.default_rng((PARTNER, seed, epoch))
     partners = np.arange(len(classes))

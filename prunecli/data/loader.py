@@ -1,4 +1,7 @@
-"""Batches of images, in an order that a seed decides."""
+"""From positions of a split to batches: reading images, standing in for unreadable ones, pairing, loading in workers.
+
+A batch is a pair: images ``[B, C, H, W]`` float32, normalised, and labels ``[B]`` int64.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,13 @@ Companion = Literal["none", "class", "view"]
 
 
 class Watched:
-    """A split and which of its images could not be decoded: one byte an image, in memory that workers share."""
+    """A split that remembers which of its images could not be decoded.
+
+    Attributes:
+        split: images to read.
+        limit: number of unreadable images that a run accepts.
+        bad: flags ``[N]``, one byte an image, in memory that worker processes share.
+    """
 
     def __init__(self, split: Split, *, limit: int) -> None:
         self.split = split
@@ -36,7 +45,7 @@ class Watched:
         self.bad: Tensor = flags.share_memory_()  # type: ignore[no-untyped-call]
 
     def load(self, position: int) -> tuple[Image.Image, int] | None:
-        """The image and its class, or None and a mark where it cannot be decoded."""
+        """The image and its class; ``None``, and a flag in ``bad``, where it cannot be decoded."""
         try:
             return self.split.load(position)
         except UNREADABLE as error:
@@ -46,19 +55,28 @@ class Watched:
             return None
 
     def load_next(self, position: int) -> tuple[Image.Image, int] | None:
-        """The same, but the next readable image instead of None; gives up past ``limit``, where the run stops."""
+        """The image at ``position``, or the next readable one; ``None`` after ``limit`` unreadable images."""
         turn = itertools.chain(range(position, len(self.split)), range(position))
         found = (self.load(at) for at in itertools.islice(turn, self.limit + 1))
         return next((image for image in found if image is not None), None)
 
     @property
     def bad_names(self) -> tuple[str, ...]:
+        """Names of the images that could not be decoded so far, in the split's order."""
         return tuple(self.split.name(int(i)) for i in self.bad.nonzero())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples(Dataset[Batch]):
-    """Positions of a split → a batch. Unreadable images are replaced by the next readable one, or left out."""
+    """A dataset that turns positions of a split into a whole batch.
+
+    Attributes:
+        watched: split to read from.
+        transform: step from a decoded image to a tensor.
+        vary: augmentation of the finished batch, or ``None``.
+        replace: ``True`` to replace an unreadable image by the next readable one, ``False`` to leave it out.
+        size: channels, height and width of an image.
+    """
 
     watched: Watched
     transform: EvalTransform | TimmAugment
@@ -90,9 +108,12 @@ class Samples(Dataset[Batch]):
 
 @dataclass(frozen=True, kw_only=True)
 class Companions(Dataset[Batch]):
-    """Positions of a split → ``[2B]``: each image, augmented, and then its companion, augmented by its own numbers.
+    """A dataset whose batches ``[2B]`` hold each image followed by its companion, each with its own augmentation.
 
-    ``partners``: for each position that of its companion.
+    Attributes:
+        samples: images.
+        others: companions' images, with other random numbers.
+        partners: position of the companion of every position, ``[N]``.
     """
 
     samples: Samples
@@ -105,18 +126,18 @@ class Companions(Dataset[Batch]):
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         first, labels = self.samples.__getitems__(positions)
         second, classes = self.others.__getitems__(self.partners[list(positions)].tolist())
-        if len(labels) != len(classes):  # more images are unreadable than may be, which the loader will say
+        if len(labels) != len(classes):  # more images are unreadable than may be: the loader will stop the run
             return first[:0], labels[:0]
         return torch.stack([first, second], dim=1).flatten(0, 1), torch.stack([labels, classes], dim=1).flatten()
 
 
 def _as_it_is(batch: Any) -> Any:
-    """``Samples`` makes whole batches, so there is nothing to collate."""
+    """Nothing to collate, as ``Samples`` makes whole batches. No lambda, since worker processes have to receive it."""
     return batch
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader that calls ``check`` after each batch and passes on no empty ones."""
+    """A DataLoader that calls ``check`` after each batch and leaves out empty ones."""
 
     def __init__(self, dataset: Samples | Companions, *, check: Callable[[], None], **kwargs: Any) -> None:
         # without its own generator each pass would draw a seed from the global one, and so change the run

@@ -1,7 +1,7 @@
-"""Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits. Pictures and labels only.
+"""Where images come from: folders, tar shards, timm's dataset names, scikit-learn's digits.
 
-A source opens to a training split (or none), a validation split and the class names. Nothing is ever downloaded into a
-folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
+A source opens to a training split (if it has one), a validation split and the class names. Nothing is ever downloaded
+into a folder of the user; ``hfds/…`` uses the cache of Hugging Face's own client.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.errors import PruneError, UsageError, nearest, one_line
 from prunecli.recipe.settings import DataSettings
 
 ARRAY_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
@@ -43,18 +43,24 @@ class Split(Protocol):
         """The decoded image and its class. Raises one of ``UNREADABLE`` where the image cannot be decoded."""
 
     def name(self, position: int) -> str:
-        """What to call the image in a message."""
+        """The name of the image in a message."""
 
     def subset(self, positions: Sequence[int]) -> Self:
         """Only these images, in this order."""
 
     def classes(self) -> NDArray[np.int64] | None:
-        """The class ``[N]`` of every image; None where that is not known before it is read."""
+        """The class ``[N]`` of every image; ``None`` where that is not known before it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSplit:
-    """Image files (path below ``root``, class)."""
+    """Images in files.
+
+    Attributes:
+        root: folder that holds the files.
+        files: path below ``root`` and class of every image.
+        mode: Pillow's mode that images are converted to.
+    """
 
     root: Path
     files: tuple[tuple[str, int], ...]
@@ -64,23 +70,33 @@ class FolderSplit:
         return len(self.files)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded file and its class."""
         file, label = self.files[position]
         with Image.open(self.root / file) as image:
             return image.convert(self.mode), label
 
     def name(self, position: int) -> str:
+        """The path of the file."""
         return str(self.root / self.files[position][0])
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, files=tuple(self.files[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every file."""
         return np.array([label for _, label in self.files], dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySplit:
-    """Images held in memory: uint8 ``[N, H, W]`` grey or ``[N, H, W, 3]`` colour, labels int64 ``[N]``."""
+    """Images held in memory.
+
+    Attributes:
+        pixels: uint8, ``[N, H, W]`` grey or ``[N, H, W, 3]`` colour.
+        labels: class ``[N]`` of every image.
+        mode: Pillow's mode that images are converted to.
+    """
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -90,21 +106,32 @@ class ArraySplit:
         return len(self.pixels)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The pixels as an image, and its class."""
         return Image.fromarray(self.pixels[position]).convert(self.mode), int(self.labels[position])
 
     def name(self, position: int) -> str:
+        """The position as text."""
         return f"image {position}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, pixels=self.pixels[list(positions)], labels=self.labels[list(positions)])
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every image."""
         return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmSplit:
-    """A dataset that timm made. Where it has a reader, files are decoded here: timm's class swaps bad ones silently."""
+    """Images of a dataset that timm made.
+
+    Attributes:
+        dataset: timm's or torchvision's dataset.
+        title: name of the data and split in messages.
+        mode: Pillow's mode that images are converted to.
+        positions: positions in ``dataset`` of the images.
+    """
 
     dataset: Any
     title: str
@@ -115,7 +142,9 @@ class TimmSplit:
         return len(self.positions)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class."""
         at = self.positions[position]
+        # Where there is a reader, files are decoded here: timm's own class replaces bad ones silently.
         if not hasattr(self.dataset, "reader"):
             image, label = self.dataset[at]
             return image.convert(self.mode), int(label)
@@ -124,19 +153,28 @@ class TimmSplit:
             return image.convert(self.mode), int(label)
 
     def name(self, position: int) -> str:
+        """The title and the position in the whole dataset."""
         return f"{self.title} image {self.positions[position]}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, positions=tuple(self.positions[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64] | None:
+        """The class ``[N]`` of every image; ``None`` where the dataset keeps no list of them."""
         targets = getattr(self.dataset, "targets", None)
         return None if targets is None else np.asarray(targets, dtype=np.int64)[list(self.positions)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSplit:
-    """Samples in tar shards (the WebDataset layout): where each image's bytes lie, so that any can be read directly."""
+    """Images in tar shards (the WebDataset layout), any of which can be read directly.
+
+    Attributes:
+        shards: paths of the tar files.
+        samples: place of every image's bytes.
+        mode: Pillow's mode that images are converted to.
+    """
 
     shards: tuple[Path, ...]
     samples: tuple[ShardSample, ...]
@@ -146,6 +184,7 @@ class ShardSplit:
         return len(self.samples)
 
     def load(self, position: int) -> tuple[Image.Image, int]:
+        """The image decoded from its bytes in the shard, and its class."""
         sample = self.samples[position]
         with self.shards[sample.shard].open("rb") as file:
             file.seek(sample.offset)
@@ -154,18 +193,29 @@ class ShardSplit:
             return image.convert(self.mode), sample.label
 
     def name(self, position: int) -> str:
+        """The path of the shard and the name inside it."""
         sample = self.samples[position]
         return f"{self.shards[sample.shard]}:{sample.key}"
 
     def subset(self, positions: Sequence[int]) -> Self:
+        """The images at these positions, in this order."""
         return replace(self, samples=tuple(self.samples[i] for i in positions))
 
     def classes(self) -> NDArray[np.int64]:
+        """The class ``[N]`` of every sample."""
         return np.array([sample.label for sample in self.samples], dtype=np.int64)
 
 
 class ShardSample(NamedTuple):
-    """One image of a shard: its bytes are ``size`` long from ``offset`` on."""
+    """One image of a shard.
+
+    Attributes:
+        shard: position of the tar file in ``ShardSplit.shards``.
+        key: name of the image in the tar file.
+        offset: first byte of the image in the tar file.
+        size: number of bytes.
+        label: class of the image.
+    """
 
     shard: int
     key: str
@@ -175,16 +225,26 @@ class ShardSample(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """An opened source; ``train`` is None where it is for evaluation only."""
+class ImageSource:
+    """The images of an opened source.
+
+    Attributes:
+        train: training images; ``None`` where the source is for evaluation only.
+        val: validation images.
+        class_names: name of every class, by label.
+    """
 
     train: Split | None
     val: Split
     class_names: tuple[str, ...]
 
 
-def open_source(settings: DataSettings, *, mode: str) -> Source:
-    """Find what ``settings.name`` and ``settings.dir`` say; ``mode`` is Pillow's ``RGB`` or ``L``.
+def open_source(settings: DataSettings, *, mode: str) -> ImageSource:
+    """Open the images that ``settings`` name.
+
+    Args:
+        settings: section ``data`` of the recipe; ``name``, ``dir`` and the names of the splits count.
+        mode: Pillow's mode that images are converted to, ``RGB`` or ``L``.
 
     Raises:
         UsageError: the folder or dataset name does not exist.
@@ -210,7 +270,7 @@ def open_source(settings: DataSettings, *, mode: str) -> Source:
     raise UsageError(f"Data {name!r} {what}.", hint=nearest(name, known))
 
 
-def _open_digits(mode: str) -> Source:
+def _open_digits(mode: str) -> ImageSource:
     """1,797 handwritten digits of 8x8 pixels, 16 grey levels: every fifth image of each class is validation."""
     from sklearn.datasets import load_digits
 
@@ -222,13 +282,13 @@ def _open_digits(mode: str) -> Source:
         rank[labels == label] = np.arange((labels == label).sum())
     held_out = rank % 5 == 4
     train, val = (ArraySplit(pixels=pixels[at], labels=labels[at], mode=mode) for at in (~held_out, held_out))
-    return Source(train=train, val=val, class_names=tuple(map(str, range(10))))
+    return ImageSource(train=train, val=val, class_names=tuple(map(str, range(10))))
 
 
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _open_folder(root: Path, settings: DataSettings, mode: str) -> Source:
+def _open_folder(root: Path, settings: DataSettings, mode: str) -> ImageSource:
     train_root = _first_folder(root, (settings.train_split, *TRAIN_FOLDERS))
     val_root = _first_folder(root, (settings.val_split, *VAL_FOLDERS))
     if train_root is None and val_root is None:
@@ -242,7 +302,7 @@ def _open_folder(root: Path, settings: DataSettings, mode: str) -> Source:
     if unknown := sorted(set(_class_folders(val_root)) - set(class_names)):
         raise PruneError(f"Folder {val_root} has the class {unknown[0]!r}, which {train_root} lacks.")
     train = None if train_root is None else _folder_split(train_root, class_names, mode)
-    return Source(train=train, val=_folder_split(val_root, class_names, mode), class_names=class_names)
+    return ImageSource(train=train, val=_folder_split(val_root, class_names, mode), class_names=class_names)
 
 
 def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -272,7 +332,7 @@ def _folder_split(root: Path, class_names: Sequence[str], mode: str) -> FolderSp
 # ---------------------------------------------------------------------------------------------- tar shards
 
 
-def _open_shards(settings: DataSettings, mode: str) -> Source:
+def _open_shards(settings: DataSettings, mode: str) -> ImageSource:
     """Local WebDataset shards below ``settings.dir``. They are indexed once and then read in any order, because a
     stream that shuffles as it goes cannot be resumed at an exact batch. There are no class names, so labels serve.
     """
@@ -280,7 +340,7 @@ def _open_shards(settings: DataSettings, mode: str) -> Source:
     train = _shard_split(root, settings, (settings.train_split, *TRAIN_FOLDERS), mode)
     val = _shard_split(root, settings, (settings.val_split, *VAL_FOLDERS), mode)
     count = 1 + max(sample.label for split in (train, val) for sample in split.samples)
-    return Source(train=train, val=val, class_names=tuple(map(str, range(count))))
+    return ImageSource(train=train, val=val, class_names=tuple(map(str, range(count))))
 
 
 def _shard_split(root: Path, settings: DataSettings, names: Sequence[str], mode: str) -> ShardSplit:
@@ -326,7 +386,7 @@ def _index_shard(path: Path, number: int) -> Iterator[ShardSample]:
 # ---------------------------------------------------------------------------------------------- timm's names
 
 
-def _open_torch(settings: DataSettings, name: str, mode: str) -> Source:
+def _open_torch(settings: DataSettings, name: str, mode: str) -> ImageSource:
     root = _dataset_folder(settings)
     if name in ARRAY_DATASETS:
         _require_split(settings, settings.train_split, TRAIN_FOLDERS)
@@ -343,7 +403,7 @@ def _open_torch(settings: DataSettings, name: str, mode: str) -> Source:
     names = tuple(map(str, datasets[0].classes))
     if name in ARRAY_DATASETS:
         train, val = (_array_split(dataset, mode) for dataset in datasets)
-        return Source(train=train, val=val, class_names=names)
+        return ImageSource(train=train, val=val, class_names=names)
     return _timm_source(datasets, settings, names, mode)
 
 
@@ -353,7 +413,7 @@ def _require_split(settings: DataSettings, split: str, known: Sequence[str]) -> 
         raise UsageError(f"Data {settings.name} has no split {split!r}.", hint=nearest(split, known))
 
 
-def _open_hub_dataset(settings: DataSettings, mode: str) -> Source:
+def _open_hub_dataset(settings: DataSettings, mode: str) -> ImageSource:
     datasets = []
     for split in (settings.train_split, settings.val_split):
         try:
@@ -363,8 +423,7 @@ def _open_hub_dataset(settings: DataSettings, mode: str) -> Source:
                 f"Data {settings.name} needs the package `datasets`.", hint="Run pip install datasets."
             ) from error
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise PruneError(f"Data {settings.name} ({split}) cannot be opened: {reason}.") from error
+            raise PruneError(f"Data {settings.name} ({split}) cannot be opened: {one_line(error)}.") from error
     return _timm_source(datasets, settings, tuple(map(str, datasets[0].reader.class_to_idx)), mode)
 
 
@@ -377,12 +436,12 @@ def _dataset_folder(settings: DataSettings) -> Path:
     return folder
 
 
-def _timm_source(datasets: Sequence[Any], settings: DataSettings, names: tuple[str, ...], mode: str) -> Source:
+def _timm_source(datasets: Sequence[Any], settings: DataSettings, names: tuple[str, ...], mode: str) -> ImageSource:
     train, val = (
         TimmSplit(dataset=dataset, title=f"{settings.name} {split}", mode=mode, positions=range(len(dataset)))
         for dataset, split in zip(datasets, (settings.train_split, settings.val_split), strict=True)
     )
-    return Source(train=train, val=val, class_names=names)
+    return ImageSource(train=train, val=val, class_names=names)
 
 
 def _array_split(dataset: Any, mode: str) -> ArraySplit:

@@ -1,10 +1,12 @@
-"""From a decoded image to the tensor that a model sees."""
+"""From a decoded image to the tensor that a model gets: evaluation preprocessing and two augmentations.
+
+Every random number is drawn from a generator that is a function of the seed, the epoch and the image's position.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from prunecli.data.sources import ArraySplit, Split
 from prunecli.models.build import InputSpec
+from prunecli.randomness import own_randomness
 from prunecli.recipe.settings import DataSettings
 
 WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/qmnist"})
@@ -45,13 +48,17 @@ class EvalTransform:
         return self.transform(image)
 
     def only_normalises(self, split: Split) -> bool:
-        """Whether resizing and cropping change nothing: then a whole batch of pixels can be normalised at once."""
+        """Whether resizing and cropping change nothing, so that a whole batch of pixels can be normalised at once."""
         if not isinstance(split, ArraySplit) or split.pixels.shape[1:3] != self.spec.size[1:]:
             return False
         return self.spec.crop_pct == 1 and split.pixels.ndim - 2 <= self.spec.size[0]  # colour to grey is Pillow's
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Uint8 ``[B, H, W]`` or ``[B, H, W, 3]`` → ``[B, C, H, W]``, bit-equal to the transform image by image."""
+        """Uint8 pixels as float32 images ``[B, C, H, W]``, bit-equal to the transform image by image.
+
+        Args:
+            pixels: grey ``[B, H, W]`` or colour ``[B, H, W, 3]``.
+        """
         channels = self.spec.size[0]
         planes = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels.unsqueeze(1).expand(-1, channels, -1, -1)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
@@ -69,7 +76,11 @@ class TimmAugment:
         self.epoch = epoch
 
     def __call__(self, image: Image.Image, position: int) -> Tensor:
-        with _own_random_numbers(AUGMENT, self.seed, self.epoch, position):
+        words = np.random.SeedSequence((AUGMENT, self.seed, self.epoch, position)).generate_state(3)
+        with own_randomness():
+            random.seed(int(words[0]))
+            np.random.seed(int(words[1]))  # noqa: NPY002 - the global one is what timm draws from
+            torch.manual_seed(int(words[2]))
             return self.transform(image)
 
 
@@ -101,27 +112,8 @@ class CropFlip:
         return chosen.permute(0, 3, 1, 2).contiguous()
 
 
-@contextlib.contextmanager
-def _own_random_numbers(*key: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's global generators from ``key``, and puts them back afterwards.
-
-    timm and torchvision draw from all three.
-    """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the global one is meant
-    state = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))  # noqa: NPY002
-    torch.manual_seed(int(state[2]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
-
-
 def augmentation(settings: DataSettings, spec: InputSpec) -> str:
-    """The augmentation of the training images, with ``auto`` resolved."""
+    """Name of the training images' augmentation (``none``, ``crop_flip`` or ``timm``), with ``auto`` resolved."""
     if settings.augment != "auto":
         return settings.augment
     if settings.name in WRITTEN_CHARACTERS:
@@ -130,10 +122,10 @@ def augmentation(settings: DataSettings, spec: InputSpec) -> str:
 
 
 def mode(spec: InputSpec) -> str:
-    """Pillow's mode for the model's channels."""
+    """Pillow's mode for the model's channels: ``L`` for one, ``RGB`` for three."""
     return "L" if spec.size[0] == 1 else "RGB"
 
 
 def generator(*key: int) -> torch.Generator:
-    """A torch generator that is a function of ``key``."""
+    """A torch generator on the CPU whose state is a function of ``key``."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)

@@ -1,4 +1,6 @@
-"""Module → dependency graph: which axes of which tensors must shrink together, by one of two engines."""
+"""Module → dependency graph: which axes of which tensors must shrink together. Axis inference is the engine; a second
+one, `torch_pruning_engine`, is kept as a reference to check it against.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +17,23 @@ ENGINES = ("axes", "torch_pruning")
 
 
 def build_graph(model: nn.Module, input_size: tuple[int, int, int], *, engine: str = "axes") -> Graph:
-    """The dependency graph of a model; the model is left exactly as it was.
+    """The dependency graph of a model.
 
     Args:
-        model: on the CPU or the meta device, in any dtype.
+        model: the model, on the CPU or the meta device, in any dtype; it is left exactly as it was.
         input_size: channels, height, width of one image.
-        engine: ``axes`` (axis inference) or ``torch_pruning`` (Torch-Pruning's DependencyGraph).
+        engine: ``axes`` (axis inference) or ``torch_pruning`` (the reference engine).
 
     Raises:
         UnsupportedError: the forward cannot be followed; names the place.
-        UsageError: no such engine.
+        UsageError: there is no such engine.
     """
     if engine == "axes":
-        from prunecli.graph.axes.rehearsal import rehearsed
+        from prunecli.graph.axes.rehearsal import rehearse
         from prunecli.graph.axes.trace import trace
 
         with _no_collection():
-            return rehearsed(trace(model, input_size), input_size)
+            return rehearse(trace(model, input_size), input_size)
     if engine == "torch_pruning":
         from prunecli.graph.torch_pruning_engine import build
 

@@ -1,10 +1,12 @@
-"""The second engine: Torch-Pruning's DependencyGraph behind the Graph type.
+"""Reference engine: Torch-Pruning's DependencyGraph (Fang et al., CVPR 2023) behind the Graph type.
 
-It traces the autograd graph instead of the operators. What it gives are, for the channels of one layer, the coupled
-positions of all others; here these become groups with index maps. What it cannot express stays: axes inside attention
-(it does not know heads), layers without a rule, couplings that are no regular pattern. Attributes follow where layers
-state them (``groups``, ``normalized_shape``, ``num_channels``, the model's ``num_features``); ``feature_info`` is left.
-A coupling that it sees wrongly is caught by ``check``, like any other.
+It is a cross-check of axis inference, for tests and benchmarks, and not meant for users: it supports fewer models.
+
+It traces the autograd graph instead of the operators. For the channels of one layer it returns the coupled positions of
+all others; here these become groups with index maps. What it cannot express stays: axes inside attention (it does not
+know heads), layers without a rule, couplings without a regular pattern. Attributes follow where layers state them
+(``groups``, ``normalized_shape``, ``num_channels``, the model's ``num_features``); ``feature_info`` is left. A wrong
+coupling is caught by the proof of the plan (`prunecli.proof.equivalence`), like any other.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from prunecli.errors import UnsupportedError
+from prunecli.errors import UnsupportedError, one_line
 from prunecli.measure.cost import count_macs
+from prunecli.models.layers import switch_fused_attention_
 from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.values.groups import (
     AttributeEdit,
@@ -63,10 +66,10 @@ _Positions = dict[int, set[int]]  # channel of the root layer → positions on o
 
 
 def build(model: nn.Module, input_size: tuple[int, int, int]) -> Graph:
-    """The dependency graph as Torch-Pruning sees it; the model is left as it is.
+    """The dependency graph as Torch-Pruning sees it.
 
     Args:
-        model: on any device; traced on a copy without values.
+        model: the model, on any device; a copy without values is traced.
         input_size: channels, height, width of one image.
 
     Raises:
@@ -97,7 +100,16 @@ def build(model: nn.Module, input_size: tuple[int, int, int]) -> Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class _Coupling:
-    """One group as Torch-Pruning gives it: how many channels the root has, and where they sit everywhere."""
+    """One group as Torch-Pruning returns it.
+
+    Attributes:
+        width: number of channels of the root layer.
+        places: positions of each root channel, by tensor, dimension and role.
+        modules: paths of the coupled layers.
+        norms: paths of the norms whose statistic runs over the channels.
+        group_counts: ``groups`` of the coupled convolutions and norms, depthwise ones left out.
+        refusal: why the group cannot be cut; ``None`` where it can.
+    """
 
     width: int
     places: Mapping[_Place, _Positions]
@@ -109,7 +121,7 @@ class _Coupling:
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """One call of a layer: ``times`` its weight is applied for one image."""
+    """One call of a layer, whose weight is applied ``times`` times for one image."""
 
     module: str
     times: int
@@ -124,9 +136,7 @@ def _shell(model: nn.Module) -> nn.Module:
         trainable = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         empty[id(tensor)] = nn.Parameter(bare) if trainable else bare
     shell = copy.deepcopy(model, empty).eval()
-    for module in shell.modules():
-        if vars(module).get("fused_attn") is True:
-            vars(module)["fused_attn"] = False
+    switch_fused_attention_(shell, on=False)
     return shell
 
 
@@ -136,9 +146,8 @@ def _named_failure(shell: nn.Module) -> Iterator[None]:
     try:
         yield
     except _TRACE_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UnsupportedError(
-            f"Torch-Pruning cannot trace {type(shell).__name__}: {reason}.", hint="Use prune.graph=axes."
+            f"Torch-Pruning cannot trace {type(shell).__name__}: {one_line(error)}.", hint="Use prune.graph=axes."
         ) from error
 
 
@@ -162,7 +171,7 @@ def _calls(shell: nn.Module, input_size: tuple[int, int, int]) -> list[_Call]:
 
 
 def _couplings(shell: nn.Module, input_size: tuple[int, int, int]) -> list[_Coupling]:
-    """Every group of Torch-Pruning."""
+    """Every group that Torch-Pruning finds."""
     names = {id(module): path for path, module in shell.named_modules()}
     parameters = {id(parameter): name for name, parameter in shell.named_parameters()}
     with warnings.catch_warnings():
@@ -213,7 +222,7 @@ def _coupling(group: Any, graph: Any, names: Mapping[int, str], parameters: Mapp
 
 
 def _places(module: nn.Module, path: str, *, outwards: bool) -> list[_Place] | None:
-    """The tensor dimensions of a layer that its output (or input) axis runs through; None for an unknown layer."""
+    """The tensor dimensions of a layer along its output (or input) axis; ``None`` for an unknown layer."""
 
     def at(leaf: str, dim: int, role: Role) -> _Place:
         return (f"{path}.{leaf}", dim, role)
@@ -233,6 +242,7 @@ def _places(module: nn.Module, path: str, *, outwards: bool) -> list[_Place] | N
 
 
 def _is_depthwise(module: nn.Module) -> bool:
+    """Whether each channel of a convolution is a group of its own."""
     return isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels == module.out_channels
 
 
@@ -240,7 +250,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _group(shell: nn.Module, coupling: _Coupling) -> Group | Frozen:
-    """The coupling as a group, or why it stays."""
+    """The coupling as a group, or as frozen axes with the reason."""
     tensors = named_tensors(shell)
     order = {name: at for at, name in enumerate(tensors)}
     places = sorted(coupling.places, key=lambda place: (order[place[0]], place[1]))
@@ -272,7 +282,7 @@ def _group(shell: nn.Module, coupling: _Coupling) -> Group | Frozen:
 
 
 def _attention_around(shell: nn.Module, modules: Sequence[str]) -> str | None:
-    """The attention module that all of an axis lies in, if there is one."""
+    """Path of the attention module that contains all of these modules, if there is one."""
     for path, module in shell.named_modules():
         if path and hasattr(module, "num_heads") and all(name.startswith(f"{path}.") for name in modules):
             return path
@@ -280,7 +290,7 @@ def _attention_around(shell: nn.Module, modules: Sequence[str]) -> str | None:
 
 
 def _classes(coupling: _Coupling) -> list[list[int]] | None:
-    """Channels as sets of root channels that leave together, in order; None where these sets differ in size.
+    """Channels as sets of root channels that leave together, in order; ``None`` where these sets differ in size.
 
     Root channels that share a position anywhere belong together, and so do those that a grouped layer must lose
     from all of its groups at once.
@@ -329,7 +339,7 @@ class _Partition:
 
 
 def _fit(positions: Sequence[Sequence[int]]) -> IndexMap | None:
-    """The index map with these (ascending) positions per channel, or None."""
+    """The index map with these (ascending) positions per channel; ``None`` where they follow no regular pattern."""
     if not all(positions) or len({len(each) for each in positions}) != 1:
         return None
     first = positions[0]
@@ -394,7 +404,10 @@ def _sizes(shell: nn.Module, groups: Sequence[Group]) -> dict[str, tuple[Size, .
 
 
 def _ops(calls: Sequence[_Call], sizes: Mapping[str, tuple[Size, ...]], total: int) -> tuple[OpCost, ...]:
-    """Layers scale with their weights; what is left of the measured total (attention products) is taken as constant."""
+    """Multiply-adds of each layer call, which scale with its weight; the rest of the measured ``total`` is constant.
+
+    The rest is mostly attention products, which have no weight.
+    """
     ops = [
         OpCost(module=call.module, op="layer", extents=(Const(call.times), *sizes[f"{call.module}.weight"]))
         for call in calls
@@ -408,7 +421,15 @@ def _ops(calls: Sequence[_Call], sizes: Mapping[str, tuple[Size, ...]], total: i
 
 @dataclass(frozen=True, kw_only=True)
 class _Followed:
-    """An attribute that states a size: a number, or a tuple of one number."""
+    """An attribute that states a size.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute.
+        before: size in the dense model.
+        size: size as a function of kept widths.
+        is_tuple: whether the value is a tuple of one number instead of a number.
+    """
 
     module: str
     name: str
@@ -419,7 +440,7 @@ class _Followed:
 
 @dataclass(frozen=True)
 class _Attributes:
-    """The attribute solver: every stated size is read off the kept widths."""
+    """The attribute solver: every stated size follows from the kept widths."""
 
     followed: tuple[_Followed, ...]
 
@@ -435,6 +456,7 @@ class _Attributes:
 
 
 def _attributes(shell: nn.Module, groups: Sequence[Group]) -> Iterator[_Followed]:
+    """The attributes that state sizes: of depthwise convolutions, of norms and of the model itself."""
     sizes = _sizes(shell, groups)
     for path, module in shell.named_modules():
         weight = f"{path}.weight"
@@ -453,7 +475,7 @@ def _attributes(shell: nn.Module, groups: Sequence[Group]) -> Iterator[_Followed
 
 
 def _model_attributes(shell: nn.Module, sizes: Mapping[str, tuple[Size, ...]]) -> Iterator[_Followed]:
-    """``num_features`` and its kin, where they state what the classifier reads."""
+    """``num_features`` and its kin, where they equal the number of the classifier's inputs."""
     get = getattr(shell, "get_classifier", None)
     classifier = get() if callable(get) else None
     path = next((path for path, module in shell.named_modules() if module is classifier), None)

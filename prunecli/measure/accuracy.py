@@ -1,4 +1,4 @@
-"""Forward passes that train nothing: accuracy, and BatchNorm re-estimation."""
+"""Accuracy: what a model gets right on labelled images, and how much of it a cut has lost."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ from prunecli.models.outputs import logits_of
 from prunecli.values.report import Accuracy
 
 
-def knows_the_data(top1: float, classes: int) -> bool:
-    """Whether a model of this top-1, in percent, makes less than half of the mistakes that guessing makes."""
+def halves_chance_error(top1: float, classes: int) -> bool:
+    """Whether the error is below half of the chance error: the model has learnt from data of this kind.
+
+    Args:
+        top1: accuracy, percent.
+        classes: number of classes; guessing is right once in so many.
+    """
     return top1 > (100 + 100 / classes) / 2
 
 
 def lost_top1(dense: float, now: float, *, classes: int) -> float | None:
-    """Share of the dense model's top-1 above guessing that is gone, 0 to 1; none where it does not know the data.
+    """Share of the dense model's top-1 above chance that is gone, 0 to 1.
 
     Args:
         dense: top-1 of the dense model, percent.
-        now: that of the model that came of it, on the same images.
+        now: top-1 of the model made from it, on the same images, percent.
         classes: number of classes.
+
+    Returns:
+        ``None`` where the dense model itself is not far above chance (`halves_chance_error`).
     """
-    if not knows_the_data(dense, classes):
+    if not halves_chance_error(dense, classes):
         return None
     return min(1.0, max(0.0, (dense - now) / (dense - 100 / classes)))
 
@@ -35,14 +43,14 @@ def lost_top1(dense: float, now: float, *, classes: int) -> float | None:
 def evaluate(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, amp: bool = False
 ) -> Accuracy:
-    """Top-1, top-5 (percent; none below five classes) and mean cross-entropy in nats, in evaluation mode.
+    """Top-1 and top-5 (percent) and mean cross-entropy (nats) in evaluation mode; top-5 needs five classes or more.
 
     Args:
-        model: images ``[B, C, H, W]`` -> logits ``[B, K]``, as ``outputs`` finds them; moved to ``device``, its mode is
-            put back.
-        loader: batches of images and labels ``[B]``.
-        device: where to compute; sums are kept there in float64.
-        amp: forward in bfloat16.
+        model: module from images ``[B, C, H, W]`` to logits ``[B, K]``, as `logits_of` finds them; moved to ``device``,
+            its mode is put back.
+        loader: batches of images ``[B, C, H, W]`` and labels ``[B]``.
+        device: device of the forward passes and, in float64, of the sums.
+        amp: ``True`` for forward passes in bfloat16.
 
     Raises:
         PruneError: the loader is empty.
@@ -72,9 +80,18 @@ def evaluate(
 def answers(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Logits ``[n, K]`` in float64 and labels ``[n]``, on the CPU, in evaluation mode, which is put back.
+    """All logits and labels of a loader, in evaluation mode.
 
-    Raises PruneError where the loader is empty.
+    Args:
+        model: module from images to logits, as for `evaluate`.
+        loader: batches of images ``[B, C, H, W]`` and labels ``[B]``.
+        device: device of the forward passes.
+
+    Returns:
+        Logits ``[n, K]`` in float64 and labels ``[n]``, on the CPU.
+
+    Raises:
+        PruneError: the loader is empty.
     """
     logits, labels = [], []
     with evaluation_mode(model.to(device)), torch.no_grad():

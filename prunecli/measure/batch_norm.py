@@ -1,4 +1,4 @@
-"""BatchNorm's statistics, estimated anew."""
+"""Re-estimating the running statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from prunecli.models.layers import evaluation_mode
 def recalibrate_bn_(
     model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]], *, device: torch.device
 ) -> int:
-    """Re-estimate the running statistics of every BatchNorm in place; the number of layers re-estimated.
+    """Re-estimate the running statistics of every BatchNorm, in place.
 
-    Statistics are reset and become the plain mean over batches (momentum none) of forward passes in which only
-    BatchNorm is in training mode (the recipe of Jordan et al. 2023, "REPAIR"). Weights do not change. Batches should be
-    of one size, since each counts the same.
+    Statistics are reset and become the plain mean over batches (momentum ``None``) of forward passes in which only
+    BatchNorm is in training mode (the recipe of Jordan et al. 2023, "REPAIR", arXiv 2211.08403). Weights do not change.
 
     Args:
-        model: moved to ``device``; modes and momenta are put back.
-        batches: images ``[B, C, H, W]``, labels beside them are ignored.
-        device: where to compute.
+        model: net to re-estimate; it is moved to ``device``, modes and momenta are put back.
+        batches: images ``[B, C, H, W]``, alone or with labels, which are ignored. Batches should be of one size, since
+            each counts the same.
+        device: device of the forward passes.
+
+    Returns:
+        Number of layers re-estimated.
 
     Raises:
         PruneError: there are BatchNorm layers and not one batch.
@@ -33,7 +36,7 @@ def recalibrate_bn_(
     if not layers:
         return 0
     source = iter(batches)
-    batch = next(source, None)
+    batch = next(source, None)  # taken before anything is reset, so that a refusal leaves the model as it was
     if batch is None:
         raise PruneError("BatchNorm cannot be re-estimated without a training image.")
     momenta = [layer.momentum for layer in layers]

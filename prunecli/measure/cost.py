@@ -1,6 +1,6 @@
 """What a model costs, by counting and without a clock: parameters, multiply-adds, bytes.
 
-Conventions: one multiply-add counts once (half of what FLOP counters say), for one image, attention matmuls included;
+Conventions: one multiply-add counts once (half of a FLOP counter's figure), for one image, attention matmuls included;
 convolutions, matrix products and attention count, additions, norms and activations do not. Nothing is computed: the
 forward pass runs on fake tensors.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,19 +32,21 @@ from prunecli.values.plan import Cost
 def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Parameters, multiply-adds of one image in eval mode, and bytes of the tensors in the state_dict.
 
-    Shared tensors count once, as safetensors stores them once. Works on any device; the model is left as it is.
+    Shared tensors count once, as safetensors stores them once. The model is left as it is.
 
     Args:
-        model: any classifier.
-        input_size: channels, height, width.
+        model: any classifier, on any device.
+        input_size: channels, height and width of an image.
 
     Raises:
-        UnsupportedError: as ``count_macs``.
+        UnsupportedError: the multiply-adds depend on the values of the input (see ``count_macs``).
     """
+    # by identity, so that a shared tensor counts once; a module's extra state need not be a tensor
+    stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     return Cost(
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=count_macs(model, input_size),
-        bytes=sum(t.numel() * t.element_size() for t in _unique(model.state_dict(keep_vars=True).values())),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored.values()),
     )
 
 
@@ -52,8 +54,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image through ``model`` in eval mode.
 
     Args:
-        model: any classifier.
-        input_size: channels, height, width.
+        model: any classifier, on any device.
+        input_size: channels, height and width of an image.
 
     Raises:
         UnsupportedError: what the model computes depends on the values of its input; names the module.
@@ -68,7 +70,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         torch.no_grad(),
         # Written out as matrix products, which every torch version counts; fused CPU attention is not known to all.
         sdpa_kernel(SDPBackend.MATH),
-        _layer_by_layer(),
+        _without_fast_path(),
         FakeTensorMode(allow_non_fake_inputs=True),
         counter,
     ):
@@ -81,10 +83,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def _lstm_flops(steps: Sequence[int], inputs: Sequence[int], hidden: Sequence[int], *_: Any, **__: Any) -> int:
-    """An LSTM layer in one direction, of which torch's counter does not know; on other devices it is matrix products.
+    """FLOPs of an LSTM layer in one direction, which torch's counter lacks; off the CPU it is matrix products.
 
     Args:
-        steps: shape of its input [steps, batch, features].
+        steps: shape of the layer's input, ``[steps, batch, features]``.
         inputs: shape of the weight of the inputs.
         hidden: shape of the weight of the hidden state.
     """
@@ -96,16 +98,14 @@ def _without_gradient(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _layer_by_layer() -> Iterator[None]:
-    """Without the operators that do a whole ``nn.MultiheadAttention`` or transformer layer: they are not counted."""
+def _without_fast_path() -> Iterator[None]:
+    """Disable torch's fused attention fast path, whose multiply-adds FlopCounterMode does not count.
+
+    It computes a whole ``nn.MultiheadAttention`` or transformer layer in one operator.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _unique(tensors: Iterable[object]) -> Iterable[Tensor]:
-    """Each tensor once; a state_dict may hold other things (a module's extra state)."""
-    return {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}.values()

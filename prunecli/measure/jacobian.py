@@ -29,10 +29,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from prunecli.errors import PruneError, UnsupportedError
+from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.measure import lanczos
 from prunecli.measure.weights import singular_values
-from prunecli.models.layers import evaluating
+from prunecli.models.layers import evaluation_mode
 from prunecli.models.outputs import logits_of
 from prunecli.values.report import SpectrumSummary
 
@@ -41,7 +41,12 @@ _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); on
 
 @dataclass(frozen=True, kw_only=True)
 class JacobianSpectrum:
-    """Singular values ``[B, min(K, C*H*W)]`` (float64, on the CPU, largest first) and their summary."""
+    """Singular values of every image's Jacobian.
+
+    Attributes:
+        values: singular values ``[B, min(K, C*H*W)]``, float64, on the CPU, largest first.
+        summary: their mean, spread and condition over the images.
+    """
 
     values: Tensor
     summary: SpectrumSummary
@@ -50,18 +55,18 @@ class JacobianSpectrum:
 def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 32) -> JacobianSpectrum:
     """Exact singular values of the input-logit Jacobian of every image in ``batch``.
 
-    The model is evaluated in eval mode whatever its training flags say, and is left as it was: flags, buffers and
+    The model is evaluated in eval mode whatever its training flags are, and is left as it was: flags, buffers and
     parameter gradients. Memory: the Jacobians of as many samples as fit 256 MiB, at least one (``K*C*H*W`` entries).
 
     Operators whose backward ``vmap`` cannot batch are handled by running the images once for each row of a chunk
     through an ordinary backward pass: same values, up to half as fast again.
 
     Args:
-        model: maps ``[B, C, H, W]`` to logits ``[B, K]``; samples must not influence each other.
-        batch: images on the model's device and in its dtype. float64 throughout gives singular values to 1e-16 of the
-            largest; in float32 those below about 1e-7 of the largest are rounding.
-        chunk: rows of all Jacobians that are pulled back at once. On a CPU, larger buffers go back to the system after
-            every operator and cost page faults (64 rows were up to 1.5 times slower than 32 on small nets).
+        model: module from images ``[B, C, H, W]`` to logits ``[B, K]``; samples must not influence each other.
+        batch: images ``[B, C, H, W]`` on the model's device and in its dtype. float64 throughout gives singular values
+            to 1e-16 of the largest; in float32 those below about 1e-7 of the largest are rounding.
+        chunk: number of rows, over all Jacobians, that are pulled back at once. On a CPU, larger buffers go back to the
+            system after every operator and cost page faults (64 rows took up to 1.5 times as long as 32 on small nets).
 
     Raises:
         ValueError: an empty batch, or a chunk below one.
@@ -74,7 +79,7 @@ def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 32) -> Ja
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     net = _Net(model)
-    with evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         classes = net.classes(batch[:1])
         size = math.prod(batch.shape[1:])
         held = max(1, min(len(batch), chunk, _HELD_ELEMENTS // (classes * size)))
@@ -93,28 +98,29 @@ def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed:
     """The spectrum of `jacobian_spectrum`, estimated from ``steps`` products with each Jacobian and its transpose.
 
     All images advance together, from one random vector each; ``J w`` is the derivative of ``J^T v`` with respect to v,
-    so both products run on one recorded pass. The summary says ``lanczos`` and gives the standard error of its mean
-    over these images; its smallest value is an upper bound, its largest and its condition are lower bounds. ``values``
-    [B, min(K, C*H*W)] are spread as the estimated density is: for histograms.
+    so both products run on one recorded pass. The summary's method is ``lanczos``; it has the standard error of its
+    mean over these images, its smallest value is an upper bound, its largest and its condition are lower bounds.
+    ``values`` ``[B, min(K, C*H*W)]`` are spread as the estimated density is: for histograms.
 
     Memory: twice what a training step of this batch takes, and ``2 * steps`` vectors an image.
 
     Args:
-        model: as for `jacobian_spectrum`; its operators must be differentiable twice.
-        batch: images on the model's device and in its dtype.
-        steps: products an image; never more than there are logits.
-        seed: of the random vectors.
+        model: module as for `jacobian_spectrum`, whose operators are differentiable twice.
+        batch: images ``[B, C, H, W]`` on the model's device and in its dtype.
+        steps: number of products with each Jacobian and with its transpose; never more than there are logits.
+        seed: seed of the random vectors.
 
     Raises:
         ValueError: an empty batch, or fewer than one step.
-        UnsupportedError: as `jacobian_spectrum`, and an operator whose derivative cannot be differentiated.
+        UnsupportedError: a model that `jacobian_spectrum` refuses, or an operator whose derivative cannot be
+            differentiated.
         PruneError: a Jacobian with NaN or infinite entries.
     """
     if batch.dim() < 2 or len(batch) == 0:
         raise ValueError(f"expected a batch [B, C, H, W] of at least one image, got shape {tuple(batch.shape)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    with evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         tape, classes = _Net(model).record(batch)
         forward, adjoint = _products(tape)
         generator = torch.Generator().manual_seed(seed)
@@ -128,8 +134,8 @@ def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed:
 
 
 def _estimated(density: lanczos.Density, count: int) -> SpectrumSummary:
-    """The summary of densities that leave out ``count - size`` values known to be zero."""
-    found = min(density.size / count, 1.0)
+    """The summary of a spectrum of ``count`` values, of which ``density`` leaves out those known to be zero."""
+    found = min(density.size / count, 1.0)  # the share of the values that the density stands for
     means = found * density.mean
     mean = float(means.mean())
     square = float(found * density.moment(2).mean())
@@ -149,9 +155,12 @@ def _estimated(density: lanczos.Density, count: int) -> SpectrumSummary:
 
 
 def summarise(values: Tensor) -> SpectrumSummary:
-    """Mean, population std, min and max over all of ``values`` ``[B, N]``; mean condition over the samples.
+    """Mean, population standard deviation, least and largest value; mean condition over the samples.
 
     A sample whose smallest singular value is zero has no finite condition and is left out of that mean.
+
+    Args:
+        values: singular values ``[B, N]``, a row for each sample.
     """
     ratios = values.amax(dim=1) / values.amin(dim=1)
     ratios = ratios[torch.isfinite(ratios)]
@@ -232,6 +241,7 @@ class _Net:
         self._constants: Mapping[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
 
     def classes(self, image: Tensor) -> int:
+        """The number of logits, found by a pass over one image ``[1, C, H, W]``."""
         with torch.no_grad():
             return _logits(torch.func.functional_call(self._model, dict(self._constants), (image,)), 1).shape[1]
 
@@ -279,8 +289,10 @@ class _Net:
 def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
     """``w [B, C*H*W] -> J w [B, D]`` and ``u [B, D] -> J^T u``, for the D rows that the tape's seeds name.
 
-    Raises UnsupportedError where an operator's backward pass cannot be differentiated.
+    Raises:
+        UnsupportedError: an operator's backward pass cannot be differentiated.
     """
+    # J^T u is linear in u, so its derivative with respect to u, taken at any u, is J (the double-backward trick).
     u = torch.zeros(len(tape.images), len(tape.seeds), dtype=tape.seeds.dtype, device=tape.seeds.device)
     u.requires_grad_()
     try:
@@ -288,7 +300,7 @@ def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
         torch.autograd.grad(pulled, u, torch.zeros_like(pulled), retain_graph=True)
     except RuntimeError as error:
         raise UnsupportedError(
-            f"The Jacobian cannot be estimated: {str(error).splitlines()[0]}", hint="Use spectrum.method=exact."
+            f"The Jacobian cannot be estimated: {one_line(error)}.", hint="Use spectrum.method=exact."
         ) from None
 
     def forward(w: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ What is estimated, and how well:
   and chance is left to the rest: the few large values of a trained net would otherwise make up most of the noise.
 * the mean over the rest: u, less its part along the vectors found, is uniform on the sphere of the other K' dimensions,
   so a quadrature ``u^T f u`` over them has variance ``2 / (K' + 2)`` times the variance of f over their spectrum,
-  exactly (fourth moments of the sphere). The stated standard errors are made of that.
-* the smallest: from above only. Small singular values converge last; the figure is an upper bound and said to be one.
+  exactly (fourth moments of the sphere). The standard errors are computed from it.
+* the smallest: from above only. Small singular values converge last; the figure is an upper bound.
 """
 
 from __future__ import annotations
@@ -34,10 +34,13 @@ _SINGLE = 16.0  # K times the weight of one vector is chi-squared with one degre
 
 @dataclass(frozen=True, kw_only=True)
 class Density:
-    """Estimated densities of singular values: ``nodes`` [B, m], largest first, with ``weights`` [B, m] that sum to one.
+    """Estimated densities of singular values, one for each of B samples.
 
-    ``size`` is K, the number of singular values that each stands for; ``mean_error`` [B] the standard error of each
-    mean, from the one start vector a sample.
+    Attributes:
+        nodes: singular values ``[B, m]``, largest first.
+        weights: shares of the spectrum ``[B, m]`` that the nodes stand for; each row sums to one.
+        size: number K of singular values that each density stands for.
+        mean_error: standard error ``[B]`` of each mean, from the one start vector of a sample.
     """
 
     nodes: Tensor
@@ -46,16 +49,16 @@ class Density:
     mean_error: Tensor
 
     def moment(self, power: int) -> Tensor:
-        """``mean(sigma^power)`` over each sample's spectrum, [B]."""
+        """``mean(sigma^power)`` over each sample's spectrum, ``[B]``."""
         return (self.weights * self.nodes.pow(power)).sum(dim=1)
 
     @property
     def mean(self) -> Tensor:
-        """[B]."""
+        """Mean singular value of each sample, ``[B]``."""
         return self.moment(1)
 
     def quantiles(self, count: int) -> Tensor:
-        """``count`` values a sample that are spread like its singular values, largest first, [B, count].
+        """Values ``[B, count]`` that are spread like each sample's singular values, largest first.
 
         Each node stands for its weight's share of the spectrum; between the middles of neighbouring shares the values
         are interpolated (logarithms, as spectra spread over decades), beyond the outer middles they stay at the node:
@@ -77,15 +80,15 @@ def _interpolated(places: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def spectral_density(forward: Product, adjoint: Product, start: Tensor, *, steps: int) -> Density:
-    """Densities of B maps J_b [K, P] at once.
-
-    Args:
-        forward: ``[B, P] -> [B, K]``, each row its own map.
-        adjoint: ``[B, K] -> [B, P]``.
-        start: [B, K], random; normalised here. Its device and dtype are those of the products.
-        steps: at most this many products with each of J and J^T; never more than K.
+    """Densities of B maps J_b ``[K, P]`` at once.
 
     Both bases are orthogonalised in full, so that no singular value is found twice.
+
+    Args:
+        forward: product ``v -> J v``, ``[B, P] -> [B, K]``, each row with its own map.
+        adjoint: product ``u -> J^T u``, ``[B, K] -> [B, P]``.
+        start: random vectors ``[B, K]``, normalised here; the products run on their device and in their dtype.
+        steps: largest number of products with each of J and J^T; never more than K are made.
     """
     samples, size = start.shape
     steps = min(steps, size)
@@ -93,6 +96,7 @@ def spectral_density(forward: Product, adjoint: Product, start: Tensor, *, steps
     alphas, betas = list[Tensor](), list[Tensor]()
     nothing = start.new_zeros(samples)  # a vector this short is rounding
     for _ in range(steps):
+        # J^T u_j = alpha_j v_j + beta_{j-1} v_{j-1} and J v_j = alpha_j u_j + beta_j u_{j+1} (Golub and Kahan 1965)
         v = adjoint(lefts[-1]) - (betas[-1][:, None] * rights[-1] if rights else 0)
         v, alpha = _unit(_orthogonal_to(rights, v), nothing)
         nothing = torch.maximum(nothing, 10 * torch.finfo(alpha.dtype).eps * alpha)
@@ -105,14 +109,17 @@ def spectral_density(forward: Product, adjoint: Product, start: Tensor, *, steps
     bidiagonal[:, rows[1:], rows[:-1]] = torch.stack(betas, dim=1).double().cpu()[:, :-1]
     # u_1 = start is the first basis vector, so its components along the left singular vectors are their first entries.
     U, nodes, Vh = torch.linalg.svd(bidiagonal)
+    # J V = U B + beta_m u_{m+1} e_m^T: the last entry of a right singular vector is what its triple misses.
     residuals = betas[-1].double().cpu()[:, None] * Vh[:, :, -1].abs()
     return _density(nodes, U[:, 0, :].square(), residuals, size)
 
 
 def _density(nodes: Tensor, weights: Tensor, residuals: Tensor, size: int) -> Density:
-    """Count values that are found as one of ``size`` each; the others share what is left, by their weights.
+    """Densities from the singular values, quadrature weights and residuals ``[B, m]`` of the bidiagonal matrices.
 
-    Nodes without weight come from a map that was done before the last step. They repeat the smallest of the others.
+    Converged singular values get weight ``1 / size`` each; the remaining nodes share the rest by their quadrature
+    weights. Nodes without weight come from a map that was done before the last step; they repeat the smallest of the
+    others.
     """
     live = weights > _WEIGHTLESS
     nodes = torch.where(live, nodes, torch.where(live, nodes, torch.inf).amin(dim=1, keepdim=True))
@@ -121,11 +128,13 @@ def _density(nodes: Tensor, weights: Tensor, residuals: Tensor, size: int) -> De
     # Only an unbroken run from the largest down: which of the smaller ones converge depends on their weights, and
     # leaving out just those would bias the rest.
     known = (known & live).cumprod(dim=1).bool()
+    # As many nodes as singular values, none without weight: then the decomposition is complete.
     known |= live.all(dim=1, keepdim=True) & torch.tensor(nodes.shape[1] == size)
     counts = known.sum(dim=1, keepdim=True)
     rest = weights.masked_fill(known, 0)
     rest = rest / rest.sum(dim=1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
     left = (size - counts) / size
+    # The mean over the found values is exact, so only the rest has an error: 2 / (K' + 2) times its variance.
     mean = (rest * nodes).sum(dim=1)
     variance = ((rest * nodes.square()).sum(dim=1) - mean**2).clamp_min(0)
     error = left[:, 0] * (2 / (size - counts[:, 0] + 2) * variance).sqrt()

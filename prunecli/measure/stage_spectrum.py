@@ -1,4 +1,4 @@
-"""The Jacobian's spectrum of a stage, within a budget."""
+"""The Jacobian spectrum of a stage of a job, within a budget of multiply-adds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _JACOBIAN_IMAGES: Final = {"exact": 16, "lanczos": 8}
 
 
 def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tuple[Literal["exact", "lanczos"], int]:
-    """How the Jacobian spectrum is taken, and over how many images; none where even one would take too long."""
+    """The method of the Jacobian spectrum and the number of images, 0 where even one would take too long.
+
+    Args:
+        recipe: recipe whose section ``spectrum`` counts; ``auto`` is resolved by the budget.
+        source: dense model, whose cost and number of classes decide.
+        device: device of the measurement.
+    """
     settings, passes = recipe.spectrum, {"exact": 3 * source.ref.num_classes, "lanczos": 2 * recipe.spectrum.steps}
     bought = {how: int(_JACOBIAN_MACS[device.type] / (n * source.cost.macs or 1)) for how, n in passes.items()}
     wanted = 1 if settings.samples == "auto" else settings.samples
@@ -35,7 +41,15 @@ def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tup
 def jacobian_spectrum(
     recipe: Recipe, source: Source, model: nn.Module, images: Images | None, device: torch.device
 ) -> jacobian.JacobianSpectrum | None:
-    """The Jacobian spectrum of ``model``, a stage of ``source``; None where it is off or would take too long."""
+    """The Jacobian spectrum of ``model``; ``None`` where it is off or would take too long.
+
+    Args:
+        recipe: recipe whose section ``spectrum`` and seed count.
+        source: dense model, which decides on the effort for all stages alike.
+        model: the model of this stage; moved to ``device``.
+        images: images of the job; ``None`` for Gaussian noise.
+        device: device of the measurement.
+    """
     how, count = jacobian_effort(recipe, source, device)
     if count == 0:
         return None
@@ -47,7 +61,14 @@ def jacobian_spectrum(
 
 
 def spectrum_batch(images: Images | None, spec: InputSpec, count: int, *, seed: int) -> Tensor:
-    """Images [count, C, H, W] for the Jacobian: training images in evaluation preprocessing, else Gaussian noise."""
+    """Images ``[count, C, H, W]`` for the Jacobian: training images in evaluation preprocessing, or Gaussian noise.
+
+    Args:
+        images: images of the job; ``None`` for noise.
+        spec: images that the model expects.
+        count: number of images.
+        seed: seed of the noise.
+    """
     if images is not None:
         return images.calibration(count)[0]
     return torch.randn(count, *spec.size, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Singular values of weights."""
+"""Singular values of matrices, and of every layer's weight."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def weight_spectra(model: nn.Module) -> dict[str, Tensor]:
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """Singular values ``[..., min(N, M)]`` of ``[..., N, M]`` in float64, largest first.
+    """Singular values ``[..., min(N, M)]`` in float64, largest first.
 
-    float64 input: SVD. Narrower input: roots of the float64 Gram matrix's eigenvalues, exact to the input's rounding.
+    Args:
+        matrices: ``[..., N, M]``. In float64 their SVD is taken; in a narrower type the roots of the eigenvalues of the
+            float64 Gram matrix, which are exact to the input's rounding.
     """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     if wide.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""What each channel is worth to a training that is about to begin: EPSD's score, for whole channels.
+"""EPSD's score for whole channels: how much each channel is worth to a training that is about to begin.
 
 EPSD (Chen et al., AAAI 2024, arXiv 2402.00084; no code released) prunes before training: it scores by how masking
 changes a *self-distillation* loss after a few training steps, so that what is left is easy to distil. The score is that
@@ -22,37 +22,39 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunecli.errors import PruneError, UnsupportedError
+from prunecli.errors import PruneError, UnsupportedError, one_line
 from prunecli.methods.gates import gate_places, gated_weights
-from prunecli.recipe.settings import DistillSettings, EpsdSettings, FinetuneSettings
+from prunecli.randomness import own_randomness
+from prunecli.recipe.methods import EpsdMethod
+from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import Net, Objective, build_objective
-from prunecli.training.step import TrainingImages, own_randomness
+from prunecli.training.step import TrainingImages
 from prunecli.values.groups import Group
 
 
-def prospect_scores(
+def epsd_scores(
     model: nn.Module,
     groups: Sequence[Group],
     images: TrainingImages,
-    settings: EpsdSettings,
+    settings: EpsdMethod,
     finetune: FinetuneSettings,
     *,
     device: torch.device,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Scores ``[width]``, float64 on the CPU, by group name; ``model`` is left as it is.
+    """EPSD scores of channels ``[width]``, float64 on the CPU, by group name.
 
-    Normalisation runs in training mode. Mixing of images is left out, the steps are too few for it. Takes the memory of
-    ``steps + 1`` training steps at once and time of about three times as many.
+    Normalisation runs in training mode. Mixing of images is left out: the steps are too few for it. Takes the memory of
+    ``steps + 1`` training steps at once and the time of about three times as many.
 
     Args:
-        model: the starting weights.
-        groups: whose channels are scored.
-        images: ``steps + 1`` training batches are read.
-        settings: number and size of the steps.
-        finetune: ``loss`` and what belongs to it.
-        device: where to compute.
-        seed: of dropout and the like.
+        model: the net with the starting weights; it is not changed.
+        groups: the groups whose channels are scored.
+        images: training images, of which ``steps + 1`` batches are read.
+        settings: number and learning rate of the steps.
+        finetune: settings of the fine-tuning, for its loss.
+        device: the device to compute on.
+        seed: seed of dropout and other random layers.
 
     Raises:
         UnsupportedError: the model has an operation that cannot be differentiated twice.
@@ -65,10 +67,12 @@ def prospect_scores(
     masks = torch.ones(sum(group.width for group in groups), device=device, requires_grad=True)
     given = dict(net.named_parameters())
     weights = given | gated_weights(given, places, masks)
-    plain = finetune.model_copy(update={"mixup": 0.0, "cutmix": 0.0, "distill": DistillSettings()})
+    asked = finetune.loss
+    unmixed = asked.updated(mixup=0.0, cutmix=0.0) if asked.kind == "ce" else asked
+    plain = finetune.updated(loss=unmixed, distill=DistillSettings())
     objective = build_objective(plain, num_classes=images.num_classes, epochs=settings.steps + 1)
     batches = _batches(images, objective, device)
-    moved = copy.deepcopy(net)  # stands for the net behind each step
+    moved = copy.deepcopy(net)  # the net after each step, as a module: the objective keeps the last one as a teacher
     with own_randomness(device), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         torch.manual_seed(seed)
         try:
@@ -81,14 +85,13 @@ def prospect_scores(
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("derivative", "differentiate", "double backward")):
                 raise
-            reason = str(error).splitlines()[0].rstrip(".")
             raise UnsupportedError(
-                f"Method epsd differentiates training steps, which this model does not allow: {reason}.",
+                f"Method epsd differentiates training steps, which this model does not allow: {one_line(error)}.",
                 hint="Use another method, for example --method oneshot.",
             ) from error
     if not bool(gradient.isfinite().all()):
         raise PruneError(
-            f"Method epsd's {settings.steps} steps at learning rate {settings.lr:g} diverge.", hint="Lower epsd.lr."
+            f"Method epsd's {settings.steps} steps at learning rate {settings.lr:g} diverge.", hint="Lower method.lr."
         )
     parts = gradient.abs().cpu().double().split([group.width for group in groups])
     return {group.name: part for group, part in zip(groups, parts, strict=True)}
@@ -97,7 +100,7 @@ def prospect_scores(
 def _step(
     net: nn.Module, objective: Objective, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor], *, lr: float
 ) -> dict[str, Tensor]:
-    """The weights after one plain SGD step, as a function of those before it."""
+    """The weights after one plain SGD step, by name, as a differentiable function of those before it."""
     loss = objective.loss(_with(net, weights), *batch)
     learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
     trained = {name: tensor for name, tensor in weights.items() if name in learning}
@@ -107,7 +110,7 @@ def _step(
 
 
 def _with(net: nn.Module, weights: Mapping[str, Tensor]) -> Net:
-    """The net with these weights; its own running statistics go on."""
+    """The net with these weights; running statistics are updated in ``net`` itself."""
     return lambda images: functional_call(net, dict(weights), (images,))
 
 

@@ -1,10 +1,9 @@
-"""What may be gated, shown before any work is spent: a closed gate has to be the removal of its channel."""
+"""Which groups may have gates, found before any training: a closed gate must equal the removal of its channel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -22,14 +21,14 @@ from prunecli.values.plan import PlannedGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Gateable:
-    """What can have gates, with the pieces of a plan on trial: it removes a random half of every group that gets gates.
+    """The groups that can have gates, and what makes a trial plan that removes a random half of each of them.
 
     Attributes:
-        graph: the groups that may be cut after it.
-        scores: random ones, for the plan on trial.
-        target: of the plan on trial.
-        settings: of the plan on trial.
-        notes: groups left out, and why.
+        graph: the groups that can have gates and may be cut once these are learnt.
+        scores: random scores, for the trial plan.
+        target: the trial plan's target, half of the channels.
+        settings: the trial plan's settings.
+        notes: sentences that name the groups left out, with the reason.
     """
 
     graph: Graph
@@ -40,15 +39,17 @@ class Gateable:
 
 
 def gateable(source: Source, graph: Graph, target: Target | None, settings: PruneSettings, *, seed: int) -> Gateable:
-    """Leave out the groups whose gates would not mean removal: those with a norm whose statistic runs over their
-    channels, and those where a comparison of the gated with the silenced net finds a difference.
+    """Leave out the groups whose closed gates would not equal removal.
+
+    These are groups with a norm whose statistic runs over their channels, and those where the outputs of the gated net
+    and of the net with these channels silenced differ.
 
     Args:
         source: the dense model.
-        graph: its coupled groups.
-        target: what the cut is to reach, if anything was asked.
-        settings: of the cut.
-        seed: of the random scores and of the images that the comparison runs on.
+        graph: the model's coupled groups.
+        target: the target of the cut; ``None`` without one.
+        settings: the settings of the cut.
+        seed: seed of the random scores and of the images that the comparison runs on.
 
     Raises:
         TargetError: the target cannot be reached without these groups.
@@ -71,7 +72,7 @@ def gateable(source: Source, graph: Graph, target: Target | None, settings: Prun
 
 
 def without_norms(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
-    """The graph without groups that a norm takes statistics over, and a note on them."""
+    """The graph without the groups over whose channels a norm takes statistics, and a note that names them."""
     named = [group.name for group in graph.groups if group.norms]
     if not named:
         return graph, ()
@@ -83,10 +84,12 @@ def without_norms(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
 
 
 def _wrong(source: Source, groups: Sequence[PlannedGroup], *, seed: int) -> tuple[str, ...]:
-    """The groups whose closed gates do not silence them."""
+    """The groups whose closed gates do not silence them: each that fails alone, else all if they fail together."""
 
     def differs(some: Sequence[PlannedGroup]) -> bool:
-        close = partial(_closed, groups=some)
+        def close(net: nn.Module) -> nn.Module:
+            return Gated(net, some, planned_gates(some))
+
         error = gating_error(source.model, close, groups=some, input_size=source.spec.size, seed=seed)
         return error > EQUIVALENCE_TOLERANCE
 
@@ -94,7 +97,3 @@ def _wrong(source: Source, groups: Sequence[PlannedGroup], *, seed: int) -> tupl
         return ()
     alone = tuple(group.name for group in groups if differs([group]))
     return alone or tuple(group.name for group in groups)
-
-
-def _closed(net: nn.Module, *, groups: Sequence[PlannedGroup]) -> nn.Module:
-    return Gated(net, groups, planned_gates(groups))

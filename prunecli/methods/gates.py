@@ -28,17 +28,25 @@ _LIMIT: Final = 1.0  # of |a| after a step
 
 
 def is_open(magnitudes: Tensor) -> Tensor:
-    """Bool, of the same shape: which gates of these ``|a|`` are open."""
+    """Whether each gate is open, bool of the same shape.
+
+    Args:
+        magnitudes: ``|a|`` of the gates, any shape.
+    """
     return magnitudes >= _THRESHOLD
 
 
 def straight_through(gate: Tensor) -> Tensor:
-    """``b = 1[|a| >= 0.5]`` of ``a``, exactly 0 or 1, whose gradient is given to ``a`` unchanged."""
+    """The gate values ``b = 1[|a| >= 0.5]``, exactly 0 or 1, with the gradient of b passed to a unchanged.
+
+    Args:
+        gate: ``a``, any shape.
+    """
     return is_open(gate.abs()).to(gate.dtype) + (gate - gate.detach())
 
 
 def drawn_gates(groups: Sequence[PlannedGroup], *, seed: int) -> Tensor:
-    """``a ~ N(0, 1)``, one for each channel of all groups in order, ``[sum of the widths]``."""
+    """Random gates ``a ~ N(0, 1)`` for each channel of all groups in order, ``[sum of widths]``."""
     return torch.randn(sum(group.width for group in groups), generator=torch.Generator().manual_seed(seed))
 
 
@@ -48,12 +56,12 @@ def planned_gates(groups: Sequence[PlannedGroup]) -> Tensor:
 
 
 class Gated(nn.Module):
-    """A net with gates on the channels of coupled groups; the weights under them stay what they are.
+    """A net with gates on the channels of coupled groups; the weights under the gates do not change.
 
     Args:
-        model: the net; it becomes a part of this one.
-        groups: whose channels get a gate each.
-        gates: ``a`` in the layout of ``drawn_gates``.
+        model: the net, which becomes a submodule.
+        groups: the groups whose channels get a gate each.
+        gates: the initial ``a`` ``[sum of widths]``, in the layout of ``drawn_gates``.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[PlannedGroup], gates: Tensor) -> None:
@@ -68,18 +76,18 @@ class Gated(nn.Module):
             self._gated.append((name, dim, buffer))
 
     def forward(self, images: Tensor) -> Any:
-        """What the net makes of images ``[B, C, H, W]`` with its closed channels left out."""
+        """The net's outputs for images ``[B, C, H, W]``, with closed channels left out."""
         return functional_call(self.model, self.gated(), (images,))
 
     def gated(self) -> dict[str, Tensor]:
-        """Parameter name -> its value times the gates of the channels that it reads."""
+        """By parameter name, the parameter times the gates of the channels that it reads."""
         places = [(name, dim, self.get_buffer(buffer)) for name, dim, buffer in self._gated]
         parameters = {name: self.model.get_parameter(name) for name, _, _ in places}
         return gated_weights(parameters, places, straight_through(self.gate))
 
     @torch.no_grad()
     def fold_(self) -> None:
-        """Write the closed gates into the net's own weights: it then computes alone what it did behind them."""
+        """Write the gates into the net's own weights, so that the net alone computes what the gated net does."""
         for name, tensor in self.gated().items():
             self.model.get_parameter(name).copy_(tensor)
 
@@ -90,30 +98,44 @@ class Gated(nn.Module):
 
 
 class GateSteps(Penalty):
-    """What a training step does to gates beside descending: an L1 push (``g_a += l1 sign(a)``), then the clamp."""
+    """What a training step adds for gates: the gradient of an L1 penalty before the step, a clamp after it.
+
+    Args:
+        gate: ``a`` of a `Gated` net.
+        l1: weight of the L1 penalty; 0 switches it off.
+    """
 
     def __init__(self, gate: Tensor, l1: float) -> None:
         self._gate, self._l1 = gate, l1
 
     @torch.no_grad()
     def add_gradients_(self, step: int) -> None:
+        """Add ``l1 * sign(a)`` to the gradient of a."""
         if self._l1 and self._gate.grad is not None:
             self._gate.grad.add_(self._gate.sign(), alpha=self._l1)
 
     @torch.no_grad()
     def project_(self, step: int) -> None:
+        """Clamp a to [-1, 1], as in the paper."""
         self._gate.clamp_(-_LIMIT, _LIMIT)
 
     def open_share(self) -> float:
-        """Open gates as a share of all."""
+        """Open gates as a share of all gates."""
         return float(is_open(self._gate.detach().abs()).float().mean())
 
 
-Gates = tuple[str, int, Tensor]  # a parameter, its dimension, and the number of the gate at each position of that
+#: A parameter, one of its dimensions, and the number of the gate at each position along that dimension ``[size]``.
+Gates = tuple[str, int, Tensor]
 
 
 def gated_weights(parameters: Mapping[str, Tensor], places: Sequence[Gates], gates: Tensor) -> dict[str, Tensor]:
-    """Name -> the value of each parameter that has ``places`` times its ``gates [n]``, differentiable in both."""
+    """Parameters times their gates, by name, differentiable in both.
+
+    Args:
+        parameters: parameters by name; only those in ``places`` are read.
+        places: parameters, dimensions and gate numbers from ``gate_places``.
+        gates: values of all gates ``[n]``; position n, one past the last, stands for no gate.
+    """
     factors = torch.cat([gates, gates.new_ones(1)])
     found: dict[str, Tensor] = {}
     for name, dim, numbers in places:
@@ -125,10 +147,15 @@ def gated_weights(parameters: Mapping[str, Tensor], places: Sequence[Gates], gat
 
 
 def gate_places(model: nn.Module, groups: Sequence[Group] | Sequence[PlannedGroup]) -> list[Gates]:
-    """Where the gates of all groups act; their numbers run on from group to group, one past the last is no gate.
+    """Where the gates of all groups act.
 
-    A shared parameter is there under its first name. A dimension that is there twice is read by two groups at the same
-    positions (heads, and the widths within them), and has both gates.
+    Gates are numbered through all groups in order; the number one past the last stands for no gate. A shared parameter
+    appears under its first name. A dimension that appears twice is read by two groups at the same positions (heads,
+    and the widths within them) and has both gates.
+
+    Args:
+        model: the net with the parameters.
+        groups: the groups whose channels get gates.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -155,8 +182,10 @@ def gate_places(model: nn.Module, groups: Sequence[Group] | Sequence[PlannedGrou
 
 
 def _gated_members(group: Group | PlannedGroup) -> tuple[Member, ...]:
-    """Where the gates act: on all that reads the channels; where nothing does, as in a product of queries and keys,
-    on the first weight that produces them and its bias. One factor only: if both were zero, neither had a gradient.
+    """The members that gates multiply: all that read the channels.
+
+    Where nothing reads them, as in the product of queries and keys, it is the first weight that produces them and its
+    bias. Gate only one factor of the product; with both closed, neither would receive a gradient.
     """
     readers = tuple(member for member in group.members if member.role == "in")
     if readers:

@@ -14,23 +14,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from prunecli.errors import UsageError
+from prunecli.recipe.methods import (
+    AbpMethod,
+    GregFixed,
+    GregGrowing,
+    GregPicking,
+    OrthogonalMethod,
+    TppFixed,
+    TppGrowing,
+)
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseCost, PhaseName
 
-_LR: Final = 1e-3
-_GATE_LR: Final = 0.1  # ABP trains nets, not only gates
-
 
 class TrainingSize(Protocol):
-    """What has to be known of the training images."""
+    """The length of an epoch of training images."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +49,20 @@ class Phase:
         name: ``grow`` pushes all channels a little, so that the plan can be made from what that does to them (the first
             half of GReg-2); ``push`` pushes those that a plan removes; ``regularise`` makes weights orthogonal;
             ``gate`` learns a gate for every channel.
-        steps: optimiser steps in all.
-        lr: learning rate, constant.
-        momentum: of SGD.
-        reg_start: the penalty's factor at step 0.
-        reg_step: what it grows by, every ``reg_every`` steps.
-        reg_ceiling: where it stops.
-        gram_weight: of the decorrelation, times the factor; 0: none.
+        steps: number of optimiser steps.
+        lr: learning rate, constant over the phase.
+        momentum: momentum of SGD.
+        reg_start: the penalty's factor λ at step 0.
+        reg_step: growth of λ, every ``reg_every`` steps.
+        reg_every: steps between two growths of λ.
+        reg_ceiling: largest λ.
+        gram_weight: weight of the decorrelation in the loss, multiplied by λ; 0 switches it off.
         bn_term: whether norm scales and shifts are pushed too.
-        zero_from: the step from which groups are set to zero, one more every ``zero_every`` steps; none: never.
-        zero_every: see there.
-        regulariser: of a phase that pushes nothing.
-        regulariser_weight: of it.
-        gate_l1: what is added to a gate's gradient, times its sign.
+        zero_from: the step after which groups are set to zero one by one; ``None`` sets none to zero.
+        zero_every: steps between two groups being set to zero.
+        regulariser: the regulariser of a ``regularise`` phase.
+        regulariser_weight: weight of the regulariser in the loss.
+        gate_l1: L1 weight of the gates: this times the gate's sign is added to its gradient.
     """
 
     name: PhaseName
@@ -74,7 +83,7 @@ class Phase:
 
     @property
     def before_plan(self) -> bool:
-        """Whether the plan is made from the weights that this phase leaves."""
+        """True if the plan is made from the weights that this phase leaves."""
         return self.name != "push"
 
     def reg(self, step: int) -> float:
@@ -82,75 +91,87 @@ class Phase:
         return min(self.reg_ceiling, self.reg_start + self.reg_step * (step // self.reg_every))
 
     def zeroed(self, steps: int, groups: int) -> int:
-        """How many of ``groups`` are zero after so many steps."""
+        """Number of groups that are zero.
+
+        Args:
+            steps: number of optimiser steps taken.
+            groups: number of groups that the phase cuts.
+        """
         if self.zero_from is None:
             return 0
         return min(groups, max(0, (steps - self.zero_from) // self.zero_every))
 
 
 def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
-    """The phases of the recipe's method, in order; none for ``oneshot`` and ``epsd``."""
-    asked = recipe.phase
-    lr = asked.lr or (_GATE_LR if recipe.method == "abp" else _LR)
-    if recipe.method in ("oneshot", "epsd"):
-        return ()
-    if recipe.method == "abp":
-        return (Phase(name="gate", steps=asked.steps, lr=lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)
-    if recipe.method in ("kernorth", "orthconv"):
-        return (
-            Phase(
-                name="regularise",
-                steps=asked.steps,
-                lr=lr,
-                momentum=asked.momentum,
-                regulariser=recipe.method,
-                regulariser_weight=asked.regulariser_weight,
-            ),
-        )
-    tpp, picks_late = recipe.method == "tpp", recipe.method == "greg" and asked.variant == 2
-    start = asked.pick_ceiling if picks_late else 0.0
-    growing = asked.penalty == "growing"
-    pushing = _growth(asked.reg_ceiling - start, asked.reg_step, asked.reg_every) if growing else asked.steps
-    push = Phase(
-        name="push",
-        steps=pushing + asked.stabilise,
-        lr=lr,
-        momentum=asked.momentum,
-        reg_start=start if growing else asked.reg_ceiling,
-        reg_step=asked.reg_step if growing else 0.0,
-        reg_every=asked.reg_every,
-        reg_ceiling=asked.reg_ceiling,
-        gram_weight=asked.gram_weight if tpp else 0.0,
-        bn_term=asked.bn_term if asked.bn_term is not None else tpp,
-        zero_from=pushing if tpp else None,
-        zero_every=asked.zero_every,
-    )
-    if not picks_late:
-        return (push,)
-    grow = Phase(
+    """The phases of the recipe's method, in order; empty for ``oneshot`` and ``epsd``."""
+    match recipe.method:
+        case AbpMethod() as asked:
+            return (Phase(name="gate", steps=asked.steps, lr=asked.lr, momentum=asked.momentum, gate_l1=asked.gate_l1),)
+        case OrthogonalMethod() as asked:
+            return (
+                Phase(
+                    name="regularise",
+                    steps=asked.steps,
+                    lr=asked.lr,
+                    momentum=asked.momentum,
+                    regulariser=asked.kind,
+                    regulariser_weight=asked.weight,
+                ),
+            )
+        case GregPicking() as asked:
+            return (_grow(asked), _push(asked))
+        case TppGrowing() | TppFixed() | GregGrowing() | GregFixed() as asked:
+            return (_push(asked),)
+    return ()
+
+
+def _grow(asked: GregPicking) -> Phase:
+    return Phase(
         name="grow",
         steps=_growth(asked.pick_ceiling, asked.pick_step, asked.reg_every),
-        lr=lr,
+        lr=asked.lr,
         momentum=asked.momentum,
         reg_step=asked.pick_step,
         reg_every=asked.reg_every,
         reg_ceiling=asked.pick_ceiling,
-        bn_term=push.bn_term,
+        bn_term=asked.bn_term,
     )
-    return (grow, push)
+
+
+def _push(asked: TppGrowing | TppFixed | GregGrowing | GregFixed | GregPicking) -> Phase:
+    start = asked.pick_ceiling if isinstance(asked, GregPicking) else 0.0
+    pushing = (
+        asked.steps if asked.penalty == "fixed" else _growth(asked.reg_ceiling - start, asked.reg_step, asked.reg_every)
+    )
+    phase = Phase(
+        name="push",
+        steps=pushing + asked.stabilise,
+        lr=asked.lr,
+        momentum=asked.momentum,
+        reg_start=start,
+        reg_ceiling=asked.reg_ceiling,
+        bn_term=asked.bn_term,
+    )
+    if asked.penalty == "fixed":
+        phase = replace(phase, reg_start=asked.reg_ceiling)
+    else:
+        phase = replace(phase, reg_step=asked.reg_step, reg_every=asked.reg_every)
+    if asked.kind == "tpp":
+        return replace(phase, gram_weight=asked.gram_weight, zero_from=pushing, zero_every=asked.zero_every)
+    return phase
 
 
 def _growth(height: float, step: float, every: int) -> int:
-    """Steps until a factor has grown by ``height``."""
-    return math.ceil(height / step - 1e-9) * every
+    """Steps until a factor has grown by ``height``, at ``step`` every ``every`` steps."""
+    return math.ceil(height / step - 1e-9) * every  # 0.5 / 1e-4 may come out just above 5000
 
 
 def costs_of(recipe: Recipe, steps_per_epoch: int) -> tuple[PhaseCost, ...]:
-    """How long the phases of the recipe's method are."""
+    """The length of each phase of the recipe's method, in steps and in epochs of ``steps_per_epoch``."""
     return tuple(
         PhaseCost(
             name=phase.name,
-            method=recipe.method,
+            method=recipe.method.kind,
             steps=phase.steps,
             epochs=phase.steps / steps_per_epoch,
             lr=phase.lr,
@@ -160,24 +181,40 @@ def costs_of(recipe: Recipe, steps_per_epoch: int) -> tuple[PhaseCost, ...]:
 
 
 def require_possible(recipe: Recipe, images: TrainingSize | None) -> None:
-    """Raises UsageError where the method trains before the cut and there is nothing to train with."""
+    """Check that there is something to train with if the method trains before the cut.
+
+    Args:
+        recipe: the recipe with the method.
+        images: size of the training data; ``None`` without data.
+
+    Raises:
+        UsageError: the method has phases, and there is no data or not one batch of training images.
+    """
     if not phases_of(recipe):
         return
     if images is None:
-        raise UsageError(f"Method {recipe.method} trains before the cut, so it needs data.", hint="Give --data.")
+        raise UsageError(f"Method {recipe.method.kind} trains before the cut, so it needs data.", hint="Give --data.")
     if images.steps_per_epoch < 1:
         raise UsageError(
-            f"Method {recipe.method} trains before the cut, and data {recipe.data.name} has no training images."
+            f"Method {recipe.method.kind} trains before the cut, and data {recipe.data.name} has no training images."
         )
 
 
 def require_time(recipe: Recipe, groups: Sequence[PlannedGroup]) -> None:
-    """Raises UsageError where a phase ends before every group had its turn to be set to zero."""
+    """Check that each phase is long enough to set every cut group to zero.
+
+    Args:
+        recipe: the recipe with the method.
+        groups: the groups of the plan.
+
+    Raises:
+        UsageError: a phase ends before every group had its turn.
+    """
     cut = sum(group.is_cut for group in groups)
     for phase in phases_of(recipe):
         if phase.zero_from is not None and phase.zeroed(phase.steps, cut) < cut:
             raise UsageError(
-                f"phase.stabilise is {phase.steps - phase.zero_from} steps: too few to set {cut} groups to zero, one "
+                f"method.stabilise is {phase.steps - phase.zero_from} steps: too few to set {cut} groups to zero, one "
                 f"every {phase.zero_every} steps.",
-                hint=f"phase.stabilise={cut * phase.zero_every}, or a smaller phase.zero_every.",
+                hint=f"method.stabilise={cut * phase.zero_every}, or a smaller method.zero_every.",
             )

@@ -1,5 +1,5 @@
-"""Sparsity-aware orthogonal initialisation: a start for training from scratch in which few channels are connected, and
-those connections are an isometry.
+"""Sparsity-aware orthogonal initialisation (SAO) for training from scratch: few channels are connected, and these
+connections are an isometry.
 
 SAO (Esguerra et al., IEEE Access 2023, and their code). Between the ``r`` channels of a layer's narrow side and the
 ``c`` of its wide side lies a regular bipartite graph: each of the r has ``d`` connections, each of the c ``r d / c``.
@@ -31,12 +31,12 @@ _LEAST_DEGREE: Final[dict[Pattern, int]] = {"relu": 4, "tanh": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Initialised:
-    """What ``initialise_`` did.
+    """The result of ``initialise_sao_``.
 
     Attributes:
-        sparse: layer -> share of its channel pairs without a connection.
+        sparse: share of channel pairs without a connection, by layer.
         dense: layers with a dense orthogonal start: the first, the last, and those whose widths allow no sparse one.
-        left: layers that kept what they had (grouped convolutions).
+        left: layers that kept their weights (grouped convolutions).
         residual: largest entry of ``|W W^T - I|`` (of the smaller Gram matrix; for a ReLU pair of M) over all layers.
     """
 
@@ -49,10 +49,16 @@ class Initialised:
 def regular_mask(rows: int, columns: int, degree: int, generator: torch.Generator) -> Tensor:
     """A random biregular bipartite graph, bool ``[rows, columns]``: ``degree`` ones a row, equally many ones a column.
 
-    ``columns / degree`` rows share the columns out among them; this block is repeated.
+    Each block of ``columns / degree`` rows covers every column once; the block is repeated.
+
+    Args:
+        rows: channels of the narrow side.
+        columns: channels of the wide side.
+        degree: connections of each row.
+        generator: source of the random numbers.
 
     Raises:
-        ValueError: more rows than columns, or a degree for which there is no such graph.
+        ValueError: there are more rows than columns, or the degree allows no such graph.
     """
     if rows > columns or not _is_regular(rows, columns, degree):
         raise ValueError(f"no regular mask of {rows} x {columns} has degree {degree}")
@@ -62,7 +68,17 @@ def regular_mask(rows: int, columns: int, degree: int, generator: torch.Generato
 
 
 def sparse_orthogonal(rows: int, columns: int, degree: int, generator: torch.Generator) -> Tensor:
-    """A matrix with orthonormal rows on a regular mask, float64 ``[rows, columns]``. Raises as ``regular_mask``."""
+    """A matrix with orthonormal rows and the zeros of a regular mask, float64 ``[rows, columns]``.
+
+    Args:
+        rows: channels of the narrow side.
+        columns: channels of the wide side.
+        degree: entries of each row that are not zero.
+        generator: source of the random numbers.
+
+    Raises:
+        ValueError: there is no regular mask of this shape and degree.
+    """
     mask = regular_mask(rows, columns, degree, generator)
     blocks = columns // degree
     found = torch.zeros(rows, columns, dtype=torch.float64)
@@ -74,15 +90,22 @@ def sparse_orthogonal(rows: int, columns: int, degree: int, generator: torch.Gen
 
 
 def mirrored(matrix: Tensor) -> Tensor:
-    """``[[M, -M], [-M, M]]``: on ``[relu(h); relu(-h)]`` it is M on h, and -M below."""
+    """``[[M, -M], [-M, M]]`` of ``M [r, c]``, ``[2r, 2c]``: maps ``[relu(h); relu(-h)]`` to ``[M h; -M h]``."""
     return torch.cat([torch.cat([matrix, -matrix], 1), torch.cat([-matrix, matrix], 1)])
 
 
 def degree_of(wide: int, *, sparsity: float | None, degree: int | None, pattern: Pattern, layer: str) -> int:
-    """Connections of each channel of the narrow side: as asked, else ``int((1 - sparsity) wide)``.
+    """Connections of each channel of a layer's narrow side: ``degree`` if given, else ``int((1 - sparsity) wide)``.
+
+    Args:
+        wide: channels of the layer's wide side.
+        sparsity: share of channel pairs without a connection; ``None`` counts as 0.
+        degree: connections of each channel of the narrow side; ``None`` to follow ``sparsity``.
+        pattern: whether the matrix is mirrored for a ReLU.
+        layer: name of the layer, for the message.
 
     Raises:
-        UsageError: fewer than the construction needs, with the largest sparsity that this layer allows.
+        UsageError: fewer connections than the construction needs; names the largest sparsity that this layer allows.
     """
     wanted = degree if degree is not None else int((1 - (sparsity or 0.0)) * wide + 1e-9)
     least = _LEAST_DEGREE[pattern]
@@ -95,20 +118,20 @@ def degree_of(wide: int, *, sparsity: float | None, degree: int | None, pattern:
 
 
 @torch.no_grad()
-def initialise_(
+def initialise_sao_(
     model: nn.Module, *, sparsity: float | None, degree: int | None, pattern: Pattern, seed: int
 ) -> Initialised:
-    """Start every Conv2d and Linear of ``model`` anew, in place; biases become zero, every BatchNorm as it is made.
+    """Initialise every Conv2d and Linear of a net in place; biases become zero, every BatchNorm is reset.
 
-    A degree for which a layer's widths have no regular graph is rounded up to the next one that they have; the report
-    gives the sparsity that was reached.
+    A degree for which a layer's widths have no regular graph is rounded up to the next one that they have; the result
+    holds the sparsity that was reached.
 
     Args:
-        model: on the CPU; what is no convolution, linear layer or BatchNorm stays as it is.
-        sparsity: share of channel pairs without a connection; none where ``degree`` is given.
-        degree: connections of each channel of a layer's narrow side.
-        pattern: ``relu`` mirrors the matrices, ``tanh`` (any other activation, or none) does not.
-        seed: of all random numbers.
+        model: the net, on the CPU; other parameters than those of Conv2d, Linear and BatchNorm stay.
+        sparsity: share of channel pairs without a connection; ``None`` where ``degree`` is given.
+        degree: connections of each channel of a layer's narrow side; ``None`` to follow ``sparsity``.
+        pattern: ``relu`` mirrors the matrices, ``tanh`` (any other activation, or linear) does not.
+        seed: seed of all random numbers.
 
     Raises:
         UsageError: a sparsity that a layer cannot have; nothing has been changed then.
@@ -143,7 +166,7 @@ def initialise_(
 def _matrix(
     out: int, into: int, degree: int | None, pattern: Pattern, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A layer's matrix ``[out, into]`` and the orthogonal one in it, which is smaller where it is mirrored."""
+    """A layer's matrix ``[out, into]``, and the orthogonal matrix it is made of: half the size where it is mirrored."""
     rows, columns = min(out, into), max(out, into)
     half = 2 if pattern == "relu" and rows % 2 == columns % 2 == 0 else 1
     regular = [
@@ -160,4 +183,5 @@ def _matrix(
 
 
 def _is_regular(rows: int, columns: int, degree: int) -> bool:
+    """Whether there is a biregular graph: whole blocks of rows, and at least one connection for each column."""
     return columns % degree == 0 and rows * degree % columns == 0 and rows * degree >= columns

@@ -1,4 +1,4 @@
-"""Models from a reference, without weights."""
+"""Building a model from a reference, without weights: everything that calls ``timm.create_model``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from prunecli.errors import PruneError, one_line
-from prunecli.models import paper_nets as _registered  # noqa: F401 - import registers the papers' networks
+
+# Importing it registers the papers' networks, as importing timm does its own. It stands here and nowhere else, because
+# every way to a model by name leads through this module.
+from prunecli.models import paper_nets as _registered  # noqa: F401
 from prunecli.values.plan import ModelRef
 
 _DEFAULT_SIZE = (3, 224, 224)  # as timm's, where nothing is known
@@ -24,7 +27,16 @@ OWN_ARGS = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """What a model wants to see: images ``[*size]`` = channels, height, width, normalised by ``mean`` and ``std``."""
+    """The images that a model expects, in the words of timm's ``pretrained_cfg``.
+
+    Attributes:
+        size: channels, height and width of an image.
+        mean: mean of each channel that is subtracted, for pixels in [0, 1].
+        std: standard deviation of each channel that is divided by.
+        interpolation: name of the resampling filter.
+        crop_pct: share of the resized image's side that the centre crop keeps.
+        crop_mode: timm's name of the cropping.
+    """
 
     size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -62,8 +74,10 @@ def build(ref: ModelRef) -> nn.Module:
 
 
 def input_spec(ref: ModelRef) -> InputSpec:
-    """The preprocessing of a reference: timm's ``resolve_data_config`` on its pretrained_cfg, ``in_chans`` and
-    ``img_size`` arguments applied. Where the channels change, ``mean`` and ``std`` become their average over channels.
+    """The preprocessing of a reference: timm's ``resolve_data_config`` on its pretrained_cfg.
+
+    The arguments ``in_chans`` and ``img_size`` are applied. Where the number of channels changes, ``mean`` and ``std``
+    become their average over channels.
     """
     known = ref.pretrained_cfg or ({} if ref.is_function else timm.get_pretrained_cfg(ref.name).to_dict())
     cfg = resolve_data_config(pretrained_cfg={"input_size": _DEFAULT_SIZE, **tuples(known)})
@@ -120,7 +134,16 @@ def create(
     pretrained: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """``timm.create_model`` that leaves the caller's random state alone."""
+    """``timm.create_model`` that leaves the caller's random state alone; the module comes in eval mode.
+
+    Args:
+        name: timm architecture, with or without tag.
+        cfg: pretrained_cfg to use instead of timm's own, or ``None``.
+        args: keyword arguments of the architecture.
+        initialise: ``False`` leaves parameters as the allocator hands them out.
+        pretrained: ``True`` lets timm load the weights.
+        seed: seed for whatever starts at random.
+    """
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if initialise else _SkipInit():
         torch.manual_seed(seed)
         model: nn.Module = timm.create_model(
@@ -133,7 +156,7 @@ def create(
 
 
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; timm's own configs and arguments do."""
+    """The values with lists as tuples: JSON has no tuples, timm's own configs and arguments do."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 

@@ -12,7 +12,11 @@ _DEVICES: Final = ("cpu", "cuda")
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → a device that exists. Raises UsageError."""
+    """The device for a name that a user typed: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: the name is unknown, or this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

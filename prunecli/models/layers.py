@@ -1,4 +1,7 @@
-"""Layers with weights, and the modes they run in."""
+"""Layers with weights and what several rooms ask of them: matrices, gains, modes and attention switches.
+
+Shapes: a convolution's weight ``[N, C / groups, height, width]``, a linear layer's ``[N, M]``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode; each module's own mode is put back afterwards."""
+    """Run the ``with`` block with every module in evaluation mode; each gets its own mode back afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -24,6 +27,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def switch_fused_attention_(model: nn.Module, *, on: bool) -> bool:
+    """Set the ``fused_attn`` switch of timm's attention modules, in place.
+
+    A fused module hands its whole attention to one kernel; otherwise it writes out the matrix products and the softmax.
+    Both compute the same function.
+
+    Args:
+        model: any module; modules without the switch stay as they are.
+        on: ``True`` for the fused kernel.
+
+    Returns:
+        Whether any switch was moved.
+    """
+    moved = [module for module in model.modules() if vars(module).get("fused_attn") is (not on)]
+    for module in moved:
+        vars(module)["fused_attn"] = on
+    return bool(moved)
 
 
 # Names of activation modules and functions (lower case, without underscores), by nn.init.calculate_gain. Sigmoids are
@@ -36,24 +58,34 @@ _GAINS = {"tanh": 5.0 / 3.0, "selu": 0.75} | dict.fromkeys(_RELU_LIKE, math.sqrt
 
 
 def weight_matrices(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The weight as ``[groups, N / groups, M]``, one matrix a group of channels (a linear layer has one)."""
+    """The layer's weight as one matrix for each group of channels, ``[groups, N / groups, M]``, without gradient."""
     return blocks(layer.weight.detach(), layer)
 
 
 def blocks(weight: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The weight as one matrix a group: [groups, rows, columns]."""
+    """A tensor of the layer's weight shape as one matrix for each group of channels: ``[groups, N / groups, M]``.
+
+    Args:
+        weight: tensor shaped as the layer's weight, for example its gradient; the result is a view where possible.
+        layer: layer whose ``groups`` count.
+    """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def centre(layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """The kernel's middle position ``[N, C]``, a view of the weight."""
+    """The kernel's middle position ``[N, C / groups]``, a view of a 2d convolution's weight."""
     height, width = layer.weight.shape[2:]
     return layer.weight[:, :, height // 2, width // 2]
 
 
 def restart_(module: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear]) -> None:
-    """Biases of the layers to 0, every BatchNorm as it is made."""
+    """Set the layers' biases to 0 and every BatchNorm to its initial state, in place.
+
+    Args:
+        module: net whose BatchNorms are reset, statistics included.
+        layers: layers whose biases are set to 0.
+    """
     for layer in layers:
         if layer.bias is not None:
             layer.bias.zero_()
@@ -80,13 +112,19 @@ def activation_gain(module: nn.Module, example: Tensor | None = None) -> float:
     """One gain for the whole net, from the activation met most often: sqrt(2) ReLU-like, 5/3 tanh, 1 for a linear net.
 
     Activation modules are looked up by class. Activations called as functions are invisible there, so where no module
-    is found and ``example`` (a batch ``[B, C, H, W]``) is given, one eval-mode forward pass records the functions that
-    run. Without ``example`` a net that only uses functional activations counts as linear: pass one if in doubt.
+    is found, one eval-mode forward pass records the functions that run.
+
+    Args:
+        module: any net.
+        example: batch ``[B, C, H, W]`` for that pass. Without it a net that only uses functional activations counts as
+            linear: pass one if in doubt.
     """
     kinds: Counter[str] = Counter(_kind(type(child).__name__) for child in module.modules())
     kinds = _known(kinds)
     if not kinds and example is not None:
-        kinds = _known(_called_functions(module, example))
+        with evaluation_mode(module), torch.no_grad(), _Recorder() as recorder:
+            module(example)
+        kinds = _known(recorder.names)
     return _GAINS[kinds.most_common(1)[0][0]] if kinds else 1.0
 
 
@@ -110,21 +148,3 @@ class _Recorder(TorchFunctionMode):
         # The mode is off while ``func`` runs, so F.relu is counted once although it calls torch.relu.
         self.names[_kind(getattr(func, "__name__", ""))] += 1
         return func(*args, **(kwargs or {}))
-
-
-def _called_functions(module: nn.Module, example: Tensor) -> Counter[str]:
-    with evaluating(module), torch.no_grad(), _Recorder() as recorder:
-        module(example)
-    return recorder.names
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own training flag back."""
-    flags = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in flags:
-            child.training = training

@@ -1,9 +1,7 @@
-"""From a model's name to the module, and back from a recorded reference: everything that asks timm for a model.
+"""Loading a model by name, with its weights: timm names, the hub, local folders and functions of the user's own.
 
-``load_model`` resolves a timm name, ``hf-hub:owner/name`` or ``local-dir:PATH``, loads weights strictly and says where
-they come from. ``build`` makes the plain module of a reference again without reading any weights. ``input_spec`` is the
-checkpoint's own preprocessing. The papers' networks (``prunecli.models.paper_nets``) are registered by importing this
-module.
+``load_model`` resolves the name, loads weights strictly and records where they come from. How the plain module of a
+reference is built again without reading any weights is ``prunecli.models.build``.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from timm.models._hub import load_model_config_from_path  # the one public way t
 from torch import nn
 
 from prunecli.errors import PruneError, UsageError, nearest, one_line
-from prunecli.models import paper_nets as _registered  # noqa: F401 - import registers the papers' networks
 from prunecli.models import user_function
 from prunecli.models.build import OWN_ARGS, InputSpec, create, input_spec, tuples
 from prunecli.models.tensors import state_digest
@@ -49,8 +46,11 @@ _CLOSED_CLIENT = "client has been closed"
 class Loaded:
     """A model ready to prune: float32, on the CPU, in eval mode.
 
-    ``digest`` is the SHA-256 over all tensors of its state_dict (name, type, shape, bytes, in name order). ``notes``
-    say what a user should know about the weights (averaged ones were preferred, the classifier is new, …).
+    Attributes:
+        model: the module.
+        ref: reference to build the module from again.
+        digest: SHA-256 over all tensors of its state_dict (name, type, shape, bytes, in name order).
+        notes: sentences a user should read about the weights (averaged ones were preferred, the classifier is new, …).
     """
 
     model: nn.Module
@@ -60,8 +60,8 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A resolved name: what to hand to ``timm.create_model``; ``cfg`` is None where timm's registry knows it."""
+class _Resolved:
+    """A resolved name: what to hand to ``timm.create_model``; ``cfg`` is ``None`` where timm's registry has it."""
 
     name: str
     cfg: dict[str, Any] | None
@@ -82,11 +82,11 @@ def load_model(
     Args:
         name: timm name with or without tag, ``hf-hub:owner/name[@revision]``, ``local-dir:PATH``, or
             ``package.module:function``, which is imported and called.
-        weights: a ``.safetensors`` or torch file to load instead of the weights that belong to ``name``.
-        pretrained: False starts from random weights; ignored where ``weights`` is given.
+        weights: ``.safetensors`` or torch file to load instead of the weights that belong to ``name``.
+        pretrained: ``False`` for random weights; ignored where ``weights`` is given.
         model_args: keyword arguments for ``timm.create_model``, or for the function.
-        preprocessing: ``input_size``, ``mean`` and ``std`` that go before the checkpoint's own.
-        seed: for whatever starts at random (all weights, or a classifier with another number of classes).
+        preprocessing: ``input_size``, ``mean`` and ``std`` that replace the checkpoint's own.
+        seed: seed for whatever starts at random (all weights, or a classifier with another number of classes).
 
     Raises:
         UsageError: unknown name, file or argument; no weights to load; a function that fails.
@@ -145,14 +145,14 @@ def _load_function(
     if file is not None:
         load_strictly_(model, read_state(file, notes), file=file, ref=ref)
     else:
-        no_say = "" if pretrained else ", which --no-pretrained does not change"
-        notes.append(f"the weights are those that {function.name} returns{no_say}")
+        unchanged = "" if pretrained else ", which --no-pretrained does not change"
+        notes.append(f"the weights are those that {function.name} returns{unchanged}")
     notes += _assumptions(ref, spec)
     return Loaded(model=model, ref=ref, digest=state_digest(model.state_dict()), notes=tuple(notes))
 
 
 def _assumptions(ref: ModelRef, spec: InputSpec) -> list[str]:
-    """What had to be taken for granted of a function's input, in one note or none."""
+    """One note on what a function's model does not declare about its images; empty where it declares all."""
     assumed = [f"images of {'x'.join(map(str, spec.size))}"] if ref.assumes_input_size else []
     if not {"mean", "std"} <= ref.pretrained_cfg.keys():
         assumed.append("the mean and std of ImageNet")
@@ -162,7 +162,7 @@ def _assumptions(ref: ModelRef, spec: InputSpec) -> list[str]:
 # ---------------------------------------------------------------------------------------------- names
 
 
-def _resolve(name: str) -> _Source:
+def _resolve(name: str) -> _Resolved:
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("hf-hub", "hf_hub"):
         with _naming_download_failures(name):
@@ -177,10 +177,10 @@ def _resolve(name: str) -> _Source:
     tags = get_arch_pretrained_cfgs(arch)
     if tag and name not in tags:
         raise UsageError(f"Unknown model {name!r}: {arch} has no weights tagged {tag!r}.", hint=nearest(name, tags))
-    return _Source(name=name, cfg=None, args={})
+    return _Resolved(name=name, cfg=None, args={})
 
 
-def _from_folder(name: str, folder: Path) -> _Source:
+def _from_folder(name: str, folder: Path) -> _Resolved:
     if not folder.is_dir():
         raise UsageError(f"Folder {folder} does not exist.")
     try:
@@ -192,13 +192,13 @@ def _from_folder(name: str, folder: Path) -> _Source:
     return _from_config(name, *load_model_config_from_path(folder))
 
 
-def _from_config(name: str, cfg: dict[str, Any], arch: str, args: dict[str, Any]) -> _Source:
+def _from_config(name: str, cfg: dict[str, Any], arch: str, args: dict[str, Any]) -> _Resolved:
     if not is_model(arch):
         raise PruneError(
             f"The config of {name} names the architecture {arch!r}, which timm {timm.__version__} does not know.",
             hint=nearest(arch, timm.list_models()),
         )
-    return _Source(name=arch, cfg=cfg, args=dict(args))
+    return _Resolved(name=arch, cfg=cfg, args=dict(args))
 
 
 def _plain_args(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _reference(model: nn.Module, args: Mapping[str, Any]) -> ModelRef:
 
 
 def _require_weights(name: str, cfg: Mapping[str, Any]) -> None:
-    """Raises UsageError where a model's pretrained_cfg points at no weights, or at a local file that is not there."""
+    """Raise UsageError where a model's pretrained_cfg points at no weights, or at a local file that is not there."""
     if not any(cfg.get(key) for key in ("url", "file", "hf_hub_id")):
         known = timm.list_pretrained(f"{cfg['architecture']}.*")
         also = f" With weights: {', '.join(known)}." if known else ""
@@ -250,7 +250,7 @@ def _require_weights(name: str, cfg: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _naming_download_failures(name: str) -> Iterator[None]:
-    """Turns what timm and the hub client raise while they fetch and load a model into one sentence each."""
+    """Turn what timm and the hub client raise while they fetch and load a model into one sentence each."""
     try:
         yield
     except hub.HFValidationError as error:

@@ -25,7 +25,7 @@ def logits_of(output: object) -> Tensor:
     field of that name, of any other tuple or list the first item.
 
     Raises:
-        UnsupportedError: there is no such tensor, or it is not two-dimensional; says what was returned.
+        UnsupportedError: there is no such tensor, or it is not two-dimensional; names what was returned.
     """
     found = output
     while not isinstance(found, Tensor):
@@ -56,9 +56,12 @@ def tensors_of(output: object) -> list[Tensor]:
 
 
 def as_rows(output: object, images: int) -> Tensor:
-    """Everything a model returned for a batch as one matrix [images, values]: features of any shape, logits, lists.
+    """Everything that a model returned for a batch as one matrix ``[images, values]``.
 
-    A tensor that has no row an image is repeated for each.
+    Args:
+        output: tensor, or tensors inside mappings, lists, tuples and dataclasses, of any shapes. A tensor whose first
+            dimension is not ``images`` counts for every image.
+        images: number of images in the batch.
     """
     tensors = tensors_of(output)
     rows = [t.reshape(images, -1) if t.shape[:1] == (images,) else t.reshape(1, -1).expand(images, -1) for t in tensors]

@@ -35,6 +35,7 @@ class ZeroPadShortcut(nn.Module):
         self.pad_after = pad_after
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, pad_before + C + pad_after, ceil(H / stride), ceil(W / stride)]``."""
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad_before, self.pad_after))
 
 
@@ -57,6 +58,7 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, C', H / s, W / s]``."""
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         y = y + self.shortcut(x)
@@ -86,6 +88,7 @@ class CifarResNet(nn.Module):
         self.global_pool, self.linear = create_classifier(self.num_features, num_classes, pool_type=global_pool)
 
     def get_classifier(self) -> nn.Module:
+        """The last layer, Identity where ``num_classes`` is 0."""
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
@@ -105,6 +108,7 @@ class CifarResNet(nn.Module):
         return x if pre_logits else cast("Tensor", self.linear(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` -> logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -140,6 +144,7 @@ class CifarVGG(nn.Module):
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
 
     def get_classifier(self) -> nn.Module:
+        """The last layer, Identity where ``num_classes`` is 0."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
@@ -158,6 +163,7 @@ class CifarVGG(nn.Module):
         return x if pre_logits else cast("Tensor", self.classifier(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` -> logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -180,6 +186,7 @@ class MLP7(nn.Module):
         self.head = _linear_head(self.num_features, num_classes)
 
     def get_classifier(self) -> nn.Module:
+        """The last layer, Identity where ``num_classes`` is 0."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -197,6 +204,7 @@ class MLP7(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` -> logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -230,6 +238,7 @@ class LeNet5(nn.Module):
         self.fc2 = _linear_head(84, num_classes)
 
     def get_classifier(self) -> nn.Module:
+        """The last layer, Identity where ``num_classes`` is 0."""
         return self.fc2
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -250,6 +259,7 @@ class LeNet5(nn.Module):
         return x if pre_logits else self.fc2(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` -> logits ``[B, num_classes]``."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -1,4 +1,9 @@
-"""Every tensor of a model, wherever it lies."""
+"""Every tensor of a model, wherever it lies: found by name, replaced in place, compared by digest.
+
+Each place that holds a tensor is a *slot* with a dotted name: ``blocks.0.attn.qkv.weight`` for parameters, buffers and
+plain tensor attributes, ``stage.0.cache[cpu]`` for a tensor inside a dict or list attribute. Cutting and loading both
+replace the tensors of slots, so that shared tensors stay shared.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
+from prunecli.values.groups import tensor_name
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in name order."""
+    """SHA-256, as hex digits, over the tensors' names, types, shapes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -33,7 +39,7 @@ _NOT_STRUCTURE = frozenset(vars(nn.Module())) | {"pretrained_cfg", "default_cfg"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Slot:
+class Slot:
     """One place that holds a tensor: attribute ``key`` of a module, or item ``key`` of a dict or list attribute."""
 
     name: str
@@ -42,6 +48,7 @@ class _Slot:
     tensor: Tensor
 
     def put(self, tensor: Tensor) -> None:
+        """Let the place hold ``tensor``."""
         if isinstance(self.owner, nn.Module):
             setattr(self.owner, self.key, tensor)
         else:
@@ -53,60 +60,60 @@ def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in vars(module).items() if name not in _NOT_STRUCTURE)
 
 
-def slots(model: nn.Module) -> Iterator[_Slot]:
+def slots(model: nn.Module) -> Iterator[Slot]:
     """Every slot of every module, shared ones under each of their names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
         registered = chain(
             module.named_parameters(recurse=False, remove_duplicate=False),
             module.named_buffers(recurse=False, remove_duplicate=False),
         )
         for key, tensor in registered:
-            yield _Slot(name=prefix + key, owner=module, key=key, tensor=tensor)
+            yield Slot(name=tensor_name(path, key), owner=module, key=key, tensor=tensor)
         for key, value in own_attributes(module):
             if isinstance(value, Tensor):
-                yield _Slot(name=prefix + key, owner=module, key=key, tensor=value)
+                yield Slot(name=tensor_name(path, key), owner=module, key=key, tensor=value)
             elif isinstance(value, dict | list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 for item, tensor in items:
                     if isinstance(tensor, Tensor):
-                        yield _Slot(name=f"{prefix}{key}[{item}]", owner=value, key=item, tensor=tensor)
+                        yield Slot(name=tensor_name(path, f"{key}[{item}]"), owner=value, key=item, tensor=tensor)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model by name: parameters, buffers (persistent or not) and tensor attributes.
+    """Name → tensor for parameters, buffers (persistent or not) and tensor attributes.
 
-    Shared ones stand under each of their names.
+    A shared tensor stands under each of its names.
     """
     return {slot.name: slot.tensor for slot in slots(model)}
 
 
 def clear_caches_(model: nn.Module, *, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Empty the dict attributes that hold nothing but tensors: what a forward pass stored there (levit's
-    ``attention_bias_cache``) is derived from parameters, is wrong once they are cut, and fills itself again.
+    """Empty the dict attributes that hold nothing but tensors, in place.
+
+    What a forward pass stored there (levit's ``attention_bias_cache``) is derived from parameters, is wrong once they
+    are cut, and fills itself again.
 
     Args:
-        model: changed in place.
-        keep: names of tensors that are to be kept (those a plan cuts).
+        model: any module.
+        keep: names of tensors whose dicts are left alone (those a plan cuts).
 
     Returns:
         Names of the attributes that were emptied.
     """
     cleared = []
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
         for key, value in own_attributes(module):
             if not isinstance(value, dict) or not value:
                 continue
             derived = all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values())
-            if derived and keep.isdisjoint(f"{prefix}{key}[{item}]" for item in value):
+            if derived and keep.isdisjoint(tensor_name(path, f"{key}[{item}]") for item in value):
                 value.clear()
-                cleared.append(prefix + key)
+                cleared.append(tensor_name(path, key))
     return cleared
 
 
 def map_tensors_(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Apply ``change`` to the values of every tensor ``named_tensors`` lists, in place, once to a shared one."""
+    """Apply ``change`` to the values of every tensor that ``named_tensors`` lists, in place; to a shared one once."""
     new: dict[int, Tensor] = {}
     for slot in slots(model):
         if id(slot.tensor) not in new:
@@ -115,7 +122,7 @@ def map_tensors_(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def replace_(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Put ``new[id(old)]`` wherever ``old`` is held, so that shared tensors stay shared."""
+    """Put ``new[id(old)]`` wherever ``old`` is held, in place, so that shared tensors stay shared."""
     for slot in list(slots(model)):
         tensor = new.get(id(slot.tensor))
         if tensor is not None:
@@ -123,7 +130,7 @@ def replace_(model: nn.Module, new: Mapping[int, Tensor]) -> None:
 
 
 def like(old: Tensor, values: Tensor) -> Tensor:
-    """``values`` as what ``old`` is: a parameter or a plain tensor, its requires_grad, memory format and marks."""
+    """``values`` as a tensor of the kind of ``old``: parameter or not, requires_grad, memory format, own attributes."""
     for layout in (torch.channels_last, torch.channels_last_3d):
         suits = old.dim() == (4 if layout is torch.channels_last else 5)
         if suits and old.is_contiguous(memory_format=layout) and not old.is_contiguous():
@@ -133,12 +140,16 @@ def like(old: Tensor, values: Tensor) -> Tensor:
         values = nn.Parameter(values, requires_grad=old.requires_grad)
     else:
         values.requires_grad_(old.requires_grad)
-    vars(values).update(vars(old))
+    vars(values).update(vars(old))  # attributes that other libraries set on a tensor
     return values
 
 
 def tensor_at(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The tensor of this name. Raises UnsupportedError where the model has none."""
+    """The tensor of this name.
+
+    Raises:
+        UnsupportedError: the model has none.
+    """
     if name not in tensors:
         raise UnsupportedError(f"The model has no tensor {name!r}.", hint="The plan belongs to another model.")
     return tensors[name]

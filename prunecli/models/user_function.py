@@ -38,14 +38,19 @@ def names_function(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """``module:function`` with its keyword arguments (JSON values). Making one imports nothing; calling it does."""
+    """``module:function`` with its keyword arguments. Making one imports nothing; calling it does.
+
+    Attributes:
+        name: ``package.module:function``.
+        args: keyword arguments of the function, JSON values.
+    """
 
     name: str
     args: Mapping[str, Any]
 
     @classmethod
     def of(cls, ref: ModelRef) -> Self | None:
-        """The function of a reference, None where timm builds it.
+        """The function of a reference, ``None`` where timm builds it.
 
         Only for a reference that this process made or loaded with consent, never for one that was just read.
         """
@@ -57,7 +62,10 @@ class Function:
     def __call__(self) -> object:
         """Import the module, as ``python -m`` would from the current folder too, and call the function.
 
-        Raises UsageError where there is no such function; passes on what it raises itself.
+        What the function itself raises is passed on.
+
+        Raises:
+            UsageError: there is no such function, or its module cannot be imported.
         """
         with _current_folder_first():
             return _found(self.name)(**self.args)
@@ -108,10 +116,10 @@ def make(function: Callable[[], object], *, title: str, seed: int = 0, notes: li
     """The module that ``function`` makes, ready to prune: a copy of its own, float32, on the CPU, in eval mode.
 
     Args:
-        function: a ``Function``, or any callable of the caller's.
-        title: names the model in messages.
-        seed: of torch's generator while it runs; the caller's random state is left alone.
-        notes: gets a note where the weights had to change their type.
+        function: ``Function``, or any callable of the caller's.
+        title: name of the model in messages.
+        seed: seed of torch's generator while the function runs; the caller's random state is left alone.
+        notes: list that gets a sentence where the weights had to change their type.
 
     Raises:
         UsageError: the function does not exist, fails, or returns something else than a module with weights.
@@ -131,7 +139,7 @@ def make(function: Callable[[], object], *, title: str, seed: int = 0, notes: li
         raise UsageError(f"{title} returned a {type(made).__name__}.", hint="Return the module inside it.")
     _require_weights(made, title)
     try:
-        # The function may hand out the same module each time; it stays as it is.
+        # A copy, because the function may hand out the same module each time, which stays as it is.
         model = copy.deepcopy(made).cpu().eval()
         cleared = clear_caches_(copy.deepcopy(model))
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
@@ -163,9 +171,10 @@ def _require_weights(model: nn.Module, title: str) -> None:
 
 
 def declared_input(model: nn.Module) -> dict[str, Any]:
-    """What the module itself says of its images: the known keys of its ``pretrained_cfg`` or ``default_cfg``.
+    """The images that the module itself declares: the known keys of its ``pretrained_cfg`` or ``default_cfg``.
 
-    Raises UsageError where the size, mean or std is none.
+    Raises:
+        UsageError: the declared size, mean or standard deviation cannot be one.
     """
     found = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     cfg = found.to_dict() if hasattr(found, "to_dict") else found
@@ -181,11 +190,16 @@ def declared_input(model: nn.Module) -> dict[str, Any]:
 
 
 def count_classes(model: nn.Module, size: tuple[int, int, int], *, title: str) -> int:
-    """How many logits the model gives an image of ``size`` (channels, height, width), found by one forward pass.
+    """The number of logits that the model returns, found by one forward pass.
+
+    Args:
+        model: module in eval mode, on the CPU.
+        size: channels, height and width of an image.
+        title: name of the model in messages.
 
     Raises:
-        UsageError: it does not take such an image.
-        UnsupportedError: it does not return logits.
+        UsageError: the model does not take such an image.
+        UnsupportedError: the model does not return logits.
     """
     try:
         with torch.no_grad():

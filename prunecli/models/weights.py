@@ -1,4 +1,4 @@
-"""Weights files: reading, unwrapping and loading them."""
+"""Weights files: reading them without executing anything, unwrapping checkpoints and loading strictly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,18 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunecli.errors import PruneError, UsageError, one_line
+from prunecli.errors import PruneError, UsageError, listed, one_line
+from prunecli.values.groups import module_of
 from prunecli.values.plan import ModelRef
 
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".tar", ".th", ".ckpt"})
 EMA_KEYS = ("state_dict_ema", "model_ema")
 PLAIN_KEYS = ("state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")
+_NAMED = 3  # tensors that do not fit and are named; the rest are counted
 
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Makes every ``torch.load`` refuse code, also those in timm: older versions read local files without that."""
+    """Run the ``with`` block with every ``torch.load`` refusing code, also timm's, whose older versions would not."""
     force, forbid = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, forbid)}
     os.environ[force] = "1"
@@ -42,7 +44,12 @@ def tensors_only() -> Iterator[None]:
 
 
 def existing_file(path: str | Path) -> Path:
-    """The weights file at ``path``. Raises UsageError where there is none."""
+    """The weights file at ``path``.
+
+    Raises:
+        UsageError: it does not exist, or its ending is unknown.
+        PruneError: it is not a file.
+    """
     file = Path(path)
     if not file.exists():
         raise UsageError(f"Weights file {file} does not exist.")
@@ -57,7 +64,15 @@ def existing_file(path: str | Path) -> Path:
 
 
 def read_state(file: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Names to tensors of a weights file, wrappers taken off. Nothing in the file is executed."""
+    """Name → tensor of a weights file, wrappers taken off. Nothing in the file is executed.
+
+    Args:
+        file: ``.safetensors`` or torch file.
+        notes: list that gets a sentence where averaged weights were preferred.
+
+    Raises:
+        PruneError: the file cannot be read, would execute code, or holds no state_dict.
+    """
     if file.suffix == ".safetensors":
         try:
             return _unwrapped(load_file(file), file, notes)
@@ -74,7 +89,12 @@ def read_state(file: Path, notes: list[str]) -> dict[str, Tensor]:
 
 
 def explain_unreadable(what: str, error: BaseException) -> PruneError:
-    """Why a torch file could not be read: it asks for code, it holds another model, or its bytes are broken."""
+    """The error for a torch file that could not be read: it asks for code, fits another model, or is broken.
+
+    Args:
+        what: beginning of the message, which names the file or the model.
+        error: exception that reading the file raised.
+    """
     text = f"{error} {error.__cause__ or ''}"
     if "weights_only" in text.lower() or "weights only" in text.lower():
         wanted = re.search(r"(?:GLOBAL|globals?:)\s+([\w.]*\w\.\w+)", text)
@@ -86,7 +106,7 @@ def explain_unreadable(what: str, error: BaseException) -> PruneError:
             )
     if "loading state_dict" in text:
         return PruneError(f"{what} do not fit the architecture: {one_line(error)}.")
-    reason = "" if isinstance(error, KeyError) else f" ({one_line(error)})"  # a KeyError says "101"
+    reason = "" if isinstance(error, KeyError) else f" ({one_line(error)})"  # a KeyError's text is a bare "101"
     return PruneError(f"{what}: damaged, truncated or no torch file{reason}.")
 
 
@@ -107,7 +127,15 @@ def _unwrapped(content: object, file: Path, notes: list[str]) -> dict[str, Tenso
 
 
 def load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path, ref: ModelRef) -> None:
-    """Every tensor of the model is in the file with its shape, and nothing else is; only BatchNorm's counters may lack.
+    """Load a state_dict that has every tensor of the model with its shape and nothing else, in place.
+
+    Only BatchNorm's counters may be missing.
+
+    Args:
+        model: module to fill.
+        state: name → tensor, as ``read_state`` returns them.
+        file: file they come from, for the message.
+        ref: reference of the model, for the message.
 
     Raises:
         PruneError: names the first tensors that do not fit.
@@ -118,28 +146,23 @@ def load_strictly_(model: nn.Module, state: Mapping[str, Tensor], *, file: Path,
     extra = [n for n in state if n not in own]
     other = [n for n in state if n in own and state[n].shape != own[n].shape]
     problems = [
-        _listed(missing, "missing", lambda n: n),
-        _listed(extra, "unknown", lambda n: n),
-        _listed(other, "of another shape", lambda n: f"{n} is {_dims(state[n])}, the model's is {_dims(own[n])}"),
+        ("missing", missing),
+        ("unknown", extra),
+        ("of another shape", [f"{n} is {_dims(state[n])}, the model's is {_dims(own[n])}" for n in other]),
     ]
-    if found := "; ".join(p for p in problems if p):
+    if found := "; ".join(f"{len(names)} {what} ({listed(names, _NAMED)})" for what, names in problems if names):
         hint = None if missing or extra else _class_count_hint(other, state, ref)
         raise PruneError(f"{file} does not fit {ref.name}: {found}.", hint=hint)
     model.load_state_dict(dict(state), strict=False)
 
 
 def _class_count_hint(other: list[str], state: Mapping[str, Tensor], ref: ModelRef) -> str | None:
-    """Says which class count would fit, where the classifier is the only thing that differs."""
+    """The hint with the number of classes that would fit, where only the classifier differs; else ``None``."""
     named = ref.pretrained_cfg.get("classifier") or ()
     heads = (named,) if isinstance(named, str) else tuple(named)
-    if not all(name.rpartition(".")[0] in heads for name in other):
+    if not all(module_of(name) in heads for name in other):
         return None
     return f"Only the classifier differs; give --model-arg num_classes={state[other[0]].shape[0]}."
-
-
-def _listed(names: list[str], what: str, show: Callable[[str], str]) -> str:
-    more = ", …" if len(names) > 3 else ""
-    return f"{len(names)} {what} ({', '.join(map(show, names[:3]))}{more})" if names else ""
 
 
 def _dims(tensor: Tensor) -> str:

@@ -1,15 +1,15 @@
 """Budget: from scores and a target to the channels that stay. A pure solver; no model is touched.
 
-How many channels each unit loses is one number, the *pressure* p in [0, 1]. Units form *pools*, by the ranking: every
-unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et al.,
-ECCV 2024). A pool of W channels gives up its cheapest, no group more than its share ``max_ratio``. Target ``ratio``
-sets p itself, and ceil(p W) leave, as in the papers. For a cost p is bisected, since parameters, multiply-adds and
-bytes fall with p, and floor(p W) leave: rounded up, a pressure of next to nothing would take one whole step from every
-narrow pool, such as a head of three, before a wide one loses anything. The last per cent is found by moving single
+One number decides how many channels each unit loses, the *pressure* p in [0, 1]. Units form *pools*, by the ranking:
+every unit its own pool (local), all in one (global), or one pool for each kind of sub-structure (isomorphic; Fang et
+al., ECCV 2024). A pool of W channels gives up its cheapest, no group more than its share ``max_ratio``. Target
+``ratio`` sets p itself, and ceil(p W) leave, as in the papers. For a cost p is bisected, since parameters,
+multiply-adds and bytes fall with p, and floor(p W) leave: with ceil, any pressure > 0 removes a full step from every
+narrow pool (for example 1 of 3 heads) before wide pools lose a channel. The last per cent is found by moving single
 steps of single groups. Where training has learnt how wide each group has to be, there is nothing to solve: each gets
 the next width that rounding and ties allow.
 
-What is cut as one and in which steps, rounding included, is said by `prunecli.planning.units`.
+Units, and the widths that rounding allows them, come from `prunecli.planning.cut_units`.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from typing import Final
 from torch import Tensor
 
 from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
+from prunecli.planning.cut_units import Unit, find_units
 from prunecli.planning.prices import Meter, Prices
-from prunecli.planning.units import Unit, find_units
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.values.groups import AttributeConflictError, Graph
 from prunecli.values.plan import Cost
 
-TOLERANCE: Final = 0.01  # of the metric
-_PAIRED: Final = 200
+TOLERANCE: Final = 0.01  # share of the target by which the metric may miss it
+_PAIRED: Final = 200  # most changes for which every pair with another unit is tried
 _ROUNDS: Final = 200  # moves of the final search; each brings the metric closer, so few are ever needed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the solver decided.
+    """The channels that stay, with what they cost.
 
     Attributes:
-        keep: kept channels, ascending, of every group that loses some.
+        keep: kept channels, ascending, by the name of every group that loses some.
         cost: predicted cost of the pruned model.
         asked: the target as an absolute value in the metric's own unit (multiply-adds, parameters, bytes; the factor
             for ``speedup``, the share of removed channels for ``ratio``).
-        reached: what this choice gives, same unit.
-        reachable: lowest and highest value that these settings can give, same unit.
-        notes: groups left out and why, and what rounding did.
+        reached: the value that this choice gives, in the same unit.
+        reachable: lowest and highest value that these settings can give, in the same unit.
+        notes: sentences about groups left out, with the reason, and about rounding.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -60,7 +60,11 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """In the place of a target: how many channels each group needs. Rounding, limits and ties only add to it."""
+    """Learnt widths, instead of a target. Rounding, limits and ties only add channels to them.
+
+    Attributes:
+        widths: number of channels that each scored group needs, by name.
+    """
 
     widths: Mapping[str, int]
 
@@ -84,13 +88,13 @@ def choose(
 
     Args:
         graph: groups, sizes and the attribute solver.
-        scores: importance ``[width]`` by group name, low leaves first.
-        target: what to reach, or the widths that were learnt (of every scored group).
-        settings: ranking, patterns, rounding, limits.
-        parameters: tensor names that count as parameters.
-        stored: tensor names that count as bytes.
-        base: measured cost of the dense model; predictions are differences to it.
-        bytes_per_element: of the stored tensors.
+        scores: importance ``[width]`` by group name; low leaves first.
+        target: the value of a metric to reach, or learnt widths of every scored group.
+        settings: ranking, name patterns, rounding and limits.
+        parameters: names of the tensors that count as parameters.
+        stored: names of the tensors that count as bytes.
+        base: measured cost of the dense model, from which predictions are differences.
+        bytes_per_element: size of one element of the stored tensors.
 
     Raises:
         TargetError: out of the reachable range, or missed by more than 1 %.
@@ -118,7 +122,13 @@ def choose(
 
 @dataclass(kw_only=True)
 class _Search:
-    """Kept widths of all units, and the metric they give."""
+    """Kept widths of all units, and the metric they give.
+
+    Attributes:
+        units: the units, known by their number.
+        meter: the metric at the present widths.
+        kept: the present width of each unit.
+    """
 
     units: Sequence[Unit]
     meter: Meter
@@ -128,18 +138,18 @@ class _Search:
         self.kept = [unit.width for unit in self.units]
 
     def widths(self, kept: Mapping[int, int]) -> dict[str, int]:
-        """Unit number → width as group name → width."""
+        """Widths by unit number as widths by group name."""
         return {name: own for at, width in kept.items() for name, own in self.units[at].widths(width).items()}
 
     def move(self, kept: Mapping[int, int]) -> int:
-        """Set these units' widths; the metric."""
+        """Set these units' widths and return the metric."""
         self.meter.commit(self.widths(kept))
         for at, width in kept.items():
             self.kept[at] = width
         return self.meter.total
 
     def close_to(self, goal: float) -> bool:
-        """Whether the metric is within the tolerance."""
+        """Whether the metric is within the tolerance around ``goal``."""
         return abs(self.meter.total - goal) <= TOLERANCE * goal
 
     def price(self, kept: Mapping[int, int]) -> int:
@@ -149,7 +159,7 @@ class _Search:
 
 @dataclass(frozen=True, kw_only=True)
 class _Solution:
-    """Kept widths by unit, and what they reach of what was asked, in the metric's own unit."""
+    """Kept widths by unit, with ``asked``, ``reached`` and ``reachable`` as in `Choice`."""
 
     kept: Sequence[int]
     asked: float
@@ -160,6 +170,7 @@ class _Solution:
 def _solve(
     units: Sequence[Unit], target: Target | Learned, settings: PruneSettings, prices: Prices, notes: Sequence[str]
 ) -> Choice:
+    """The choice for units that are settled. Raises TargetError and NothingPrunedError."""
     if not units:
         raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
     if isinstance(target, Learned):
@@ -185,7 +196,7 @@ def _solve(
 
 
 def _at_ratio(units: Sequence[Unit], kept: Sequence[int], asked: float) -> _Solution:
-    """These widths, as the share of channels that they remove."""
+    """A solution whose metric is the share of removed channels."""
     total = sum(unit.width for unit in units)
     return _Solution(
         kept=kept,
@@ -196,7 +207,7 @@ def _at_ratio(units: Sequence[Unit], kept: Sequence[int], asked: float) -> _Solu
 
 
 def _as_learned(units: Sequence[Unit], learned: Learned) -> _Solution:
-    """The least allowed widths that keep what every group needs; asked is what those would be without rounding."""
+    """The smallest allowed widths that keep as many channels as every group needs; ``asked`` ignores rounding."""
 
     def enough(unit: Unit, kept: int) -> bool:
         return all(width >= learned.widths[name] for name, width in unit.widths(kept).items())
@@ -239,7 +250,7 @@ def _nothing_removed(target: Target | Learned, found: _Solution) -> NothingPrune
 def _remarks(
     target: Target | Learned, found: _Solution, keep: Mapping[str, tuple[int, ...]], settings: PruneSettings
 ) -> list[str]:
-    """What a user has to know of widths that are not the ones asked for."""
+    """Sentences for the user about widths that differ from the ones asked for."""
     if isinstance(target, Learned):
         rest = [name for name, channels in keep.items() if not target.widths[name]]
         closed = [f"{name}: every gate closed, the {len(keep[name])} that were nearest to open stay" for name in rest]
@@ -254,9 +265,9 @@ class _Pool:
     """Units ranked together.
 
     Attributes:
-        losses: for every channel that may leave, cheapest first, the number of its unit. Within a unit they are the
-            cheapest ones, so a number says enough.
-        size: channels in all, those that have to stay too.
+        losses: the unit number of every channel that may leave, cheapest first. Within a unit the cheapest channels
+            leave first, so the number alone identifies them.
+        size: number of channels, with those that have to stay.
     """
 
     losses: Sequence[int]
@@ -264,6 +275,7 @@ class _Pool:
 
 
 def _pools(units: Sequence[Unit], ranking: str) -> list[_Pool]:
+    """The pools of a ranking: ``local``, ``global`` or ``isomorphic``."""
     members: dict[object, list[int]] = {}
     for at, unit in enumerate(units):
         key: object = {"local": at, "global": 0}.get(ranking, unit.shape)
@@ -278,13 +290,14 @@ def _pools(units: Sequence[Unit], ranking: str) -> list[_Pool]:
 def _under_pressure(
     units: Sequence[Unit], pools: Sequence[_Pool], pressure: float, *, at_least: bool = False
 ) -> list[int]:
-    """Kept widths when every pool gives up its pressure * size cheapest channels, or ``at_least`` so many.
+    """Kept widths when every pool gives up its pressure * size cheapest channels: floor of that, or ceil ``at_least``.
 
-    A loss that its group may not take counts for nothing: the pool then gives up its next cheapest one.
+    A channel that its group has to keep is not in the pool's losses: the pool gives up its next cheapest one instead.
     """
     lost: Counter[int] = Counter()
     for pool in pools:
         share = pressure * pool.size
+        # 0.3 * 10 is 3 plus or minus rounding, and has to count as 3 either way.
         lost.update(pool.losses[: math.ceil(share - 1e-9) if at_least else math.floor(share + 1e-9)])
     return [unit.nearest(unit.width - lost[at]) for at, unit in enumerate(units)]
 
@@ -319,21 +332,23 @@ def _reach(
 
 
 def _press(search: _Search, pools: Sequence[_Pool], goal: float) -> None:
-    """Find the pressure under which the metric passes the goal, and go there step by step.
+    """Find the pressure at which the metric passes the goal, and go there step by step.
 
-    Where one step of a coarse unit passes it by more than the tolerance, that unit stays on the nearer side, and the
-    others make up for it under another pressure.
+    Where one step of a coarse unit passes the goal by more than the tolerance, that unit stays on the nearer side, and
+    the others make up for it under another pressure.
     """
-    held: dict[int, int] = {}
+    held: dict[int, int] = {}  # widths that no pressure changes any more; each round adds one, so the loop ends
 
     def under(pressure: float) -> dict[int, int]:
         return dict(enumerate(_under_pressure(search.units, pools, pressure))) | held
 
     while True:
-        low, high = 0.0, 1.0  # too little, enough (or all there is)
+        # The metric falls with the pressure, so it is bisected; but many units step at once where it passes the goal.
+        low, high = 0.0, 1.0  # too little, enough (or the highest there is)
         while high - low > 1e-7:
             middle = (low + high) / 2
             low, high = (low, middle) if search.price(under(middle)) <= goal else (middle, high)
+        # So the units that differ between both sides are moved one at a time, and the last of them is the coarse one.
         search.move(under(low))
         passed = _walk(search, under(high), goal)
         if passed is None or search.close_to(goal):
@@ -341,13 +356,15 @@ def _press(search: _Search, pools: Sequence[_Pool], goal: float) -> None:
         at, before = passed
         if abs(search.price({at: before}) - goal) < abs(search.meter.total - goal):
             search.move({at: before})
+        # Nearer side or not, it is settled: bisecting with it free would end at the same step again.
         held[at] = search.kept[at]
 
 
 def _walk(search: _Search, end: Mapping[int, int], goal: float) -> tuple[int, int] | None:
-    """From the present widths towards the smaller ones of ``end``, cheapest step first, until the goal is met.
+    """Go from the present widths towards the smaller ones of ``end``, cheapest step first, until the goal is met.
 
-    The unit that took the last step and its width before, or None where the end came first.
+    Returns:
+        The unit that took the last step and its width before, or ``None`` where the end came first.
     """
     passed = None
     while search.meter.total > goal:
@@ -363,14 +380,15 @@ def _walk(search: _Search, end: Mapping[int, int], goal: float) -> tuple[int, in
 
 
 def _next_cost(search: _Search, at: int) -> float:
+    """The cost of the next channel that unit ``at`` loses."""
     unit = search.units[at]
     return unit.costs[unit.width - search.kept[at]]
 
 
 def _better_move(search: _Search, goal: float) -> dict[int, int] | None:
-    """The change that brings the metric closest to the goal, or None where nothing helps.
+    """The change that brings the metric closest to the goal, or ``None`` where no change helps.
 
-    One step of one unit; where none of these helps, any change of one unit that another one makes up for.
+    First single steps of single units are tried; if no step helps, changes of one unit that another one makes up for.
     """
     steps = [
         {at: width}

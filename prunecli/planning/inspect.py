@@ -1,4 +1,4 @@
-"""What can be cut of a model."""
+"""Inspection: which part of a model can be cut."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from prunecli.values.inspection import Inspection
 def inspection(source: Source, recipe: Recipe) -> Inspection:
     """The dependency graph of a model, and whether half of every group can be cut correctly.
 
-    Raises UnsupportedError only where there is no graph at all.
+    Args:
+        source: the dense model.
+        recipe: the recipe, for the graph engine, the cut's settings and the seed.
+
+    Raises:
+        UnsupportedError: there is no graph at all; a wrong cut is reported in the result instead.
     """
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
     supported, status = True, "half of every group was cut on trial: the net equals the silenced dense net"
@@ -41,7 +46,7 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
 
 
 def prunable_share(model: nn.Module, graph: Graph) -> float:
-    """The share of a model's parameters that lie in tensors with a prunable axis."""
+    """The share of a model's parameters, between 0 and 1, that lie in tensors with a prunable axis."""
     prunable = {member.tensor for group in graph.groups for member in group.members}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return sum(size for name, size in sizes.items() if name in prunable) / max(sum(sizes.values()), 1)

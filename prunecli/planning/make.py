@@ -1,4 +1,4 @@
-"""A plan from scores and a target."""
+"""Making a plan from scores and a target: the stage that decides and does nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from prunecli.values.report import TargetResult
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A plan with what the solver said about it."""
+    """A plan, with what its target became.
+
+    Attributes:
+        plan: the plan.
+        target: the asked, reached and reachable values of the metric.
+        notes: sentences about groups left out and about rounding.
+    """
 
     plan: Plan
     target: TargetResult
@@ -30,14 +36,15 @@ def make_plan(
 
     Args:
         source: the dense model.
-        graph: its coupled groups.
-        scores: importance of the channels, of these groups or of more.
-        target: what to reach, or the widths that were learnt.
-        settings: ranking, patterns, rounding, limits.
+        graph: the model's coupled groups.
+        scores: importance of the channels of these groups or of more.
+        target: the value of a metric to reach, or learnt widths.
+        settings: ranking, name patterns, rounding and limits.
 
     Raises:
-        TargetError: out of reach, with the reachable range.
-        NothingPrunedError: nothing would be removed.
+        TargetError: the target is out of reach; names the reachable range.
+        NothingPrunedError: no channel would be removed.
+        UnsupportedError: the model's attributes cannot express the cut.
     """
     names = [name for name, _ in source.model.named_parameters()]
     stored = list(source.model.state_dict())

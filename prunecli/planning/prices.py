@@ -1,4 +1,4 @@
-"""What a choice of widths costs."""
+"""The cost of a choice of widths: parameters, multiply-adds and bytes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from prunecli.values.groups import Const, Graph, Product, Size, Sum, Width
 from prunecli.values.plan import Cost
 
-# ---------------------------------------------------------------------------------------------- prices
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Where the metric's numbers come from."""
+    """The costs of a graph at any widths, as differences from the measured dense model.
+
+    Attributes:
+        graph: sizes of tensors and multiply-adds of operators.
+        parameters: names of the tensors that count as parameters.
+        stored: names of the tensors that count as bytes.
+        base: measured cost of the dense model.
+        bytes_per_element: size of one element of the stored tensors.
+    """
 
     graph: Graph
     parameters: Sequence[str]
@@ -33,6 +39,7 @@ class Prices:
         return Meter(extents, start=self.base.bytes, unit=self.bytes_per_element)
 
     def cost(self, kept: Mapping[str, int]) -> Cost:
+        """Predicted cost with these kept widths by group name; other groups keep all channels."""
         totals = {}
         for metric in ("params", "macs", "bytes"):
             meter = self.meter(metric)
@@ -42,7 +49,13 @@ class Prices:
 
 
 class Meter:
-    """A sum of products of extents that follows changes of single groups without adding up everything again."""
+    """A sum of products of extents that follows changes of single groups without adding up everything again.
+
+    Args:
+        terms: the extents of each product.
+        start: measured total at the dense widths; it may differ from the sum.
+        unit: factor of each product.
+    """
 
     def __init__(self, terms: Iterable[Sequence[Size]], *, start: int, unit: int = 1) -> None:
         self._terms = [tuple(extents) for extents in terms]
@@ -64,11 +77,11 @@ class Meter:
         return {at: self._value(self._terms[at], kept) for at in touched}
 
     def trial(self, widths: Mapping[str, int]) -> int:
-        """The total if these groups had these widths."""
+        """The total if these groups had these widths, which stay unchanged."""
         return self.total + sum(value - self._values[at] for at, value in self._changed(widths).items())
 
     def commit(self, widths: Mapping[str, int]) -> None:
-        """Let these groups have these widths."""
+        """Set the widths of these groups."""
         for at, value in self._changed(widths).items():
             self.total += value - self._values[at]
             self._values[at] = value
@@ -76,7 +89,7 @@ class Meter:
 
 
 def _names(size: Size) -> set[str]:
-    """The groups a size depends on."""
+    """The groups that a size depends on."""
     match size:
         case Width():
             return {size.group}

@@ -1,4 +1,4 @@
-"""A plan that is proven, with the groups spared that could not be."""
+"""Proving a plan: cuts that turn out wrong are left out, and the rest is planned again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ _MOST_SPARED: Final = 4  # times that a group is left whole for the proof's sake
 
 @dataclass(frozen=True, kw_only=True)
 class Proven:
-    """A plan that was shown to be right, and the graph it was made with: groups that were not right are frozen."""
+    """A plan that was shown to be right.
+
+    Attributes:
+        planned: the plan, its target and its notes.
+        proof: the comparison of the cut net with the silenced dense net.
+        graph: the graph of the plan, in which groups that could not be cut correctly are frozen.
+    """
 
     planned: Planned
     proof: equivalence.Equivalence
@@ -35,12 +41,20 @@ def proven_plan(
 ) -> Proven:
     """Plan a cut and show that it is right, before any work is spent on it.
 
-    A group that cannot be cut correctly, though the graph says so, is looked for by halving; it stays whole, and all is
-    planned again from the same scores. The arguments are those of ``make_plan``.
+    A group that cannot be cut correctly, against what the graph claims, is looked for by halving; it stays whole, and
+    all is planned again from the same scores.
+
+    Args:
+        source: the dense model.
+        graph: the model's coupled groups.
+        scores: importance of the channels of these groups.
+        target: the value of a metric to reach, or learnt widths.
+        settings: ranking, name patterns, rounding and limits.
 
     Raises:
         UnsupportedError: the cut net does not equal the dense net with those channels silenced, whatever stays whole.
-        PruneError: as ``make_plan``.
+        TargetError: the target is out of reach; names the reachable range.
+        NothingPrunedError: no channel would be removed.
     """
     notes: tuple[str, ...] = ()
     seed = scores.seed
@@ -65,7 +79,7 @@ def _kept(plan: Plan) -> dict[str, int]:
 
 
 def _culprits(source: Source, graph: Graph, plan: Plan, *, seed: int) -> tuple[str, ...]:
-    """Groups that are cut together, with which a cut that is right becomes one that is not."""
+    """The groups of the first tie with which a correct cut of those before becomes a wrong one, found by bisection."""
     kept = _kept(plan)
     units = [tuple(name for name in tie.groups if name in kept) for tie in graph.all_ties()]
     units = [unit for unit in units if unit]
@@ -79,7 +93,7 @@ def _culprits(source: Source, graph: Graph, plan: Plan, *, seed: int) -> tuple[s
 
 
 def _proof(source: Source, graph: Graph, plan: Plan, kept: Mapping[str, int], *, seed: int) -> equivalence.Equivalence:
-    """Try a plan where only the groups of ``kept`` are cut."""
+    """The proof of a plan of which only the groups in ``kept`` (width by name) are cut."""
     whole = {group.name: tuple(range(group.width)) for group in plan.groups if group.name not in kept}
     return equivalence.equivalence_error(
         source.model,

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError, nearest
 from prunecli.models.channels import row_index, rows
-from prunecli.values.groups import Group, Member, Role, module_of
+from prunecli.values.groups import Group, Member, Role, module_of, tensor_name
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Evidence:
-    """What a criterion may look at."""
+    """The data that a criterion may read.
+
+    Attributes:
+        group: the group whose channels are scored.
+        tensors: parameters and buffers by name.
+        gradients: gradients of the loss by tensor name; empty without.
+        generator: source of random numbers; ``None`` without.
+    """
 
     group: Group
     tensors: Mapping[str, Tensor]
@@ -49,11 +56,11 @@ class _Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """How much each channel is worth, and where that comes from.
+    """The importance of every channel, with the criterion behind it.
 
     Attributes:
-        criterion: name of what ranked the channels, as the plan records it.
-        seed: of the random numbers that were drawn for it.
+        criterion: name of the criterion, as the plan records it.
+        seed: seed of the random numbers behind the scores.
         channels: importance ``[width]`` by group name, float64 on the CPU; low leaves first.
     """
 
@@ -70,7 +77,20 @@ def score_model(
     seed: int,
     gradients: Mapping[str, Tensor] | None = None,
 ) -> Scores:
-    """``score_groups`` on the parameters and buffers of a model. Raises the errors of that."""
+    """Scores of a model's channels from its parameters and buffers.
+
+    Args:
+        model: the model with the weights to score.
+        groups: the groups whose channels are scored.
+        criterion: a key of ``CRITERIA``.
+        seed: seed of ``random``.
+        gradients: gradients of the loss by parameter name; needed for ``taylor``.
+
+    Raises:
+        UsageError: the criterion is unknown, or cannot score any group of this model.
+        PruneError: the weights of a group are not finite.
+        ValueError: ``taylor`` is used without gradients.
+    """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     generator = torch.Generator().manual_seed(seed)
     channels = score_groups(groups, tensors, criterion=criterion, gradients=gradients, generator=generator)
@@ -85,17 +105,17 @@ def score_groups(
     gradients: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Scores ``[width]`` by group name. A group the criterion says nothing about (no BatchNorm …) is left out.
+    """Scores ``[width]`` by group name. A group that the criterion cannot score (no BatchNorm …) is left out.
 
     Args:
-        groups: whose channels are scored, in this order.
-        tensors: parameters and buffers by name; a member's table that is missing here has no say.
+        groups: the groups whose channels are scored, in the order of the random numbers.
+        tensors: parameters and buffers by name; members whose tensor is missing are ignored.
         criterion: a key of ``CRITERIA``.
-        gradients: of the loss, by tensor name; ``taylor`` needs them.
-        generator: ``random`` draws from it.
+        gradients: gradients of the loss by tensor name; needed for ``taylor``.
+        generator: source of random numbers; needed for ``random``.
 
     Raises:
-        UsageError: an unknown criterion, or one that says nothing about any group of this model.
+        UsageError: an unknown criterion, or one that cannot score any group of this model.
         PruneError: weights that are not finite.
         ValueError: ``taylor`` without gradients, ``random`` without a generator.
     """
@@ -126,19 +146,19 @@ def score_groups(
 
 
 def _total(rows: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Sum over members of ``reduce(rows) -> [width]``; None without members.
+    """Sum over members of ``reduce(rows) -> [width]``; ``None`` without members.
 
-    ``reduce`` gets a few rows at a time, in float64 on the CPU: for it a weight is never copied as a whole.
+    ``reduce`` gets a few rows at a time, in float64 on the CPU, so that no weight is copied as a whole.
     """
-    parts = [torch.cat([reduce(_exact(block)) for block in _blocks(part)]) for part in rows]
+    parts = []
+    for part in rows:
+        blocks = part.split(max(1, _BLOCK // max(1, part.shape[1])))
+        parts.append(torch.cat([reduce(_exact(block)) for block in blocks]))
     return torch.stack(parts).sum(0) if parts else None
 
 
-def _blocks(rows: Tensor) -> Iterable[Tensor]:
-    return rows.split(max(1, _BLOCK // max(1, rows.shape[1])))
-
-
 def _exact(rows: Tensor) -> Tensor:
+    """A copy in float64 on the CPU."""
     return rows.to("cpu", torch.float64, memory_format=torch.contiguous_format)
 
 
@@ -166,7 +186,11 @@ def group_norm(evidence: _Evidence) -> Tensor | None:
     """
     members = evidence.producers() + evidence.consumers()
     total = _total(members, lambda w: w.square().sum(1))
-    return None if total is None else _over_mean(total / len(members))
+    if total is None:
+        return None
+    values = total / len(members)
+    mean = values.mean()
+    return values / mean if mean > 0 else values
 
 
 def bn_scale(evidence: _Evidence) -> Tensor | None:
@@ -174,7 +198,7 @@ def bn_scale(evidence: _Evidence) -> Tensor | None:
     scales = [
         evidence.rows(m)
         for m in evidence.group.members
-        if m.tensor.endswith("weight") and f"{module_of(m.tensor)}.running_var".lstrip(".") in evidence.tensors
+        if m.tensor.endswith("weight") and tensor_name(module_of(m.tensor), "running_var") in evidence.tensors
     ]
     return _total(scales, lambda gamma: gamma.abs().sum(1))
 
@@ -204,7 +228,7 @@ def taylor(evidence: _Evidence) -> Tensor | None:
     """``sum over members of |sum w_j * dL/dw_j|``: first-order change of the loss when the channel goes.
 
     Molchanov et al. 2019, summed over the members as in Torch-Pruning. A filter before BatchNorm in train mode has
-    ``w . g = 0`` (its scale does not matter); the norm's own scale and the consumers still speak for it.
+    ``w . g = 0`` (its scale does not matter); the norm's own scale and the consumers still count.
     """
     known = [m for m in evidence.group.members if m.tensor in evidence.gradients]
     pairs = ((_exact(evidence.rows(m)), _exact(evidence.rows(m, evidence.gradients))) for m in known)
@@ -227,8 +251,3 @@ CRITERIA: dict[str, Callable[[_Evidence], Tensor | None]] = {
     "taylor": taylor,
     "random": random,
 }
-
-
-def _over_mean(values: Tensor) -> Tensor:
-    mean = values.mean()
-    return values / mean if mean > 0 else values

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunecli.errors import one_line
 from prunecli.models.channels import silencing_slices
+from prunecli.models.layers import switch_fused_attention_
 from prunecli.models.outputs import as_rows
 from prunecli.models.tensors import clear_caches_, map_tensors_
 from prunecli.proof.masked_norms import MaskedNorms
@@ -35,11 +37,8 @@ from prunecli.values.plan import PlannedGroup
 # What a forward pass of a wrongly cut module raises: torch's shape errors and timm's own asserts.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError)
 _LEAST_VARIANCE = 1e-2  # of a batch norm's channel, relative to the mean of its channels
-# Calibrated batch norms make small differences grow with depth (arXiv 1902.08129: gradients explode), in the deepest
-# nets until rounding reads like a mistake. Nets that are one function agree under any statistics, others under none:
-# above this error the drawn ones are asked too, which keep differences small, where they leave the cut visible.
-_ROUNDING = 1e-10
-_PLAIN_EFFECT = 1e-3
+_ROUNDING = 1e-10  # relative error above which a second comparison, under drawn statistics, has to confirm it
+_PLAIN_EFFECT = 1e-3  # relative change of the output by silencing that such a comparison needs
 _BLIND = 1e-9  # relative change of the output below which the check cannot see what it is to judge
 _DRAWS = 4  # parameters are drawn this often before a group that no output depends on counts as unseen
 
@@ -49,12 +48,12 @@ class Equivalence:
     """Outcome of the check.
 
     Attributes:
-        relative_error: ``max|pruned - silenced| / max|silenced|`` over two images; inf where the check failed to run
-            or could not see.
-        exact: no norm statistic runs over a cut axis, so silencing is zeroing and nothing else.
-        norms: modules whose statistic was taken over kept channels on the dense side.
-        reason: why ``relative_error`` is inf, else empty.
-        unseen: cut groups of which the check sees nothing, where that is the reason.
+        relative_error: ``max|pruned - silenced| / max|silenced|`` over two images; infinite where the check could not
+            run, or no output depends on what was cut.
+        exact: ``True`` where no norm statistic runs over a cut axis, so that silencing is zeroing and nothing else.
+        norms: paths of the modules whose statistic was taken over kept channels on the dense side.
+        reason: explanation of an infinite ``relative_error``, else empty.
+        unseen: names of the cut groups on which no output depends, where that is the reason.
     """
 
     relative_error: float
@@ -83,12 +82,13 @@ def equivalence_error(
     train: a forward and backward pass in train mode has to give finite gradients.
 
     Args:
-        model: with real (not meta) tensors; left as it is, but for the caches that an earlier forward pass filled.
-        groups: of the plan; uncut ones are ignored.
-        attributes: of the plan.
-        folds: of the plan.
-        input_size: channels, height, width.
-        seed: of parameters and images.
+        model: dense net with real (not meta) tensors; it is left as it is, but for the caches that an earlier forward
+            pass filled.
+        groups: planned groups; uncut ones are ignored.
+        attributes: attribute edits of the plan.
+        folds: attention scales of the plan.
+        input_size: channels, height and width of an image.
+        seed: seed of parameters and images.
 
     Raises:
         UnsupportedError: the plan does not fit the model (see ``cut_``).
@@ -98,6 +98,9 @@ def equivalence_error(
     worst, unseen = 0.0, {group.name for group in groups if group.is_cut}
     for draw in range(_DRAWS):  # a squeeze of two ReLUs is as often dead as not: other parameters may wake it
         found = compare(seed=seed + draw, calibrated=True, least_effect=_BLIND)
+        # Calibrated batch norms make small differences grow with depth (gradients explode, arXiv 1902.08129), in the
+        # deepest nets until rounding looks like a mistake. Nets that are one function agree under any statistics,
+        # others under none: so compare under drawn statistics too, which keep differences small.
         if _ROUNDING < found.relative_error < math.inf:
             again = compare(seed=seed + draw, calibrated=False, least_effect=_PLAIN_EFFECT)
             found = min(found, again, key=lambda outcome: outcome.relative_error)
@@ -123,8 +126,15 @@ def _compared(
 ) -> Equivalence:
     """One comparison under the parameters that ``seed`` draws; ``unseen`` are the groups without a gradient there.
 
-    ``calibrated`` batch norms see their own statistics, else drawn ones; ``least_effect`` is the relative change of the
-    output that silencing has to make.
+    Args:
+        model: dense net.
+        groups: planned groups.
+        attributes: attribute edits of the plan.
+        folds: attention scales of the plan.
+        input_size: channels, height and width of an image.
+        seed: seed of parameters and images.
+        calibrated: ``True`` for batch norms with the statistics of these images, ``False`` for drawn statistics.
+        least_effect: relative change of the output that silencing has to make.
     """
     cut = tuple(group for group in groups if group.is_cut)
     norms = tuple(sorted({norm for group in cut for norm in group.norms}))
@@ -143,7 +153,7 @@ def _compared(
         clear_caches_(net)
         cut_(net, groups=groups, attributes=attributes, folds=folds)
         worst = _difference(expected, net, images)
-        if _without_fused_attention_(net):
+        if switch_fused_attention_(net, on=False):
             worst = max(worst, _difference(expected, net, images))
         unseen = _unseen_in_training(net, cut, images, seed)
     except FailedCheckError as failure:
@@ -155,7 +165,8 @@ def _compared(
 
 
 def double_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU in float64, in eval mode; floating parameters come without values, they are drawn anew."""
+    """A copy on the CPU in float64, in eval mode; floating parameters have no values yet (see `redraw_`)."""
+    # deepcopy takes what its memo holds for copied, so that the values of large models are never copied
     empty = {
         id(parameter): nn.Parameter(torch.empty(parameter.shape, dtype=torch.float64), parameter.requires_grad)
         for parameter in model.parameters()
@@ -168,9 +179,13 @@ def double_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def redraw_(model: nn.Module, generator: torch.Generator) -> None:
-    """New values for parameters and running statistics; other buffers are tables, masks or positions and stay.
+    """Draw new values for parameters and running statistics, in place; other buffers (tables, masks) stay.
 
     Weights get variance 1 / fan-in, one-dimensional scales lie in [0.5, 1.5], biases and means are small.
+
+    Args:
+        model: net on the CPU.
+        generator: source of the random numbers.
     """
 
     def normal(tensor: Tensor, std: float) -> Tensor:
@@ -197,20 +212,16 @@ def redraw_(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def dense_outputs_(dense: nn.Module, images: Tensor, *, calibrated: bool) -> Tensor:
-    """The dense outputs; where ``calibrated``, batch norms take the statistics of these images on the way.
+    """The dense net's outputs ``[images, values]``.
 
-    With drawn ones the signal may fade over many layers, until rounding is all there is to compare.
+    Args:
+        dense: net in eval mode; calibrating changes its running statistics.
+        images: batch ``[B, C, H, W]``.
+        calibrated: ``True`` to let batch norms take the statistics of these images on the way. With drawn statistics
+            the signal may fade over many layers, until rounding is all there is to compare.
     """
     with _Calibrated() if calibrated else nullcontext():
         return outputs_of(dense, images)
-
-
-def _without_fused_attention_(model: nn.Module) -> bool:
-    """Switch every module with that flag to its explicit attention; whether there was one."""
-    fused = [module for module in model.modules() if vars(module).get("fused_attn") is True]
-    for module in fused:
-        vars(module)["fused_attn"] = False
-    return bool(fused)
 
 
 # ---------------------------------------------------------------------------------------------- comparing
@@ -220,9 +231,16 @@ def _without_fused_attention_(model: nn.Module) -> bool:
 def silenced_outputs(
     silenced: nn.Module, cut: tuple[PlannedGroup, ...], norms: Sequence[str], images: Tensor
 ) -> Tensor:
-    """What the pruned net should give, [images, values], with every declared norm masked.
+    """The outputs ``[images, values]`` that the pruned net should have.
 
-    Raises _FailedCheckError where a norm was not masked, or the outputs would tell nothing.
+    Args:
+        silenced: dense net whose removed channels are zero.
+        cut: groups that lose channels.
+        norms: paths of the norms whose statistic is taken over kept channels.
+        images: batch ``[B, C, H, W]``.
+
+    Raises:
+        FailedCheckError: a norm was not masked, or the outputs are not finite or do not depend on the image.
     """
     with MaskedNorms(silenced, cut, norms) as masked:
         outputs = outputs_of(silenced, images)
@@ -238,18 +256,18 @@ def silenced_outputs(
 
 
 def _assert_visible(whole: Tensor, expected: Tensor, least_effect: float) -> None:
-    """Raise _FailedCheckError where silencing changes nothing: a wrong cut would then change nothing either."""
+    """Raise FailedCheckError where silencing changes nothing: a wrong cut would then change nothing either."""
     if (expected - whole).abs().max().item() <= least_effect * whole.abs().max().item():
         raise FailedCheckError("silencing the removed channels changes no output, so the check sees nothing")
 
 
 @torch.no_grad()
 def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
-    """Largest difference relative to the largest expected output. Raises _FailedCheckError where there is none."""
+    """Largest difference relative to the largest expected output. Raises FailedCheckError where there is none."""
     try:
         found = outputs_of(pruned, images)
     except FORWARD_ERRORS as error:
-        raise FailedCheckError(f"the pruned forward pass fails: {_first_line(error)}") from error
+        raise FailedCheckError(f"the pruned forward pass fails: {one_line(error)}") from error
     if not torch.isfinite(found).all():
         raise FailedCheckError("the output of the pruned net is not finite")
     if found.shape != expected.shape:
@@ -258,14 +276,21 @@ def _difference(expected: Tensor, pruned: nn.Module, images: Tensor) -> float:
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
-    """All output tensors as one, [images, values]; images in float64 stay so on their way."""
+    """All output tensors as one, ``[images, values]``; for float64 images nothing is computed in single precision.
+
+    Args:
+        model: net in eval or train mode.
+        images: batch ``[B, C, H, W]``.
+    """
     with _StayDouble() if images.dtype is torch.float64 else nullcontext():
         return as_rows(model(images), len(images))
 
 
 class _StayDouble(TorchFunctionMode):
-    """Reads single precision as double: a model that computes its attention in float32 whatever comes in
-    (``q.float()``) would be compared to seven digits only, which hides small mistakes and refuses right cuts.
+    """Replace every request for single precision by double.
+
+    A model that computes its attention in float32 whatever comes in (``q.float()``) would be compared to seven digits
+    only, which hides small mistakes and refuses right cuts.
     """
 
     def __torch_function__(
@@ -281,7 +306,7 @@ def _unseen_in_training(pruned: nn.Module, cut: Sequence[PlannedGroup], images: 
     """Forward and backward in train mode, in float32. Leaves the global generator alone.
 
     Returns the cut groups without a gradient: had they been cut wrongly, no output would have shown it. Raises
-    _FailedCheckError where gradients are not finite.
+    FailedCheckError where gradients are not finite.
     """
     map_tensors_(pruned, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     pruned.train().requires_grad_()
@@ -298,34 +323,30 @@ def _unseen_in_training(pruned: nn.Module, cut: Sequence[PlannedGroup], images: 
 
 
 def _effects(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """What each parameter contributes to the outputs to first order, ``max|gradient * value|``; unused ones left out.
+    """Parameter → its contribution to the outputs to first order, ``max|gradient * value|``; unused ones are left out.
 
-    Raises _FailedCheckError where forward or backward fails.
+    Raises FailedCheckError where forward or backward fails.
     """
     model.zero_grad()
     try:
         loss = outputs_of(model, images).square().mean()
         torch.autograd.backward(loss)
     except FORWARD_ERRORS as error:
-        raise FailedCheckError(f"the pruned net does not train: {_first_line(error)}") from error
+        raise FailedCheckError(f"the pruned net does not train: {one_line(error)}") from error
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: (p.grad * p.detach()).abs().max().item() for name, p in parameters if p.grad is not None}
 
 
 def _unseen(cut: Sequence[PlannedGroup], effects: Mapping[str, float]) -> tuple[str, ...]:
-    """The groups of whose parameters none contributes anything."""
+    """Names of the groups of whose parameters none contributes anything."""
     least = _BLIND * max(effects.values(), default=0.0)
     return tuple(
         group.name for group in cut if all(effects.get(member.tensor, 0.0) <= least for member in group.members)
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 class _Calibrated(TorchFunctionMode):
-    """Batch norms take their running mean and variance from what they are given, then use them."""
+    """Let batch norms take their running mean and variance from their input, then use them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

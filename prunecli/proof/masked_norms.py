@@ -1,4 +1,8 @@
-"""Normalisation over the channels that stay."""
+"""Norms whose statistics are taken over kept channels only: the dense side of the proof of a cut.
+
+Every rule has the signature of ``_Rule``: the function that was called, the mask ``[width]`` (1 kept, 0 removed), and
+the arguments of the call. It returns the masked result, or ``NotImplemented`` where the call is not over that axis.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,15 @@ from prunecli.values.plan import PlannedGroup, removed_positions
 
 
 class MaskedNorms(TorchFunctionMode):
-    """Takes the statistics of given norm modules over kept channels only, and puts zeros at the others.
+    """Take the statistics of given norm modules over kept channels only, and put zeros at the others.
 
     ``layer_norm``, ``group_norm`` and ``rms_norm`` are computed here with a mask; in norms written out in Python
     (global response norm) each mean or variance over the axis is restricted; weight standardisation, which is a
-    ``batch_norm`` over a weight's input side, likewise. ``seen`` says for which modules that happened.
+    ``batch_norm`` over a weight's input side, likewise.
+
+    Attributes:
+        masks: path of a norm module → mask over its normalised axis, float64, 1 for kept channels.
+        seen: paths of the modules whose statistic was masked so far.
     """
 
     def __init__(self, model: nn.Module, cut: tuple[PlannedGroup, ...], norms: Sequence[str]) -> None:
@@ -35,7 +43,7 @@ class MaskedNorms(TorchFunctionMode):
             self._hooks.append(module.register_forward_pre_hook(lambda *_, path=path: self._within.append(path)))
             self._hooks.append(module.register_forward_hook(lambda *_: self._leave()))
 
-    def _leave(self) -> None:
+    def _leave(self) -> None:  # returns nothing: what a forward hook returns replaces the output
         self._within.pop()
 
     def __exit__(self, *raised: object) -> None:
@@ -148,20 +156,18 @@ def _reduction(func: Callable[..., Any], mask: Tensor, args: tuple[Any, ...], kw
         return NotImplemented
     dims = [d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)]
     axes = [dim for dim in dims if x.shape[dim] == len(mask)]
-    if not axes:
+    if not axes:  # a group norm's axis lies in two dimensions, [groups, channels of a group], of which one is reduced
         axes = [d for d in dims if d and d - 1 not in dims and x.shape[d - 1] * x.shape[d] == len(mask)]
-        mask = mask.view(-1, x.shape[axes[0]])[0] if len(axes) == 1 and _same_rows(mask, x.shape[axes[0]]) else mask
+        if len(axes) == 1:
+            groups = mask.view(-1, x.shape[axes[0]])
+            mask = groups[0] if bool((groups == groups[0]).all()) else mask
     if len(axes) != 1 or x.shape[axes[0]] != len(mask):
         return NotImplemented
     kept = x.index_select(axes[0], mask.nonzero().flatten())
     return func(kept, *args[1:], **{key: value for key, value in kwargs.items() if key != "input"})
 
 
-def _same_rows(mask: Tensor, length: int) -> bool:
-    rows = mask.view(-1, length)
-    return bool((rows == rows[0]).all())
-
-
+#: ``(function, mask, args, kwargs) -> result`` or ``NotImplemented``.
 _Rule = Callable[[Callable[..., Any], Tensor, tuple[Any, ...], dict[str, Any]], Any]
 _RULES: dict[Callable[..., Any], _Rule] = {
     nn.functional.layer_norm: _layer_norm,

@@ -1,7 +1,7 @@
 """Recipe: what the user asks for, from YAML, ``KEY=VALUE`` and flags. Frozen, validated as a whole, no torch.
 
-Precedence is flag > ``KEY=VALUE`` > recipe file > default; ``layered`` merges, ``Recipe.parse`` validates, and all
-mistakes are reported at once, each with its path and the nearest known key.
+Precedence is flag > ``KEY=VALUE`` > recipe file > default; ``layered`` merges, ``Recipe.from_mapping`` validates,
+and all mistakes are reported at once, each with its full key and the nearest known one.
 """
 
 from __future__ import annotations
@@ -10,27 +10,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prunecli.errors import UsageError
-from prunecli.recipe.reading import explain, read_yaml
+from prunecli.recipe.methods import Init, Method, OneshotMethod
+from prunecli.recipe.mistakes import explained
+from prunecli.recipe.moved_keys import without_moved_keys
+from prunecli.recipe.reading import read_yaml
 from prunecli.recipe.settings import (
     DataSettings,
-    EpsdSettings,
     FinetuneSettings,
-    PhaseSettings,
     PruneSettings,
     RecoverSettings,
-    SaoSettings,
     SpectrumSettings,
 )
 from prunecli.recipe.target import Target
 from prunecli.values.value import Value
-
-Method = Literal["oneshot", "tpp", "greg", "kernorth", "orthconv", "abp", "epsd"]
 
 
 class Recipe(Value):
@@ -44,32 +42,31 @@ class Recipe(Value):
         default=None,
         description="package.module:function that made the run which `model` names; it is called to load the run",
     )
-    weights: str | None = None
-    pretrained: bool = True
+    weights: str | None = Field(default=None, description="file of weights: .safetensors, .pth, .pth.tar or .bin")
+    pretrained: bool = Field(default=True, description="false: start from random weights")
     model_args: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments for timm.create_model, or the function"
     )
     data: DataSettings = DataSettings()
-    target: Target | None = None
+    target: Target | None = Field(
+        default=None, description="what is to be left: macs=50%, speedup=2, params=10M, size=20MB or ratio=0.3"
+    )
     method: Method = Field(
-        default="oneshot",
-        description="what happens before the cut: a training phase (section phase), with oneshot nothing; abp learns "
-        "which channels leave, and how many where there is no target; epsd ranks them by what they are worth to the "
-        "first steps of the fine-tuning to come (section epsd)",
+        default=OneshotMethod(),
+        description="what happens before the cut: a training phase, with oneshot nothing; abp learns which channels "
+        "leave, and how many where there is no target; epsd ranks them by what they are worth to the first steps of "
+        "the fine-tuning to come",
     )
-    epsd: EpsdSettings = EpsdSettings()
-    phase: PhaseSettings = PhaseSettings()
-    init: Literal["sao"] | None = Field(
+    init: Init | None = Field(
         default=None,
-        description="sao: what is trained starts from sparse orthogonal weights (section sao), with pretrained: false",
+        description="sao: what is trained starts from sparse orthogonal weights, with pretrained: false",
     )
-    sao: SaoSettings = SaoSettings()
     prune: PruneSettings = PruneSettings()
     recover: RecoverSettings = RecoverSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     spectrum: SpectrumSettings = SpectrumSettings()
-    device: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N]")
+    seed: int = Field(default=0, ge=0, description="seed of all random numbers")
     equivalence_check: bool = Field(
         default=True, description="prove the cut against the silenced dense net before any work"
     )
@@ -88,35 +85,24 @@ class Recipe(Value):
     def _fits_together(self) -> Self:
         if self.weights is not None and not self.pretrained:
             raise ValueError("weights and pretrained: false contradict each other; leave one out")
-        if self.init is None and self.sao != SaoSettings():
-            raise ValueError("section sao is read by init: sao alone; leave it out, or set init")
         if self.init is not None:
-            self._starts_anew(self.init)
+            self._starts_anew(self.init.kind)
         if self.data.input_size and (twice := {"img_size", "in_chans"} & self.model_args.keys()):
             raise ValueError(f"data.input_size and the model argument {min(twice)} both set the input; leave one out")
-        if self.phase.variant == 2 and self.method != "greg":
-            raise ValueError(f"phase.variant 2 is of method greg, not of {self.method}")
-        if self.phase.variant == 2 and self.phase.penalty == "fixed":
-            raise ValueError("phase.variant 2 picks by a growing penalty; leave phase.penalty: fixed out")
-        if self.phase.variant == 2 and self.phase.pick_ceiling >= self.phase.reg_ceiling:
-            raise ValueError("phase.pick_ceiling must be below phase.reg_ceiling")
-        if self.phase.gate_l1 and self.method != "abp":
-            raise ValueError(f"phase.gate_l1 is of method abp, not of {self.method}")
-        ranked_by = {"abp": "their gates", "epsd": "the steps it takes"}.get(self.method)
+        ranked_by = {"abp": "their gates", "epsd": "the steps it takes"}.get(self.method.kind)
         if ranked_by and self.prune.criterion != "l1":
             raise ValueError(
-                f"method {self.method} ranks channels by {ranked_by}; leave out prune.criterion {self.prune.criterion}"
+                f"method {self.method.kind} ranks channels by {ranked_by}; leave out prune.criterion "
+                f"{self.prune.criterion}"
             )
-        if self.method != "epsd" and self.epsd != EpsdSettings():
-            raise ValueError(f"section epsd is read by method epsd alone; leave it out, method is {self.method}")
         return self
 
     def _starts_anew(self, init: str) -> None:
         """Raises ValueError where what the start forgets was asked for."""
         if self.pretrained or self.weights is not None:
             raise ValueError(f"init {init} trains from scratch, so it needs pretrained: false and no weights")
-        if self.method != "oneshot":
-            raise ValueError(f"init {init} would forget what method {self.method} trains; leave one out")
+        if self.method.kind != "oneshot":
+            raise ValueError(f"init {init} would forget what method {self.method.kind} trains; leave one out")
         if self.finetune.epochs == 0:
             raise ValueError(f"init {init} is the start of a training, and finetune.epochs is 0")
 
@@ -127,13 +113,17 @@ class Recipe(Value):
         """Validate a nested mapping.
 
         Raises:
-            UsageError: names every wrong key (with the nearest known one) and every wrong value, all at once.
+            UsageError: Names every wrong key (with the nearest known one), every key that has moved (with the new one)
+                and every wrong value, all at once.
         """
+        kept, problems = without_moved_keys(values)
         try:
-            return cls.model_validate(dict(values))
+            recipe = cls.model_validate(kept)
         except ValidationError as error:
-            problems = "; ".join(explain(cls, detail) for detail in error.errors())
-            raise UsageError(f"{origin}: {problems}") from None
+            problems += explained(cls, error.errors())
+        if problems:
+            raise UsageError(f"{origin}: {'; '.join(problems)}")
+        return recipe
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

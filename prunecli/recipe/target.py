@@ -6,7 +6,9 @@ import math
 import re
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from prunecli.errors import UsageError, nearest
 from prunecli.values.value import Value
@@ -61,6 +63,11 @@ class Target(Value):
             limits = f"above {lower:g}" + (f" and below {upper:g}" if upper < math.inf else "")
             raise UsageError(f"Target {text!r} must be {limits}.")
         return cls(metric=metric, value=value, relative=relative)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Text, as recipes write a target, or its parts."""
+        return {"anyOf": [{"type": "string", "examples": _TARGET_EXAMPLES.split(", ")}, handler(schema)]}
 
     def __str__(self) -> str:
         if self.relative:

@@ -1,7 +1,7 @@
-"""What flows into and out of layers while images run through a net.
+"""Activations: inputs and outputs of layers while images run through a net.
 
 A *row* is the channels at one position of one sample: a convolution's ``[B, C, H, W]`` gives ``B*H*W`` rows of ``C``, a
-linear layer's ``[..., C]`` one for each leading index. Who uses rows sums them in float64 batch by batch, so that no
+linear layer's ``[..., C]`` one for each leading index. Callers sum rows in float64 batch by batch, so that no
 activation is kept.
 """
 
@@ -20,21 +20,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Layer = nn.Conv2d | nn.Linear
-See = Callable[[Tensor, Tensor], None]  # first input, output
+#: Called with the first input and the output of a layer.
+See = Callable[[Tensor, Tensor], None]
 
 
-class _Seen(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
+class _StopPass(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
     """Ends a forward pass."""
 
 
 def rows(layer: Layer, values: Tensor) -> Tensor:
-    """Inputs or outputs of a layer as rows ``[n, C]`` in float64."""
+    """Inputs or outputs of a layer as rows ``[n, C]`` in float64.
+
+    Args:
+        layer: the layer, whose kind decides where the channels are.
+        values: ``[B, C, H, W]`` of a convolution, ``[..., C]`` of a linear layer.
+    """
     last = values.movedim(1, -1) if isinstance(layer, nn.Conv2d) else values
     return last.detach().reshape(-1, last.shape[-1]).double()
 
 
 def own_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The Conv2d and Linear whose weight is a parameter of theirs alone, in module order; the others with a reason."""
+    """The Conv2d and Linear whose weight is a parameter of theirs alone, and why others are not among them.
+
+    Returns:
+        The layers by module path, in module order; and the reason by module path for every other Conv2d and Linear.
+    """
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     own: dict[str, Layer] = {}
     others: dict[str, str] = {}
@@ -52,7 +62,7 @@ def own_layers(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
 
 @contextmanager
 def _watching(model: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
-    """Inside, every call of a module named in ``see`` hands over its first input and its output."""
+    """While this is open, every call of a module named in ``see`` is passed on with its first input and output."""
 
     def hook(seen: See) -> Callable[..., None]:
         return lambda _, inputs, output: seen(inputs[0], output)
@@ -67,31 +77,37 @@ def _watching(model: nn.Module, see: Mapping[str, See]) -> Iterator[None]:
 
 @torch.no_grad()
 def watch(model: nn.Module, images: Tensor, see: Mapping[str, See], *, alone: bool = False) -> None:
-    """One forward pass in the model's mode, each named module showing its first input and output at every call.
+    """Run one forward pass in the model's present mode and observe named modules.
 
     Args:
-        model: runs on ``images``.
-        images: ``[B, C, H, W]``.
-        see: by module path.
-        alone: end the pass with the first call that is seen; for one module that is called once.
+        model: the net to run.
+        images: input of the net ``[B, C, H, W]``.
+        see: callback for every call of a module, by module path.
+        alone: whether to end the pass with the first call observed; for one module that is called once.
     """
 
     def last(seen: See) -> See:
         def then_stop(given: Tensor, made: Tensor) -> None:
             seen(given, made)
-            raise _Seen
+            raise _StopPass
 
         return then_stop
 
     with _watching(model, {name: last(seen) for name, seen in see.items()} if alone else see):
         try:
             model(images)
-        except _Seen:
+        except _StopPass:
             return
 
 
 def call_order(model: nn.Module, names: Iterable[str], images: Tensor) -> tuple[str, ...]:
-    """These modules in the order of their calls in one forward pass; one called twice stands there twice."""
+    """Module paths in the order of their calls in one forward pass; one called twice appears twice.
+
+    Args:
+        model: the net to run.
+        names: paths of the modules to observe.
+        images: input of the net ``[B, C, H, W]``.
+    """
     order: list[str] = []
 
     def append(name: str) -> See:
@@ -102,17 +118,27 @@ def call_order(model: nn.Module, names: Iterable[str], images: Tensor) -> tuple[
 
 
 def uncalled_once(order: Sequence[str], names: Iterable[str]) -> dict[str, str]:
-    """Those of ``names`` that ``call_order`` does not show exactly once, with the reason."""
+    """The reason by name, for each of ``names`` that does not appear exactly once in ``order``.
+
+    Args:
+        order: module paths from ``call_order``.
+        names: module paths to check.
+    """
     calls = Counter(order)
     reasons = {0: "the forward pass does not call it as a module"}
     return {name: reasons.get(calls[name], "it is called several times") for name in names if calls[name] != 1}
 
 
 @torch.no_grad()
-def bent(model: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[str, str]:
-    """Those of ``layers`` whose output is not linear in the weight (they standardise it), with the reason.
+def nonlinear_in_weight(model: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[str, str]:
+    """The reason by name, for each layer whose output is not linear in its weight (one that standardises it).
 
-    Plain Conv2d and Linear are; a subclass is tried.
+    Plain Conv2d and Linear are linear; a subclass is tried on the inputs it gets.
+
+    Args:
+        model: the net to run.
+        layers: layers of the net by module path.
+        images: input of the net ``[B, C, H, W]``.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -131,7 +157,7 @@ def bent(model: nn.Module, layers: Mapping[str, Layer], images: Tensor) -> dict[
 
 
 def _is_linear(layer: Layer, given: Tensor) -> bool:
-    """Whether twice the weight is to the output what twice the input is."""
+    """Whether doubling the weight changes the output as doubling the input does (both leave the bias alone)."""
     once = layer(given)
     by_weight = functional_call(layer, {"weight": layer.weight * 2}, (given,)) - once
     by_input = layer(given * 2) - once
@@ -139,7 +165,7 @@ def _is_linear(layer: Layer, given: Tensor) -> bool:
 
 
 class _Uses(TorchFunctionMode):
-    """Counts, by id, how many computations take a tensor; reading its shape is none."""
+    """Counts by id how many computations take a tensor; reading its shape does not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,10 +184,14 @@ class _Uses(TorchFunctionMode):
 
 @torch.no_grad()
 def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Layer → the BatchNorm that is the one reader of its output, for the layers that have one.
+    """By layer, the BatchNorm that alone reads the layer's output, for the layers that have one.
 
-    Only BatchNorm with running statistics counts, and only where both are called once: to move and stretch the layer's
-    output is then to move and stretch the running statistics.
+    Only BatchNorm with running statistics counts, and only where both are called once: shifting and scaling the layer's
+    output then equals shifting and scaling the running statistics.
+
+    Args:
+        model: the net to run.
+        images: input of the net ``[B, C, H, W]``.
     """
     outputs: dict[str, Tensor] = {}  # kept until the end, so that their ids stay theirs
     inputs: dict[str, Tensor] = {}

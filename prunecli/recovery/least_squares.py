@@ -1,4 +1,4 @@
-"""Least-squares reconstruction: what reads a pruned axis says with its kept inputs what the removed ones said.
+"""Least-squares reconstruction: layers that read a pruned axis predict the removed inputs from the kept ones.
 
 With ``h [H]`` a row of a layer's inputs in the dense net and ``P`` its kept positions, the least-squares map
 ``h ≈ B h_P + c`` turns the layer's weight ``W`` into ``W B``, contracted over the input axis at every kernel position,
@@ -32,15 +32,16 @@ from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,
-    bent,
     call_order,
     following_norms,
+    nonlinear_in_weight,
     own_layers,
     rows,
     uncalled_once,
     watch,
 )
 from prunecli.surgery.cut import cut_
+from prunecli.values.groups import module_of, tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
 _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
@@ -48,11 +49,11 @@ _WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A layer some of whose inputs leave.
+    """A layer that loses inputs.
 
     Attributes:
-        blocks: those of the dense layer's groups that stay (a layer without groups is one block).
-        groups: how many blocks the dense layer has.
+        blocks: numbers of the dense layer's groups that stay (a layer without groups is one block).
+        groups: number of blocks in the dense layer.
         kept: positions on the weight's input axis that stay, the same in each block.
     """
 
@@ -61,7 +62,7 @@ class Reader:
     kept: tuple[int, ...]
 
     def inputs(self, layer: Layer, given: Tensor) -> Tensor:
-        """What the dense layer is given, as ``[blocks, n, H]`` in float64."""
+        """The inputs ``given`` to the dense layer, as rows ``[blocks, n, H]`` in float64."""
         flat = rows(layer, given)
         return flat.reshape(len(flat), self.groups, -1).transpose(0, 1)[list(self.blocks)]
 
@@ -79,7 +80,7 @@ class Moments:
         self.products = torch.zeros(())
 
     def add(self, values: Tensor) -> None:
-        """Take in one batch of rows."""
+        """Add one batch of rows ``[blocks, n, H]``."""
         if not self.count:
             self.origin = values.mean(1, keepdim=True)
         values = values - self.origin
@@ -89,25 +90,31 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """``[blocks, H]``."""
+        """The mean row ``[blocks, H]``."""
         return self.origin.squeeze(1) + self.sums / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """``[blocks, H, H]``."""
+        """Second moments about the mean ``[blocks, H, H]``."""
         mean = self.sums / self.count
         return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
     @property
     def gram(self) -> Tensor:
-        """``[blocks, H, H]``: moments about zero."""
+        """Second moments about zero ``[blocks, H, H]``."""
         return self.covariance + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
 
 def solve(moments: Moments, kept: Sequence[int], *, ridge: float, affine: bool) -> tuple[Tensor, Tensor]:
-    """``B [blocks, H, P]`` and ``c [blocks, H]`` of ``h ≈ B h_P + c``; c is zero where not ``affine``.
+    """The least-squares map ``h ≈ B h_P + c``: ``B [blocks, H, P]`` and ``c [blocks, H]``.
 
-    A direction in which the kept inputs never vary has no say, whether or not there is a ridge.
+    Directions in which the kept inputs never vary are left out, with or without a ridge.
+
+    Args:
+        moments: moments of all inputs of the layer.
+        kept: positions of the kept inputs, P of H.
+        ridge: addition to the diagonal, as a share of its mean.
+        affine: whether to solve for c too; else c is zero and moments are taken about zero.
     """
     P = list(kept)
     S = moments.covariance if affine else moments.gram
@@ -126,19 +133,26 @@ def solve(moments: Moments, kept: Sequence[int], *, ridge: float, affine: bool) 
 
 
 def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[str, str]]:
-    """The layers that lose inputs, in module order, and what loses inputs and is left alone, with the reason.
+    """The layers that lose inputs, and those among them that are left alone.
 
-    What leaves is read where surgery reads it, so that flattened feature maps and attention heads need no rule of their
-    own: they are positions on the weight's input axis.
+    The removed positions are the ones that surgery uses, so that flattened feature maps and attention heads need no
+    rule of their own: they are positions on the weight's input axis.
+
+    Args:
+        dense: the dense net.
+        plan: the plan of the cut.
+
+    Returns:
+        The readers by module path, in module order; and the reason by module path for what is left alone.
     """
     removed = removed_positions(plan.groups)
     layers, others = own_layers(dense)
-    reads = {m.tensor: m.tensor.rpartition(".")[0] for g in plan.cut_groups for m in g.members if m.role == "in"}
+    reads = {m.tensor: module_of(m.tensor) for g in plan.cut_groups for m in g.members if m.role == "in"}
     found: dict[str, Reader] = {}
     left: dict[str, str] = {}
     for tensor, path in reads.items():
         layer = layers.get(path)
-        if layer is None or tensor != f"{path}.weight".lstrip("."):
+        if layer is None or tensor != tensor_name(path, "weight"):
             left[path] = others.get(path, "it is neither Conv2d nor Linear")
         elif layer.weight.shape[1] > _WIDEST:
             left[path] = f"{layer.weight.shape[1]} inputs are more than the {_WIDEST} that are solved for"
@@ -148,6 +162,7 @@ def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[
 
 
 def _reader(layer: Layer, removed: Mapping[int, Sequence[int]]) -> Reader:
+    """The reader of a layer whose weight loses ``removed`` positions, by dimension."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     filters, gone = layer.weight.shape[0] // groups, set(removed.get(0, ()))
     blocks = (b for b in range(groups) if not gone.issuperset(range(b * filters, (b + 1) * filters)))
@@ -157,7 +172,12 @@ def _reader(layer: Layer, removed: Mapping[int, Sequence[int]]) -> Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstructed:
-    """What ``reconstruct_`` did: the layers it solved, in module order, and those it left alone with the reason."""
+    """The result of ``reconstruct_``.
+
+    Attributes:
+        layers: the layers with new weights, in module order.
+        left: the reason by name, for layers that lost inputs and were left alone.
+    """
 
     layers: tuple[str, ...]
     left: Mapping[str, str]
@@ -175,18 +195,18 @@ def reconstruct_(
     those with more than 8192 inputs.
 
     Args:
-        pruned: cut by ``plan`` from ``dense``; both on one device.
-        dense: runs once on all images; not changed.
-        plan: what was cut.
-        batches: images ``[B, C, H, W]`` on that device; labels are not needed.
-        ridge: added to the diagonal, as a share of its mean.
+        pruned: the net that was cut by ``plan`` from ``dense``; both on one device.
+        dense: the dense net, which runs once on all images and is not changed.
+        plan: the plan of the cut.
+        batches: images ``[B, C, H, W]`` on the device of both nets.
+        ridge: addition to the diagonal of the second moments, as a share of its mean.
     """
     readers, left = find_readers(dense, plan)
     full = _with_all_inputs(dense, plan, readers)
     one = batches[0][:1]
     with evaluation_mode(pruned), evaluation_mode(dense):
         layers = {name: layer for name, layer in own_layers(dense)[0].items() if name in readers}
-        left |= uncalled_once(call_order(dense, readers, one), readers) | bent(dense, layers, one)
+        left |= uncalled_once(call_order(dense, readers, one), readers) | nonlinear_in_weight(dense, layers, one)
         readers = {name: reader for name, reader in readers.items() if name not in left}
         norms = following_norms(pruned, one)
         moments = _moments(dense, layers, readers, batches)
@@ -196,15 +216,15 @@ def reconstruct_(
         B, c = solve(moments[name], reader.kept, ridge=ridge, affine=affine)
         shift = _set_weight_(pruned.get_submodule(name), full.get_submodule(name), B, c)
         if layers[name].bias is not None:
-            _shifted_(pruned, full, f"{name}.bias".lstrip("."), shift)
+            _shift_(pruned, full, tensor_name(name, "bias"), shift)
         elif norm is not None:
-            _shifted_(pruned, full, f"{norm}.running_mean", -shift)
+            _shift_(pruned, full, f"{norm}.running_mean", -shift)
     return Reconstructed(layers=tuple(readers), left=left)
 
 
 def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]) -> nn.Module:
-    """The tensors that surgery leaves, but the readers' weights with all inputs: ``[N', H, ...]``, scales folded."""
-    stay = {(f"{path}.weight".lstrip("."), 1) for path in readers}
+    """A cut copy of the dense net whose readers keep all inputs: weights ``[N', H, ...]``, attention scales folded."""
+    stay = {(tensor_name(path, "weight"), 1) for path in readers}
     groups = tuple(
         group.model_copy(update={"members": tuple(m for m in group.members if (m.tensor, m.dim) not in stay)})
         for group in plan.groups
@@ -217,6 +237,7 @@ def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]
 def _moments(
     dense: nn.Module, layers: Mapping[str, Layer], readers: Mapping[str, Reader], batches: Sequence[Tensor]
 ) -> dict[str, Moments]:
+    """Moments of the inputs of each reader in the dense net, over all batches."""
     moments = {name: Moments() for name in readers}
 
     def add(name: str) -> See:
@@ -228,7 +249,7 @@ def _moments(
 
 
 def _set_weight_(layer: nn.Module, full: nn.Module, B: Tensor, c: Tensor) -> Tensor:
-    """``W B`` into the layer; ``W c`` ``[N']``, summed over kernel positions, is returned."""
+    """Write ``W B`` into the layer and return ``W c [N']``, summed over kernel positions."""
     assert isinstance(layer.weight, Tensor)
     assert isinstance(full.weight, Tensor)
     blocks, inputs = c.shape
@@ -237,8 +258,8 @@ def _set_weight_(layer: nn.Module, full: nn.Module, B: Tensor, c: Tensor) -> Ten
     return torch.einsum("bnhk,bh->bn", W, c).flatten()
 
 
-def _shifted_(pruned: nn.Module, full: nn.Module, tensor: str, shift: Tensor) -> None:
-    """The tensor as surgery left it, moved."""
+def _shift_(pruned: nn.Module, full: nn.Module, tensor: str, shift: Tensor) -> None:
+    """Set a tensor of the pruned net to its value in ``full`` plus ``shift``."""
     path, _, name = tensor.rpartition(".")
     now, before = (getattr(net.get_submodule(path), name) for net in (pruned, full))
     now.copy_(before.double() + shift)

@@ -28,18 +28,18 @@ Method = Literal["qr", "polar", "newton_schulz", "approximate", "delta", "scratc
 _NEWTON_SCHULZ_STEPS = 120  # 1.5**120 lifts a singular value of 1e-16 to 1 with 30 steps to spare
 _APPROXIMATE_STEPS = 10_000
 _APPROXIMATE_RATE = 1e-3
-_PATIENCE = 200  # steps without a lower loss, after which descent has ended
+_PATIENCE = 200  # steps without a lower loss, after which descent ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonalized:
-    """What ``orthogonalize_`` did.
+    """The result of ``orthogonalize_``.
 
     Attributes:
         residual: largest entry of ``|W W^T / gain^2 - I|`` (``W^T W`` where W is tall) over all layers and blocks,
-            measured on the weights as stored; of ``delta`` on the kernels' centres.
-        gain: the factor that every orthogonal matrix was multiplied by.
-        layers: the layers that were replaced, in module order.
+            measured on the weights as stored; with ``delta`` on the kernels' centres.
+        gain: factor by which every orthogonal matrix was multiplied.
+        layers: paths of the layers that were replaced, in module order.
     """
 
     residual: float
@@ -51,21 +51,21 @@ class Orthogonalized:
 
 
 def orthogonal(matrix: Tensor, method: Method = "qr") -> Tensor:
-    """The orthogonal matrix of the same shape that ``method`` makes from ``matrix``.
-
-    Args:
-        matrix: ``[..., N, M]``, any floating dtype; the work is done in float64 and cast back once.
-        method: ``qr`` (Q of the tall orientation, columns signed so that R has a diagonal >= 0; depends on the order
-            of the filters), ``polar`` (U V^T of the SVD, the nearest orthogonal matrix), ``newton_schulz`` (the same,
-            by iteration) or ``approximate`` (gradient descent on the distance to orthogonality, see there).
+    """The orthogonal matrix that ``method`` makes from ``matrix``, of the same shape and dtype.
 
     Directions that the matrix lacks (zero or dependent filters) are filled with an arbitrary orthonormal completion,
     so that the result is orthogonal for any finite input, zero included; ``approximate`` alone leaves them out.
 
+    Args:
+        matrix: stack of matrices ``[..., N, M]`` in any floating dtype; the work is done in float64, cast back once.
+        method: ``qr`` (Q of the tall orientation, columns signed so that R has a diagonal >= 0; depends on the order
+            of the filters), ``polar`` (U V^T of the SVD, the nearest orthogonal matrix), ``newton_schulz`` (the same,
+            by iteration) or ``approximate`` (gradient descent on the distance to orthogonality, Lee et al.).
+
     Raises:
-        UsageError: unknown method.
-        ValueError: fewer than two dimensions.
-        PruneError: NaN or infinite entries.
+        UsageError: the method is unknown.
+        ValueError: the matrix has fewer than two dimensions.
+        PruneError: the matrix has NaN or infinite entries.
     """
     if method not in _METHODS:
         raise UsageError(f"Unknown orthogonalisation {method!r}.", hint=nearest(method, _METHODS))
@@ -174,18 +174,18 @@ def orthogonalize_(
     0, BatchNorm scales at 1, shifts at 0 and statistics reset.
 
     Args:
-        module: the net; weights keep dtype and device.
-        method: see ``orthogonal``, or ``delta`` or ``scratch``.
-        gain: the factor, or ``auto`` for ``activation_gain(module, example)``.
-        example: a batch for ``auto`` to find functional activations with.
-        layers: module paths to replace; none is all.
-        seed: of ``delta`` and ``scratch``.
+        module: the net, whose weights keep dtype and device.
+        method: a method of ``orthogonal``, or ``delta`` or ``scratch``.
+        gain: factor of every orthogonal matrix; ``auto`` for ``activation_gain(module, example)``.
+        example: input of the net ``[B, C, H, W]``, with which ``auto`` finds functional activations.
+        layers: module paths of the layers to replace; ``None`` for all.
+        seed: seed of ``delta`` and ``scratch``.
 
     Raises:
-        UsageError: unknown method, a gain that is not above zero, or a name in ``layers`` that is no such layer.
+        UsageError: the method is unknown, the gain is not above zero, or a name in ``layers`` is no such layer.
         PruneError: a layer with NaN or infinite weights (named); nothing has been changed then.
     """
-    chosen = _chosen(module, layers)
+    chosen = _layers_named(module, layers)
     factor = activation_gain(module, example) if gain == "auto" else float(gain)
     if not (math.isfinite(factor) and factor > 0):
         raise UsageError(f"The gain must be above zero, not {factor:g}.")
@@ -214,7 +214,7 @@ def orthogonalize_(
 
 @torch.no_grad()
 def blend_(module: nn.Module, share: float) -> int:
-    """``W <- (1 - share) W + share * g * U V^T`` in place for every Conv2d and Linear; how many layers.
+    """``W <- (1 - share) W + share * g * U V^T`` in place for every Conv2d and Linear; returns the number of layers.
 
     ``U V^T`` is the polar factor of the weight matrix (of each block where a convolution is grouped), so a singular
     value ``s`` becomes ``(1 - share) s + share * g``: the smallest are lifted, the singular vectors and with them the
@@ -222,11 +222,11 @@ def blend_(module: nn.Module, share: float) -> int:
     shrinks; a zero matrix stays zero. Biases and normalisation layers stay; re-estimate BatchNorm statistics.
 
     Args:
-        module: the net; weights keep dtype and device.
-        share: between 0 (nothing changes) and 1 (all singular values equal).
+        module: the net, whose weights keep dtype and device.
+        share: share of the orthogonal matrix, between 0 (nothing changes) and 1 (all singular values equal).
 
     Raises:
-        UsageError: a share outside [0, 1].
+        UsageError: the share lies outside [0, 1].
         PruneError: a layer with NaN or infinite weights (named); nothing has been changed then.
     """
     if not 0 <= share <= 1:
@@ -252,12 +252,14 @@ def _blended(W: Tensor, share: float) -> Tensor:
 
 
 def _require_finite(layers: Mapping[str, nn.Conv2d | nn.Linear]) -> None:
+    """Raises PruneError for the first layer with NaN or infinite weights."""
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise PruneError(f"Layer {name!r} has NaN or infinite weights and cannot be made orthogonal.")
 
 
-def _chosen(module: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Conv2d | nn.Linear]:
+def _layers_named(module: nn.Module, layers: Collection[str] | None) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The Conv2d and Linear with these paths, all without. Raises UsageError for a path that is none of them."""
     known = weight_layers(module)
     if layers is None:
         return known

@@ -27,28 +27,29 @@ from prunecli.models.layers import evaluation_mode
 from prunecli.recovery.activations import (
     Layer,
     See,
-    bent,
     call_order,
     following_norms,
+    nonlinear_in_weight,
     own_layers,
     rows,
     uncalled_once,
     watch,
 )
+from prunecli.values.groups import tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
-_DEAD: Final = 1e-5  # a spread below this share of the larger of the two is none
+_DEAD: Final = 1e-5  # share of the larger of two spreads, below which the smaller one counts as zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repaired:
-    """What ``repair_`` did.
+    """The result of ``repair_``.
 
     Attributes:
         layers: the repaired layers in the order of their calls.
-        norms: how many of them were repaired in the BatchNorm behind them.
-        dead: channels left alone because they hardly vary in one of the two nets.
-        left: layers left alone, with the reason.
+        norms: number of layers repaired in the BatchNorm behind them.
+        dead: number of channels left alone because they hardly vary in one of the two nets.
+        left: the reason by name, for layers left alone.
     """
 
     layers: tuple[str, ...]
@@ -66,7 +67,7 @@ class Spread:
         self.square = torch.zeros(())  # summed squares of distances to the mean
 
     def add(self, values: Tensor) -> None:
-        """Take in one batch (Chan's update, exact where the mean is large against the spread)."""
+        """Add one batch of rows ``[n, C]`` (Chan's update, exact where the mean is large against the spread)."""
         count, mean = len(values), values.mean(0)
         step, total = mean - self.mean, self.count + count
         self.square = self.square + (values - mean).square().sum(0) + step.square() * self.count * count / total
@@ -74,6 +75,7 @@ class Spread:
 
     @property
     def std(self) -> Tensor:
+        """Standard deviation ``[C]``, of the rows themselves (divided by n)."""
         return (self.square / self.count).sqrt()
 
 
@@ -86,10 +88,10 @@ def repair_(pruned: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[T
     spread is meant).
 
     Args:
-        pruned: cut by ``plan`` from ``dense``; both on one device.
-        dense: read only.
-        plan: says which output channels stayed.
-        batches: images ``[B, C, H, W]`` on that device; the statistics agree on just these.
+        pruned: the net that was cut by ``plan`` from ``dense``; both on one device.
+        dense: the dense net, which is not changed.
+        plan: the plan of the cut, for the output channels that stayed.
+        batches: images ``[B, C, H, W]`` on the device of both nets; the statistics agree on these images.
     """
     layers, left = own_layers(pruned)
     one = batches[0][:1]
@@ -97,12 +99,12 @@ def repair_(pruned: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[T
     with evaluation_mode(pruned), evaluation_mode(dense):
         order = call_order(pruned, layers, one)
         norms = following_norms(pruned, one)
-        left |= uncalled_once(order, layers) | bent(pruned, layers, one) | _unfit(layers, norms, plan)
+        left |= uncalled_once(order, layers) | nonlinear_in_weight(pruned, layers, one) | _unfit(layers, norms, plan)
         chosen = tuple(name for name in order if name not in left)
         dense_layers, _ = own_layers(dense)
         targets = _spreads(dense, {name: dense_layers[name] for name in chosen}, batches)
         for name in chosen:
-            gone = set(removed.get(f"{name}.weight".lstrip("."), {}).get(0, ()))
+            gone = set(removed.get(tensor_name(name, "weight"), {}).get(0, ()))
             kept = [at for at in range(len(targets[name].mean)) if at not in gone]
             now = _spreads(pruned, {name: layers[name]}, batches)[name]
             mean, std = targets[name].mean[kept], targets[name].std[kept]
@@ -122,13 +124,13 @@ def _unfit(layers: Mapping[str, Layer], norms: Mapping[str, str], plan: Plan) ->
     for name, layer in layers.items():
         if layer.bias is None and name not in norms:
             left[name] = "it has neither a bias nor a BatchNorm of its own"
-        elif f"{name}.weight".lstrip(".") in folded:
+        elif tensor_name(name, "weight") in folded:
             left[name] = "an attention scale is folded into it"
     return left
 
 
 def _spreads(model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Tensor]) -> dict[str, Spread]:
-    """Of the outputs of these layers, each called once in a forward pass."""
+    """Mean and variance of the outputs of layers that are each called once in a forward pass."""
     spreads = {name: Spread() for name in layers}
 
     def add(name: str) -> See:
@@ -140,7 +142,7 @@ def _spreads(model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Te
 
 
 def _transfer_(layer: Layer, now: Spread, *, mean: Tensor, std: Tensor) -> int:
-    """Fold the map of ``now`` to ``mean`` and ``std [N]`` into the layer; how many channels were left alone."""
+    """Fold the map from ``now`` to ``mean`` and ``std [N]`` into the layer; returns the number of dead channels."""
     assert layer.bias is not None
     alive = (now.std > _DEAD * std) & (std > _DEAD * now.std)
     factor = torch.where(alive, std / torch.where(alive, now.std, 1.0), 1.0)
@@ -154,7 +156,7 @@ def _transfer_(layer: Layer, now: Spread, *, mean: Tensor, std: Tensor) -> int:
 def _transfer_norm_(
     norm: nn.Module, dense: nn.Module, kept: Sequence[int], now: Spread, *, mean: Tensor, std: Tensor
 ) -> int:
-    """The map before a BatchNorm as other running statistics of it; how many channels were left alone.
+    """Fold the map before a BatchNorm into its running statistics; returns the number of channels left alone.
 
     With running mean r and variance v of the dense norm's ``kept`` channels, ``(std (y - m) / s + mean - r)
     / sqrt(v + eps)`` is the normalised ``(y - r') / sqrt(v' + eps)`` of ``r' = m - (mean - r) s / std`` and
@@ -167,7 +169,7 @@ def _transfer_norm_(
     alive = (now.std > _DEAD * std) & (std > _DEAD * now.std)
     ratio = torch.where(alive, now.std / torch.where(alive, std, 1.0), 1.0)
     variance = (v + norm.eps) * ratio.square() - norm.eps
-    alive &= variance >= 0  # below: eps decides, and nothing but a larger scale could lift such a channel
+    alive &= variance >= 0  # below zero eps dominates, and only a larger scale could lift such a channel
     norm.running_mean.copy_(torch.where(alive, now.mean - (mean - r) * ratio, norm.running_mean.double()))
     norm.running_var.copy_(torch.where(alive, variance, norm.running_var.double()))
     return int((~alive).sum())

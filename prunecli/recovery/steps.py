@@ -1,4 +1,4 @@
-"""One recovery step of a job: by name, on a copy (mathematics: ``recover``, ``reconstruction``, ``repair``)."""
+"""Recovery steps by name, applied to a copy (mathematics: ``orthogonal``, ``least_squares``, ``repair``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 
-_CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # BatchNorm's old ones mean nothing after them
+_CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # steps after which BatchNorm's old statistics are wrong
 _NAMED: Final = 3  # layers left alone that are named; the rest are counted
 
 
@@ -35,18 +35,18 @@ class RecoveryContext:
     """What a recovery may look at: values, and two functions of the job.
 
     Attributes:
-        dense: the weights that were cut.
-        plan: the cut.
+        dense: the dense net with the weights that were cut.
+        plan: the plan of the cut.
         images: training and validation images; ``None`` without data.
         spec: size of the model's input.
-        settings: of the recovery.
+        settings: the recipe's recovery settings.
         finetune: settings of the fine-tuning to come; a probe takes a few steps of it.
-        finetune_steps: length of that, in optimiser steps; 0 where nothing will be fine-tuned.
-        batch_size: calibration images a forward pass.
-        device: where to compute.
-        seed: of probes and of random weights.
-        spectrum_of: the Jacobian spectrum of a net, ``None`` where it is switched off.
-        tell: called with each row of the report once it is known.
+        finetune_steps: length of the fine-tuning to come, in optimiser steps; 0 where nothing will be fine-tuned.
+        batch_size: number of calibration images in a forward pass.
+        device: the device to compute on.
+        seed: seed of probes and of random weights.
+        spectrum_of: function from a net to its Jacobian spectrum, ``None`` where spectra are switched off.
+        tell: callback for each row of the report, once the row is known.
     """
 
     dense: nn.Module
@@ -64,7 +64,7 @@ class RecoveryContext:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """Calibration images [N, C, H, W], read once: behind those of the probes as far as there are so many."""
+        """Calibration images ``[N, C, H, W]``, read once: images after the probes' own, as far as there are so many."""
         assert self.images is not None
         settings = self.settings
         count = max(settings.lstsq_images, settings.bn_images if has_batch_norm(self.dense) else 0)
@@ -72,65 +72,81 @@ class RecoveryContext:
         return images[-min(count, len(images)) :]
 
     def batches(self, count: int) -> tuple[Tensor, ...]:
-        """At most ``count`` calibration images, in batches on the device."""
+        """At most ``count`` calibration images, in batches ``[B, C, H, W]`` on the device."""
         return self.calibration[:count].to(self.device).split(self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Applied:
-    """A recovered copy, the orthogonality residual where there is one, and what was done in words."""
+class RecoveryResult:
+    """A recovered copy of a net.
+
+    Attributes:
+        model: the copy, on the context's device.
+        residual: largest orthogonality residual, see ``Orthogonalized``; ``None`` where no step has one.
+        summary: the changes that the steps made, in words; may be empty.
+    """
 
     model: nn.Module
     residual: float | None = None
-    said: str = ""
+    summary: str = ""
 
 
-def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]) -> Applied:
-    """A copy of ``model``, on the context's device, with these steps applied in turn.
+def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]) -> RecoveryResult:
+    """Copy a net to the context's device and apply recovery steps to the copy in turn.
 
     Orthogonalised and blended weights make the old BatchNorm statistics meaningless, so where there are images these
     steps re-estimate them, unless ``bn`` follows anyway.
+
+    Args:
+        context: images, settings and callables of the job.
+        model: the pruned net; it is not changed.
+        steps: names among ``lstsq``, ``repair``, ``orthp``, ``blend`` and ``bn``.
+
+    Raises:
+        PruneError: a layer with NaN or infinite weights.
     """
     model = copy.deepcopy(model).to(context.device)
-    residuals, said = [], []
+    residuals, summaries = [], []
     for step, then in zip_longest(steps, steps[1:]):
-        residual, words = _STEPS[step](context, model)
+        residual, summary = _STEPS[step](context, model)
         residuals += [] if residual is None else [residual]
-        said += [words] if words else []
+        summaries += [summary] if summary else []
         if step in _CHANGE_STATISTICS and then != "bn" and context.images is not None:
             _bn_(context, model)
-    return Applied(model=model, residual=max(residuals, default=None), said="; ".join(said))
+    return RecoveryResult(model=model, residual=max(residuals, default=None), summary="; ".join(summaries))
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether there are statistics to re-estimate."""
+    """Whether a net has a BatchNorm, whose statistics can be re-estimated."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-_Did = tuple[float | None, str]
+#: Orthogonality residual, if the step has one, and what the step changed, in words.
+_StepResult = tuple[float | None, str]
 
 
-def _orthp_(context: RecoveryContext, model: nn.Module) -> _Did:
+def _orthp_(context: RecoveryContext, model: nn.Module) -> _StepResult:
     settings = context.settings
     example = spectrum_batch(context.images, context.spec, 1, seed=context.seed).to(context.device)
     done = orthogonalize_(model, settings.orthp_method, gain=settings.gain, example=example, seed=context.seed)
     return done.residual, ""
 
 
-def _blend_(context: RecoveryContext, model: nn.Module) -> _Did:
+def _blend_(context: RecoveryContext, model: nn.Module) -> _StepResult:
     blend_(model, context.settings.blend)
     return None, ""
 
 
-def _lstsq_(context: RecoveryContext, model: nn.Module) -> _Did:
+def _lstsq_(context: RecoveryContext, model: nn.Module) -> _StepResult:
     settings = context.settings
     images = context.batches(settings.lstsq_images)
     dense = context.dense.to(context.device)
     done = reconstruct_(model, dense, context.plan, images, ridge=settings.ridge)
-    return None, f"{_count(len(done.layers), 'layer')} solved from {_count(_images(images), 'image')}{_left(done.left)}"
+    number = sum(map(len, images))
+    return None, f"{_count(len(done.layers), 'layer')} solved from {_count(number, 'image')}{_left(done.left)}"
 
 
-def _repair_(context: RecoveryContext, model: nn.Module) -> _Did:
+def _repair_(context: RecoveryContext, model: nn.Module) -> _StepResult:
     images = context.batches(context.settings.lstsq_images)
     done = repair_(model, context.dense.to(context.device), context.plan, images)
     dead = f", {_count(done.dead, 'dead channel')} left alone" if done.dead else ""
@@ -138,25 +154,23 @@ def _repair_(context: RecoveryContext, model: nn.Module) -> _Did:
     return None, f"{words}{dead}{_left(done.left)}"
 
 
-def _bn_(context: RecoveryContext, model: nn.Module) -> _Did:
+def _bn_(context: RecoveryContext, model: nn.Module) -> _StepResult:
     if has_batch_norm(model):
         batches = context.batches(context.settings.bn_images)
-        whole = [batch for batch in batches if len(batch) == len(batches[0])]  # each counts alike in the mean
+        whole = [
+            batch for batch in batches if len(batch) == len(batches[0])
+        ]  # a mean over batches weighs a smaller last one too much
         recalibrate_bn_(model, whole, device=context.device)
     return None, ""
 
 
-_STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Did]]] = {
+_STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _StepResult]]] = {
     "lstsq": _lstsq_,
     "repair": _repair_,
     "orthp": _orthp_,
     "blend": _blend_,
     "bn": _bn_,
 }
-
-
-def _images(batches: Sequence[Tensor]) -> int:
-    return sum(len(batch) for batch in batches)
 
 
 def _left(reasons: Mapping[str, str]) -> str:

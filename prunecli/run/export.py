@@ -20,7 +20,7 @@ from prunecli.models.build import build, input_spec
 from prunecli.models.outputs import as_rows, logits_of
 from prunecli.models.tensors import named_tensors
 from prunecli.models.user_function import Function
-from prunecli.run.folder import CONFIG, REFERENCE, WEIGHTS, RunFolder
+from prunecli.run.folder import RunFolder
 from prunecli.surgery.structure import fill_, shape_, structure_of
 from prunecli.values.plan import Cost, ModelRef, Structure
 from prunecli.values.value import Value
@@ -61,7 +61,7 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
     structure = structure_of(plain, model, whole=function is not None)
     held = named_tensors(model)
     tensors = {**model.state_dict(), **{name: held[name] for name in structure.extra}}
-    path = folder.path / WEIGHTS
+    path = folder.weights_file
     write_tensors(path, tensors, {"prunecli": __version__, "architecture": ref.name})
     exported = Exported(
         version=__version__,
@@ -79,9 +79,9 @@ def export(folder: RunFolder, model: nn.Module, *, ref: ModelRef, base: Cost, fi
         "model_args": ref.args,
         "pretrained_cfg": ref.pretrained_cfg,
     }
-    write_json(folder.path / CONFIG, {**hub, "prunecli": exported.model_dump(mode="json")})
+    write_json(folder.config_file, {**hub, "prunecli": exported.model_dump(mode="json")})
     logits = reference_logits(model, ref)
-    write_tensors(folder.path / REFERENCE, {"logits": logits})
+    write_tensors(folder.reference_file, {"logits": logits})
     return structure
 
 
@@ -109,12 +109,12 @@ def load_exported(path: str | Path, function: Callable[[], object] | None = None
     if not folder.is_dir():
         raise UsageError(f"{folder} does not exist or is no folder.")
     run = RunFolder(path=folder)
-    if run.begun and not run.finished and not (folder / CONFIG).is_file():
+    if run.begun and not run.finished and not run.config_file.is_file():
         raise UsageError(f"{folder} holds an unfinished run, so there is no model yet.", hint="--resume continues it.")
     exported = read_config(folder)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = read_tensors(run.weights_file)
     if lost := sorted(set(exported.structure.extra) - set(tensors)):
-        raise PruneError(f"{folder / WEIGHTS} lacks {lost[0]}, which {CONFIG} names.")
+        raise PruneError(f"{run.weights_file} lacks {lost[0]}, which {run.config_file.name} names.")
     model = _plain(folder, exported.model, function)
     try:
         shape_(model, exported.structure)
@@ -163,15 +163,16 @@ def _misfit(folder: Path, ref: ModelRef, error: UnsupportedError) -> PruneError:
 
 def read_config(folder: Path) -> Exported:
     """The ``prunecli`` record of config.json. Raises PruneError."""
-    config = read_json(folder / CONFIG)
+    file = RunFolder(path=folder).config_file
+    config = read_json(file)
     if not isinstance(config, dict) or "prunecli" not in config:
-        raise PruneError(f"{folder / CONFIG} is not from prunecli.", hint="`local-dir:PATH` loads plain timm folders.")
+        raise PruneError(f"{file} is not from prunecli.", hint="`local-dir:PATH` loads plain timm folders.")
     try:
         return Exported.model_validate(config["prunecli"])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise PruneError(f"{folder / CONFIG} is damaged at prunecli.{where}: {first['msg']}.") from None
+        raise PruneError(f"{file} is damaged at prunecli.{where}: {first['msg']}.") from None
 
 
 def reference_input(size: tuple[int, int, int]) -> Tensor:

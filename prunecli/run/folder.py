@@ -16,28 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
 from prunecli.errors import UsageError
-from prunecli.files import (
-    explained,
-    read_value,
-    write_text,
-)
+from prunecli.files import explained, read_value, write_text
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import Plan
-from prunecli.values.report import Report
+from prunecli.values.report import PhaseName, Report
 
-WEIGHTS: Final = "model.safetensors"
-CONFIG: Final = "config.json"
-PLAN: Final = "plan.json"
-REPORT: Final = "report.json"
-PAGE: Final = "report.html"
-RECIPE: Final = "recipe.yaml"
-LOG: Final = "log.jsonl"
-REFERENCE: Final = "reference.safetensors"
-CHECKPOINTS: Final = "checkpoints"
-OURS: Final = (WEIGHTS, CONFIG, PLAN, REPORT, PAGE, RECIPE, LOG, REFERENCE)
+Trained = Literal["grow", "regularise", "push", "gate", "recovered", "finetuned"]  # what leaves weights for a resume
 
 log = logging.getLogger("prunecli")
 
@@ -50,41 +37,114 @@ _LEFT_BEHIND: Final = re.compile(r"\.(?:.+)\.(?:json|jsonl|yaml|html|safetensors
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """One run on disk. ``path`` exists once ``open_`` or ``create`` returned."""
+    """One run on disk, and the only place that names its files. ``path`` exists once ``prepare_`` has returned."""
 
     path: Path
 
     @property
+    def weights_file(self) -> Path:
+        """The exported model."""
+        return self.path / "model.safetensors"
+
+    @property
+    def config_file(self) -> Path:
+        """What a loader needs beside the weights."""
+        return self.path / "config.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """Which channels of which coupled group stay."""
+        return self.path / "plan.json"
+
+    @property
+    def report_file(self) -> Path:
+        """All figures. Written last, so its presence means that every gate was passed."""
+        return self.path / "report.json"
+
+    @property
+    def page_file(self) -> Path:
+        """The report for people."""
+        return self.path / "report.html"
+
+    @property
+    def recipe_file(self) -> Path:
+        """The resolved recipe. Written first."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        """One JSON line an event."""
+        return self.path / "log.jsonl"
+
+    @property
+    def reference_file(self) -> Path:
+        """The logits that ``verify`` compares with."""
+        return self.path / "reference.safetensors"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What a run writes beside its checkpoints; the report comes first."""
+        return (
+            self.report_file,
+            self.weights_file,
+            self.config_file,
+            self.plan_file,
+            self.page_file,
+            self.recipe_file,
+            self.log_file,
+            self.reference_file,
+        )
+
+    @property
     def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
+        """Where the state for a resume lies."""
+        return self.path / "checkpoints"
+
+    @property
+    def progress_file(self) -> Path:
+        """What the finished stages measured."""
+        return self.checkpoints / "progress.json"
+
+    @property
+    def gates_file(self) -> Path:
+        """Learnt gates |a| by group name, until the run is finished."""
+        return self.checkpoints / "gates.safetensors"
+
+    def weights_after(self, name: Trained) -> Path:
+        """The weights that a stage or phase left, until the run is finished."""
+        return self.checkpoints / f"{name}.safetensors"
+
+    def training_state(self, name: PhaseName | Literal["finetune"]) -> Path:
+        """The folder of a training's own checkpoints."""
+        return self.checkpoints / name
 
     @property
     def finished(self) -> bool:
         """The report is written last, so its presence means that every gate was passed."""
-        return (self.path / REPORT).is_file()
+        return self.report_file.is_file()
 
     @property
     def begun(self) -> bool:
         """The recipe is written first."""
-        return (self.path / RECIPE).is_file()
+        return self.recipe_file.is_file()
 
     def log(self, event: str, **values: object) -> None:
         """Append one line to log.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=str)
-        with explained(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as handle:
+        with explained(self.log_file), self.log_file.open("a", encoding="utf-8") as handle:
             handle.write(line + "\n")
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this run. Raises UsageError where the folder holds none."""
-        return Recipe.from_file(self.path / RECIPE)
+        return Recipe.from_file(self.recipe_file)
 
     def plan(self) -> Plan:
         """Raises PruneError where plan.json is missing or wrong."""
-        return read_value(Plan, self.path / PLAN)
+        return read_value(Plan, self.plan_file)
 
     def report(self) -> Report:
         """Raises PruneError where report.json is missing or wrong."""
-        return read_value(Report, self.path / REPORT)
+        return read_value(Report, self.report_file)
 
     def clear(self) -> None:
         """Remove what a run writes, and nothing else.
@@ -92,17 +152,24 @@ class RunFolder:
         The report goes first and the recipe stays, so that a kill halfway leaves an unfinished run, not a broken
         finished one or a folder that looks foreign.
         """
-        for name in (REPORT, *(name for name in OURS if name != RECIPE)):
-            (self.path / name).unlink(missing_ok=True)
+        for file in self.files:
+            if file != self.recipe_file:
+                file.unlink(missing_ok=True)
         for file in sorted(self.checkpoints.rglob("*"), reverse=True):
             if file.is_dir() and not file.is_symlink():
                 file.rmdir()
             else:
                 file.unlink()
 
+    def drop_stage_weights(self) -> None:
+        """Remove what only a resume needs: the weights between the stages, and the gates."""
+        for file in (*map(self.weights_after, get_args(Trained)), self.gates_file):
+            file.unlink(missing_ok=True)
+
     def sweep(self) -> None:
         """Remove half-written files that a killed process left behind."""
-        for folder in (self.path, self.checkpoints, self.checkpoints / "finetune"):
+        states = map(self.training_state, (*get_args(PhaseName), "finetune"))
+        for folder in (self.path, self.checkpoints, *states):
             for file in folder.glob(".*.tmp"):
                 if _LEFT_BEHIND.fullmatch(file.name):
                     file.unlink(missing_ok=True)
@@ -172,9 +239,14 @@ def _require_writable(path: Path) -> None:
 
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
-    """Keep other processes of ours out of a folder while this one works in it; the lock ends with the process.
+    """Keep other prunecli processes out of a folder while this one works in it; the lock ends with the process.
 
-    Raises UsageError where another process works in it.
+    The folder itself is locked. filelock would need a lock file in it, which a killed run and a file system without
+    locks leave behind, and which another user who may write the folder may not open.
+
+    Raises:
+        UsageError: Another process works in the folder.
+        PruneError: The folder cannot be made or read.
     """
     with explained(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -210,14 +282,14 @@ def prepare_(folder: RunFolder, recipe: Recipe, *, resume: bool, force: bool) ->
         if force:
             folder.clear()
         folder.sweep()
-    write_text(folder.path / RECIPE, recipe.to_yaml())
+    write_text(folder.recipe_file, recipe.to_yaml())
     with explained(folder.path):
         folder.checkpoints.mkdir(exist_ok=True)
 
 
 def is_run(path: str | Path) -> bool:
     """Whether a folder holds an exported model of ours."""
-    config = Path(path) / CONFIG
+    config = RunFolder(path=Path(path)).config_file
     try:
         return "prunecli" in json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -241,6 +313,7 @@ def _next_free(model: str) -> Path:
 
 def _newest_unfinished(model: str) -> Path:
     for path in reversed(_numbered(model).values()):
-        if (path / RECIPE).is_file() and not (path / REPORT).is_file():
+        run = RunFolder(path=path)
+        if run.begun and not run.finished:
             return path
     raise UsageError(f"There is no unfinished run of {_slug(model)} in ./runs.", hint="Name its folder with --out.")

@@ -16,12 +16,13 @@ from torch import nn
 from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, read_value, write_json
+from prunecli.interrupts import interrupted_as
 from prunecli.methods import phase
 from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
-from prunecli.run.folder import RECIPE, RunFolder, held, locate, prepare_
-from prunecli.run.progress import Command, Past, Progress
+from prunecli.run.folder import RunFolder, held, locate, prepare_
+from prunecli.run.progress import Command, History, Progress
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.training import retraining_rates
 from prunecli.values.plan import Plan
@@ -83,11 +84,11 @@ class Job:
     def save(self, progress: Progress) -> None:
         """Make the progress of a finished stage durable."""
         self.progress = progress
-        write_json(_progress_file(self.folder), progress.model_dump(mode="json"))
+        write_json(self.folder.progress_file, progress.model_dump(mode="json"))
 
-    def past(self, plan: Plan, now: Stage | None) -> Past:
+    def history(self, plan: Plan, now: Stage | None) -> History:
         """What this job did to its model so far."""
-        return Past(plan=plan, dense=self.progress.stage("dense"), now=now)
+        return History(plan=plan, dense=self.progress.stage("dense"), now=now)
 
     @property
     def epochs(self) -> int:
@@ -131,8 +132,8 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
 def _require_possible(command: Command, recipe: Recipe, images: Images | None) -> None:
     """Raises UsageError where a later stage would find that what it needs is not there."""
     if recipe.init is not None:
-        _require_start(command, recipe, images)
-    if command == "finetune" and recipe.finetune.schedule == "allr":
+        _require_start(command, recipe, images, recipe.init.kind)
+    if command == "finetune" and recipe.finetune.schedule.kind == "allr":
         raise UsageError(retraining_rates.NEEDS_A_CUT)
     for step in recipe.recover.steps:
         if step in _NEEDS_IMAGES and images is None:
@@ -144,15 +145,15 @@ def _require_possible(command: Command, recipe: Recipe, images: Images | None) -
         )
 
 
-def _require_start(command: Command, recipe: Recipe, images: Images | None) -> None:
+def _require_start(command: Command, recipe: Recipe, images: Images | None, init: str) -> None:
     """Raises UsageError where a new start makes no sense."""
     if images is None:
-        raise UsageError(f"init {recipe.init} is the start of a training, so it needs data.", hint="Give --data.")
+        raise UsageError(f"init {init} is the start of a training, so it needs data.", hint="Give --data.")
     if run_of(recipe):
-        raise UsageError(f"init {recipe.init} starts from a plain model, and {recipe.model} is a run folder.")
+        raise UsageError(f"init {init} starts from a plain model, and {recipe.model} is a run folder.")
     if command == "compress" and recipe.recover.steps:
         raise UsageError(
-            f"init {recipe.init} starts anew after the cut, so there is nothing to recover.",
+            f"init {init} starts anew after the cut, so there is nothing to recover.",
             hint="Give --recover none.",
         )
 
@@ -164,16 +165,16 @@ def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> Progress | 
             f"{folder.path} was started with another recipe.",
             hint="Resume without further options (the folder's recipe is used), or --force to start again.",
         )
-    if not _progress_file(folder).is_file():
+    if not folder.progress_file.is_file():
         return None
-    progress = read_value(Progress, _progress_file(folder))
+    progress = read_value(Progress, folder.progress_file)
     if progress.command != command:
         raise UsageError(
             f"{folder.path} was started with `prunecli {progress.command}`.",
             hint=f"`prunecli {progress.command} --resume --out {shlex.quote(str(folder.path))}` continues it.",
         )
     if progress.recipe_sha256 != recipe.sha256():  # cut off in the middle, YAML may still be a recipe
-        raise UsageError(f"{folder.path / RECIPE} was changed after the run had started.", hint="--force starts again.")
+        raise UsageError(f"{folder.recipe_file} was changed after the run had started.", hint="--force starts again.")
     return progress
 
 
@@ -188,18 +189,19 @@ def reload_(model: nn.Module, path: Path) -> None:
 @contextmanager
 def interruptible(job: Job) -> Iterator[None]:
     """Ctrl-C and SIGTERM end a run with what was finished on disk."""
-    try:
-        with job.closing:
-            yield
-    except (KeyboardInterrupt, InterruptedRunError):
+
+    def explain() -> InterruptedRunError:
         if not job.begun:
-            raise InterruptedRunError("Interrupted before anything was written.") from None
+            return InterruptedRunError("Interrupted before anything was written.")
         with suppress(PruneError):  # a full disk must not hide why the run ended
             job.folder.log("interrupted")
-        raise InterruptedRunError(
+        return InterruptedRunError(
             f"Interrupted; {job.folder.path} keeps what was finished.",
             hint=f"`prunecli {job.progress.command} --resume --out {shlex.quote(str(job.folder.path))}` continues.",
-        ) from None
+        )
+
+    with interrupted_as(explain), job.closing:
+        yield
 
 
 def _progress_file(folder: RunFolder) -> Path:

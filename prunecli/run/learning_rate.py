@@ -1,31 +1,53 @@
-"""Who decides the learning rate of a run."""
+"""Who decides the learning rate of a run: the user, the schedule, or the rules for the situation the model is in."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 from torch import nn
 
 from prunecli.data.images import Images
 from prunecli.errors import PruneError
-from prunecli.measure import accuracy as measure_accuracy
-from prunecli.measure.accuracy import knows_the_data
+from prunecli.measure import accuracy
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.schedules import CosineSchedule, StepSchedule
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run.folder import RunFolder
 from prunecli.run.job import DEFAULT_EPOCHS, Job
-from prunecli.run.progress import Past
+from prunecli.run.progress import History
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.surgery.cut import cut
-from prunecli.training import retraining_rates, schedule
-from prunecli.training.recommended_lr import recommend_lr
+from prunecli.training import retraining_rates
+from prunecli.training.optimizer import optimizer_name
+from prunecli.training.recommended_lr import recommendation
+from prunecli.training.retraining_rates import RemovedWeights
+from prunecli.values.learning_rate import FinetuneSituation, LRReport
 from prunecli.values.plan import Plan
-from prunecli.values.report import LRReport
 
 DISTILL_SHARE: Final = 0.9
 _SMALL_IMAGE: Final = 64  # pixels; the CIFAR-like side of the published rules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """A fine-tuning as it was asked for, whatever happens to the model before it.
+
+    Attributes:
+        recipe: the recipe.
+        source: the model as it was loaded.
+        images: the data; ``None`` without data.
+        epochs: the length, with the default filled in.
+        distill_share: the share of the loss that is distillation, with ``auto`` resolved.
+    """
+
+    recipe: Recipe
+    source: Source
+    images: Images | None
+    epochs: int
+    distill_share: float
 
 
 def learning_rate(job: Job) -> float:
@@ -41,64 +63,91 @@ def learning_rate_at(job: Job, plan: Plan, model: nn.Module, lost_top1: float | 
     """The rate to fine-tune ``model`` with, by labels alone, if it lost this share of the dense top-1."""
     if job.recipe.finetune.lr != "auto":
         return job.recipe.finetune.lr
-    past = job.past(plan, job.progress.stage("pruned"))
-    return _recommended(job, model, past, lost_top1=lost_top1, distill_share=0.0).recommended
+    by_labels = replace(_finetuning(job), distill_share=0.0)
+    history = job.history(plan, job.progress.stage("pruned"))
+    return _recommended(by_labels, model, history, lost_top1=lost_top1).recommended
 
 
 def finetune_settings(job: Job) -> FinetuneSettings:
-    """The settings of the recipe; where it leaves it to the tool, with the last rate that the recommendation names and
-    with distillation from a dense model that is worth learning from.
-    """
+    """The recipe's fine-tuning settings with the final rate and the distillation share resolved."""
     asked, found = job.recipe.finetune, job.progress.lr
-    decided: dict[str, Any] = {"distill": asked.distill.model_copy(update={"alpha": _distill_share(job)})}
-    if asked.min_lr is None and found is not None and "final_lr" in found.evidence:
-        decided["min_lr"] = found.evidence["final_lr"]
-    return asked.model_copy(update=decided)
+    schedule = asked.schedule
+    anneals = isinstance(schedule, CosineSchedule | StepSchedule) and schedule.min_lr is None
+    if anneals and found is not None and found.final_lr is not None:
+        schedule = schedule.updated(min_lr=found.final_lr)
+    return asked.updated(distill=asked.distill.updated(alpha=_distill_share(job)), schedule=schedule)
 
 
 def _distill_share(job: Job) -> float:
-    """What ``distill.alpha: auto`` means here: the dense model teaches where it knows the data, going by the validation
-    images, and where nothing else teaches already.
+    """The meaning of ``distill.alpha: auto`` here: the dense model teaches where it knows the data, going by the
+    validation images, and where nothing else teaches already.
     """
     asked, dense = job.recipe.finetune, job.progress.stage("dense")
     if asked.distill.alpha != "auto":
         return asked.distill.share
-    if job.progress.command != "compress" or asked.loss != "ce" or not dense or dense.top1 is None or not job.images:
+    if (
+        job.progress.command != "compress"
+        or asked.loss.kind != "ce"
+        or not dense
+        or dense.top1 is None
+        or not job.images
+    ):
         return 0.0
-    return DISTILL_SHARE if knows_the_data(dense.top1, job.images.num_classes) else 0.0
+    return DISTILL_SHARE if accuracy.halves_chance_error(dense.top1, job.images.num_classes) else 0.0
 
 
-def recommended_lr(job: Job, model: nn.Module, past: Past) -> LRReport:
-    """What the schedule prescribes, else the rules of ``lr`` on what was measured."""
-    return _recommended(job, model, past, lost_top1=_lost(past, job.images), distill_share=_distill_share(job))
+def recommended_lr(job: Job, model: nn.Module, history: History) -> LRReport:
+    """The rate that the schedule prescribes, else the one that the rules recommend for what was measured."""
+    return _recommended(_finetuning(job), model, history, lost_top1=_lost_top1(history, job.images))
 
 
-def _recommended(job: Job, model: nn.Module, past: Past, *, lost_top1: float | None, distill_share: float) -> LRReport:
-    if job.epochs and (prescribed := _prescribed_lr(job.recipe, job.source, past.plan, epochs=job.epochs)):
+def lr_of_source(recipe: Recipe) -> LRReport:
+    """The recommendation of ``prunecli lr``: for a run folder with the damage that its own report measured."""
+    source = load_source(recipe)
+    epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
+    # A run's own plan is not passed on: its cut has already been made in the loaded weights.
+    if epochs and (prescribed := _prescribed(recipe, source, None, epochs=epochs)):
         return prescribed
-    return lr_report(
-        job.recipe,
-        job.source,
-        model,
-        past,
-        lost_top1=lost_top1,
-        epochs=job.epochs,
+    images, history = open_images(recipe, source), history_of(recipe)
+    share = recipe.finetune.distill.share
+    asked = Finetuning(recipe=recipe, source=source, images=images, epochs=epochs, distill_share=share)
+    return recommendation(_situation(asked, source.model, history, lost_top1=_lost_top1(history, images)))
+
+
+def _finetuning(job: Job) -> Finetuning:
+    return Finetuning(
+        recipe=job.recipe,
+        source=job.source,
         images=job.images,
-        distill_share=distill_share,
+        epochs=job.epochs,
+        distill_share=_distill_share(job),
     )
 
 
-def _prescribed_lr(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
-    """Feed the norms of the weights before and after the cut to the schedules that have rates of their own."""
-    cut_too = plan is not None and recipe.finetune.schedule == "allr"
-    dense = _weight_norm(source.model) if cut_too else 0.0
-    return retraining_rates.prescribed_lr(
-        recipe.finetune,
-        epochs=epochs,
-        sparsity=1 - plan.predicted.params / plan.base.params if plan else 0.0,
-        norm_dense=dense,
-        norm_pruned=_weight_norm(cut(source.model, plan)) if plan and cut_too else dense,
+def _recommended(asked: Finetuning, model: nn.Module, history: History, *, lost_top1: float | None) -> LRReport:
+    if asked.epochs and (found := _prescribed(asked.recipe, asked.source, history.plan, epochs=asked.epochs)):
+        return found
+    return recommendation(_situation(asked, model, history, lost_top1=lost_top1))
+
+
+def _prescribed(recipe: Recipe, source: Source, plan: Plan | None, *, epochs: int) -> LRReport | None:
+    """The rate of a schedule that has one of its own; ``None`` for the others."""
+    allr = recipe.finetune.schedule.kind == "allr"
+    removed = _removed_weights(source.model, plan) if plan and allr else None
+    return retraining_rates.prescribed_lr(recipe.finetune, epochs=epochs, removed=removed)
+
+
+def _removed_weights(dense: nn.Module, plan: Plan) -> RemovedWeights:
+    return RemovedWeights(
+        sparsity=_removed_params(plan),
+        norm_dense=_weight_norm(dense),
+        norm_pruned=_weight_norm(cut(dense, plan)),
     )
+
+
+def _removed_params(plan: Plan) -> float:
+    """The share of the parameters that the plan removes."""
+    return 1 - plan.predicted.params / plan.base.params
 
 
 def _weight_norm(model: nn.Module) -> float:
@@ -106,81 +155,71 @@ def _weight_norm(model: nn.Module) -> float:
     return math.sqrt(math.fsum(float(tensor.detach().double().square().sum()) for tensor in model.parameters()))
 
 
-def lr_report(
-    recipe: Recipe,
-    source: Source,
-    model: nn.Module,
-    past: Past,
-    *,
-    lost_top1: float | None,
-    epochs: int,
-    images: Images | None,
-    distill_share: float,
-) -> LRReport:
-    """Feed the measured damage and the budget to ``lr.recommend_lr``."""
-    plan, dense, now, original = past.plan, past.dense, past.now, recipe.finetune.original
+def _situation(asked: Finetuning, model: nn.Module, history: History, *, lost_top1: float | None) -> FinetuneSituation:
+    """The measured damage and the budget of the fine-tuning, as the rules read them.
+
+    Args:
+        asked: the fine-tuning.
+        model: the model as it is to be fine-tuned.
+        history: what was done to the model before.
+        lost_top1: the share of the dense top-1 that the model lacks; ``None`` if unknown.
+    """
+    recipe, images, plan = asked.recipe, asked.images, history.plan
+    settings, original = recipe.finetune, recipe.finetune.original
     cut_groups = plan.cut_groups if plan else ()
     removed = [1 - len(group.keep) / group.width for group in cut_groups]
-    ratio = now.jsv.mean / dense.jsv.mean if dense and now and dense.jsv and now.jsv and dense.jsv.mean > 0 else None
-    return recommend_lr(
-        optimizer=schedule.optimizer_name(recipe.finetune, model),
-        epochs=epochs,
+    return FinetuneSituation(
+        optimizer=optimizer_name(settings, model),
+        epochs=asked.epochs,
         batch_size=recipe.data.batch_size,
-        small_images=max(source.spec.size[1:]) <= _SMALL_IMAGE,
+        small_images=max(asked.source.spec.size[1:]) <= _SMALL_IMAGE,
         removed_channels=sum(removed) / len(removed) if removed else 0.0,
-        removed_params=1 - plan.predicted.params / plan.base.params if plan else 0.0,
-        steps=epochs * images.steps_per_epoch or None if images is not None else None,
+        removed_params=_removed_params(plan) if plan else 0.0,
+        steps=asked.epochs * images.steps_per_epoch or None if images is not None else None,
         narrowest_width=min((len(group.keep) for group in cut_groups), default=None),
-        jsv_ratio=ratio,
+        jsv_ratio=_jsv_ratio(history),
         lost_top1=lost_top1,
-        base_peak_lr=original.lr if original else past.base_peak_lr,
+        base_peak_lr=original.lr if original else history.base_peak_lr,
         from_scratch=not recipe.pretrained,
-        distill_share=distill_share,
-        distill_temperature=recipe.finetune.distill.temperature,
+        distill_share=asked.distill_share,
+        distill_temperature=settings.distill.temperature,
     )
 
 
-def _lost(past: Past, images: Images | None) -> float | None:
-    """Share of the dense top-1 that the model lacks; none where that was not measured."""
-    dense, now = past.dense, past.now
+def _jsv_ratio(history: History) -> float | None:
+    """The mean Jacobian singular value now over the dense one; ``None`` where one was not measured."""
+    dense, now = history.dense, history.now
+    if not dense or not now or not dense.jsv or not now.jsv or dense.jsv.mean <= 0:
+        return None
+    return now.jsv.mean / dense.jsv.mean
+
+
+def _lost_top1(history: History, images: Images | None) -> float | None:
+    """The share of the dense top-1 that the model lacks; ``None`` where that was not measured."""
+    dense, now = history.dense, history.now
     if not images or not dense or dense.top1 is None or not now or now.top1 is None:
         return None
-    return measure_accuracy.lost_top1(dense.top1, now.top1, classes=images.num_classes)
+    return accuracy.lost_top1(dense.top1, now.top1, classes=images.num_classes)
 
 
-def past_of(recipe: Recipe) -> Past:
-    """What the run that a model comes from did to it. Raises PruneError where its plan or report cannot be read."""
+def history_of(recipe: Recipe) -> History:
+    """The history of a model that comes from a run folder; an empty one for other models.
+
+    Raises:
+        PruneError: the run's plan or report cannot be read.
+    """
     run = run_of(recipe)
     if run is None:
-        return Past()
+        return History()
     stages = run.report().stages
     dense = next((stage for stage in stages if stage.name == "dense"), None)
-    return Past(plan=run.plan(), dense=dense, now=stages[-1] if stages else None, base_peak_lr=_base_peak_lr(run))
+    return History(plan=run.plan(), dense=dense, now=stages[-1] if stages else None, base_peak_lr=_base_peak_lr(run))
 
 
 def _base_peak_lr(run: RunFolder) -> float | None:
-    """The rate its base was trained at, as its recipe says it; a recipe of another version says nothing."""
+    """The rate the run's base was trained at, by the run's recipe; ``None`` for a recipe of another version."""
     try:
         original = run.recipe().finetune.original
     except PruneError:
         return None
     return original.lr if original else None
-
-
-def lr_of_source(recipe: Recipe) -> LRReport:
-    """What ``prunecli lr`` says: for a run folder with the damage that its own report measured."""
-    source = load_source(recipe)
-    epochs = recipe.finetune.epochs if recipe.finetune.epochs is not None else DEFAULT_EPOCHS
-    if epochs and (prescribed := _prescribed_lr(recipe, source, None, epochs=epochs)):
-        return prescribed
-    images, past = open_images(recipe, source), past_of(recipe)
-    return lr_report(
-        recipe,
-        source,
-        source.model,
-        past,
-        lost_top1=_lost(past, images),
-        epochs=epochs,
-        images=images,
-        distill_share=recipe.finetune.distill.share,
-    )

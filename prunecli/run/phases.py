@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -12,31 +11,38 @@ from prunecli.files import read_tensors, write_tensors
 from prunecli.methods.gates import Gated, drawn_gates
 from prunecli.methods.phase import Phase, phases_of
 from prunecli.methods.train_phase import train_phase_
+from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Job, reload_
 from prunecli.run.learning_rate import finetune_settings
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Plan
 
 
-def plans_late(job: Job) -> bool:
-    """Whether the plan is made from weights that a phase leaves."""
-    return any(phase.before_plan for phase in phases_of(job.recipe))
+def pick_late(recipe: Recipe) -> bool:
+    """True if the method picks channels from weights that a training phase leaves."""
+    return any(phase.before_plan for phase in phases_of(recipe))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learnt:
-    """What the plan is to be made from: weights, on the CPU, and where gates were learnt their |a| by group name."""
+    """What the plan is to be made from.
+
+    Attributes:
+        model: the trained weights, on the CPU.
+        gates: magnitudes |a| ``[width]`` by group name; ``None`` where the method learns no gates.
+    """
 
     model: nn.Module
     gates: dict[str, Tensor] | None
 
 
-def before_plan(job: Job, first: Plan) -> Learnt:
-    """What the phases before the plan leave; ``first`` is the plan for the weights as they came."""
+def train_before_plan(job: Job, first: Plan) -> Learnt:
+    """What the phases before the plan leave; ``first`` is the plan on trial, for the weights as they came."""
     model = _through(job, first, before=True).cpu()
-    return Learnt(model=model, gates=read_tensors(_gates_file(job)) if job.recipe.method == "abp" else None)
+    return Learnt(model=model, gates=read_tensors(job.folder.gates_file) if job.recipe.method.kind == "abp" else None)
 
 
-def before_cut(job: Job, plan: Plan) -> nn.Module:
+def train_before_cut(job: Job, plan: Plan) -> nn.Module:
     """The weights that are cut: those of the source, where the method has no phase the very module."""
     return _through(job, plan, before=False) if phases_of(job.recipe) else job.source.model
 
@@ -52,7 +58,7 @@ def _through(job: Job, plan: Plan, *, before: bool) -> nn.Module:
 
 def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
     """One phase, or what an earlier start kept of it."""
-    weights = job.folder.checkpoints / f"{phase.name}.safetensors"
+    weights = job.folder.weights_after(phase.name)
     if any(done.name == phase.name for done in job.progress.phases):
         reload_(model, weights)
         return
@@ -66,19 +72,17 @@ def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
         plan.groups,
         job.images,
         finetune_settings(job),
-        method=job.recipe.method,
-        device=job.device,
-        seed=job.recipe.seed,
-        folder=job.folder.checkpoints / phase.name,
+        method=job.recipe.method.kind,
+        run=TrainingRun(
+            device=job.device,
+            seed=job.recipe.seed,
+            folder=job.folder.training_state(phase.name),
+            on_event=lambda event: job.relay({**event, "phase": phase.name}),
+        ),
         teacher=job.source.model,
-        on_event=lambda event: job.relay({**event, "phase": phase.name}),
     )
     if isinstance(net, Gated):
         net.fold_()
-        write_tensors(_gates_file(job), net.magnitudes())
+        write_tensors(job.folder.gates_file, net.magnitudes())
     write_tensors(weights, model.state_dict())
     job.save(job.progress.model_copy(update={"phases": (*job.progress.phases, report)}))
-
-
-def _gates_file(job: Job) -> Path:
-    return job.folder.checkpoints / "gates.safetensors"

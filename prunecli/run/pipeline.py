@@ -1,7 +1,8 @@
-"""The job: load → graph → plan → (train) → cut → recover → fine-tune → export → verify → report.
+"""The two jobs, each as its table of contents: load → graph → plan → (train) → cut → recover → fine-tune → export →
+verify → report. The chapters are in ``stages``.
 
-``compress`` only composes ``stages``. What a finished stage leaves behind is a file in the run folder, so that a run
-which was killed goes on behind the last finished stage, and inside fine-tuning behind the last saved step.
+What a finished stage leaves behind is a file in the run folder, so that a run which was killed goes on behind the last
+finished stage, and inside fine-tuning behind the last saved step.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import copy
 from pathlib import Path
 
 from prunecli.errors import PruneError, UsageError
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.job import Notify, interruptible, open_job
-from prunecli.run.learning_rate import past_of, recommended_lr
-from prunecli.run.progress import Past
+from prunecli.run.learning_rate import history_of, recommended_lr
+from prunecli.run.progress import History
 from prunecli.run.stages import (
+    cut_stage,
     dense_stage,
     empty_plan,
-    finetuned_stage,
+    finetune_stage_,
     finish,
-    planned_stage,
-    pruned_stage,
-    recovered_stage,
+    phase_stage,
+    pick_stage,
+    plan_stage,
+    recover_stage_,
 )
 from prunecli.values.report import Report
-
-# ---------------------------------------------------------------------------------------------- the job
 
 
 def compress(
@@ -44,10 +45,14 @@ def compress(
     """
     job = open_job("compress", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
-        planned = planned_stage(job)
-        smaller = pruned_stage(job, planned)
-        recovered_stage(job, planned, smaller)
-        return finish(job, planned.plan, finetuned_stage(job, smaller))
+        planned = plan_stage(job)
+        dense_stage(job)
+        planned = pick_stage(job, planned)
+        trained = phase_stage(job, planned.plan)
+        smaller = cut_stage(job, planned, trained)
+        recover_stage_(job, planned.plan, trained, smaller)
+        finetune_stage_(job, smaller)
+        return finish(job, planned.plan, smaller)
 
 
 def finetune(
@@ -66,20 +71,23 @@ def finetune(
     job = open_job("finetune", recipe, out=out, resume=resume, force=force, notify=notify)
     with interruptible(job):
         model = copy.deepcopy(job.source.model)  # the dense model stays as it came: the report and distillation need it
-        started = (start_anew_(model, recipe, job.source.spec.size),) if recipe.init is not None else ()
+        started = (
+            () if recipe.init is None else (initialise_(model, recipe.init, job.source.spec.size, seed=recipe.seed),)
+        )
         job.begin()
         dense_stage(job)
         if job.progress.lr is None:
-            past, notes = _past(recipe)
-            recommended = recommended_lr(job, model, past)
+            history, notes = _history(recipe)
+            recommended = recommended_lr(job, model, history)
             found = {"lr": recommended, "recovery": started, "warnings": notes}
             job.save(job.progress.model_copy(update=found))
-        return finish(job, empty_plan(job.source, recipe.seed), finetuned_stage(job, model))
+        finetune_stage_(job, model)
+        return finish(job, empty_plan(job.source, recipe.seed), model)
 
 
-def _past(recipe: Recipe) -> tuple[Past, tuple[str, ...]]:
-    """What the run that a model comes from did to it, and what there is to say where that run does not tell."""
+def _history(recipe: Recipe) -> tuple[History, tuple[str, ...]]:
+    """The history of a model that comes from a run, and a warning where that run cannot be read."""
     try:
-        return past_of(recipe), ()
+        return history_of(recipe), ()
     except PruneError as error:
-        return Past(), (f"{error} So the recommended learning rate is that of an uncut model.",)
+        return History(), (f"{error} So the recommended learning rate is that of an uncut model.",)

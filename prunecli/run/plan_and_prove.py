@@ -11,7 +11,7 @@ from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.graph.build import build_graph
 from prunecli.methods import gateable, phase
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.planning.budget import Learned
 from prunecli.planning.make import Planned, make_plan
@@ -36,13 +36,13 @@ def plan_and_prove(
     phase before the cut has nothing to train with or is too short for this plan.
     """
     phase.require_possible(recipe, images)
-    if recipe.target is None and recipe.method != "abp":
+    if recipe.target is None and recipe.method.kind != "abp":
         raise UsageError("No target was given.", hint="For example --target macs=50%.")
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)
     goal: _Goal
     if gates is not None:
         goal = _gated_goal(graph, recipe, gates)
-    elif recipe.method == "abp":
+    elif recipe.method.kind == "abp":
         found = gateable.gateable(source, graph, recipe.target, recipe.prune, seed=recipe.seed)
         goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
     else:
@@ -57,7 +57,8 @@ def plan_and_prove(
         proof = "the equivalence check was switched off"
     phase.require_time(recipe, planned.plan.groups)
     if recipe.init is not None:
-        start_anew_(cut(source.model, planned.plan), recipe, source.spec.size)  # a sparsity no layer has is said now
+        # A sparsity that no layer can have is refused now.
+        initialise_(cut(source.model, planned.plan), recipe.init, source.spec.size, seed=recipe.seed)
     return replace(planned, notes=(*goal.before, *planned.notes, *goal.after)), proof
 
 

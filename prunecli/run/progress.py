@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.plan import Plan
-from prunecli.values.report import FinetuneReport, LRReport, PhaseReport, RecoveryStep, Stage, StageName, TargetResult
+from prunecli.values.report import FinetuneReport, PhaseReport, RecoveryStep, Stage, StageName, TargetResult
 from prunecli.values.value import Value
 
 Command = Literal["compress", "finetune"]
@@ -41,14 +42,14 @@ class Progress(Value):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
-    """What was done to a model before its fine-tuning; nothing of it where it was neither cut nor measured.
+class History:
+    """A model's history before its fine-tuning. A field is ``None`` where that step did not happen.
 
     Attributes:
-        plan: what was cut.
-        dense: the model before that, as measured.
-        now: the model as it is to be fine-tuned.
-        base_peak_lr: highest rate the dense model was trained at, where somebody said so.
+        plan: the plan by which it was cut.
+        dense: the measurements of the model before the cut.
+        now: the measurements of the model as it is to be fine-tuned.
+        base_peak_lr: the highest rate the dense model was trained at, if known.
     """
 
     plan: Plan | None = None

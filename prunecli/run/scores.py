@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunecli.data.images import Images
 from prunecli.errors import UsageError
-from prunecli.methods.epsd import prospect_scores
+from prunecli.methods.epsd import epsd_scores
 from prunecli.methods.gates import is_open
 from prunecli.models.device import resolve_device
 from prunecli.models.outputs import logits_of
@@ -31,18 +31,18 @@ def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | Non
 
     Raises:
         UsageError: a method or criterion that needs data, without data.
-        PruneError: as ``prospect_scores`` and ``score.score_groups``.
+        PruneError: as ``epsd_scores`` and ``score.score_groups``.
     """
-    if recipe.method == "epsd":
+    if recipe.method.kind == "epsd":
         if images is None or images.steps_per_epoch < 1:
             raise UsageError(
                 "Method epsd takes a few training steps, so it needs training images.", hint="Give --data."
             )
-        channels = prospect_scores(
+        channels = epsd_scores(
             source.model,
             graph.groups,
             images,
-            recipe.epsd,
+            recipe.method,
             recipe.finetune,
             device=resolve_device(recipe.device),
             seed=recipe.seed,

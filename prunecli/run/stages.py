@@ -1,11 +1,17 @@
-"""The stages of a job, one function each."""
+"""The stages of a job, one function each, in the order in which ``pipeline`` calls them.
+
+A stage that an earlier start finished is not repeated: what it left is reloaded. ``stage_`` is the frame that all of
+them share; a stage hands it the work, and what is to be recorded once the result has been measured.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from torch import nn
@@ -14,12 +20,12 @@ from prunecli.errors import PruneError, TargetError
 from prunecli.files import write_json, write_tensors, write_text
 from prunecli.measure import cost
 from prunecli.measure.weights import weight_spectra
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.planning.make import Planned
 from prunecli.recovery.choose import recover_stage
-from prunecli.run import folder, phases, verify
+from prunecli.run import phases, verify
 from prunecli.run.export import export
 from prunecli.run.job import Job, reload_
 from prunecli.run.learning_rate import finetune_settings, learning_rate, learning_rate_at, recommended_lr
@@ -30,82 +36,171 @@ from prunecli.run.summary import rounded, summarise
 from prunecli.show import page
 from prunecli.surgery.cut import cut
 from prunecli.training import finetune as finetuning
+from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Cost, Plan
-from prunecli.values.report import RecoveryStep, Report, TargetResult
+from prunecli.values.report import RecoveryStep, Report, Stage, StageName, TargetResult
 
 TARGET_TOLERANCE: Final = 0.01
 
 
-# ---------------------------------------------------------------------------------------------- resumable stages
+# ---------------------------------------------------------------------------------------------- the frame of a stage
 
 
-def dense_stage(job: Job) -> None:
-    """Measure the model as it came."""
-    if job.progress.stage("dense"):
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage did to its model, as far as the frame has to know.
+
+    Attributes:
+        record: from the measured stage to what else the progress keeps of it.
+        notes: remarks for the report.
+        seconds: time that was spent before the frame began to count.
+        unchanged_since: stage whose measurement still holds, because the model is the same; ``None``: measure it.
+    """
+
+    record: Callable[[Stage], Mapping[str, object]] = lambda _: {}
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    unchanged_since: StageName | None = None
+
+
+def stage_(
+    job: Job, name: StageName, model: nn.Module, work: Callable[[], Work], *, weights: Path | None = None
+) -> None:
+    """Run one stage, or take up what an earlier start finished of it: work, measure, write the weights, save.
+
+    Args:
+        job: the run; its progress gains the stage.
+        name: of the stage.
+        model: the model that the stage works on, in place.
+        work: the stage's own part. It is called only where no earlier start finished the stage.
+        weights: file that keeps the model's weights for a resume; ``None``: the stage leaves them as they were.
+    """
+    if job.progress.stage(name):
+        if weights is not None:
+            reload_(model, weights)
         return
     began = time.perf_counter()
-    model = job.source.model
-    stage, values = measured_stage(job, "dense", model, began)
-    spectra = {name: rounded(sv) for name, sv in weight_spectra(model).items()}
-    job.save(job.progress.with_stage(stage, values, dense_spectra=spectra))
+    done = work()
+    if done.unchanged_since is None:
+        stage, jacobian = measured_stage(job, name, model, began - done.seconds, notes=done.notes)
+    else:
+        stage, jacobian = _carried_over(job, done.unchanged_since, name, began, notes=done.notes)
+    record = done.record(stage)
+    if weights is not None:
+        write_tensors(weights, model.state_dict())
+    job.save(job.progress.with_stage(stage, jacobian, **record))
 
 
-def planned_stage(job: Job) -> Planned:
-    """The plan: read back where an earlier start made it, else made and proved before anything is written."""
+def _carried_over(
+    job: Job, earlier: StageName, name: StageName, began: float, *, notes: tuple[str, ...]
+) -> tuple[Stage, tuple[float, ...] | None]:
+    """The measurement of an earlier stage under a new name."""
+    measured = job.progress.stage(earlier)
+    assert measured is not None
+    seconds = round(time.perf_counter() - began, 3)
+    stage = measured.model_copy(update={"name": name, "seconds": seconds, "notes": notes})
+    return stage, job.progress.jacobians.get(earlier)
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def plan_stage(job: Job) -> Planned:
+    """The plan: read back where an earlier start made it, else made and proved before anything is written.
+
+    Where the method picks channels only after a training phase, it is a plan on trial: ``pick_stage`` makes the final
+    one.
+    """
     if job.progress.target is not None:
         plan = job.folder.plan()
         if plan.sha256() != job.progress.plan_sha256:
             raise PruneError(
-                f"{job.folder.path / folder.PLAN} was changed after the run had started.", hint="--force starts again."
+                f"{job.folder.plan_file} was changed after the run had started.", hint="--force starts again."
             )
         job.begin()
         return Planned(plan=plan, target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
     planned, proof = plan_and_prove(job.source, job.recipe, job.images)
     job.begin()
-    if phases.plans_late(job):
-        dense_stage(job)
-        learnt = phases.before_plan(job, planned.plan)
-        job.notify({"event": "start", "name": "plan"})
-        source = replace(job.source, model=learnt.model)
-        planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates)
-    write_json(job.folder.path / folder.PLAN, planned.plan.model_dump(mode="json"))
-    job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
-    made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
-    job.save(job.progress.model_copy(update=made))
+    if not phases.pick_late(job.recipe):
+        _record_plan(job, planned, proof)
     return planned
 
 
-def _regularised(job: Job, plan: Plan) -> nn.Module:
-    """Train through the phases before the cut, if the method has any, and measure what they made of the dense net."""
-    trained = phases.before_cut(job, plan)
-    if job.progress.stage("regularised") or not job.progress.phases:
-        return trained
-    began = time.perf_counter() - math.fsum(done.seconds for done in job.progress.phases)
-    norms = sorted({norm for group in plan.cut_groups for norm in group.norms})
-    note = f"the statistics of {len(norms)} norms, first {norms[0]}, change with the cut" if norms else None
-    stage, values = measured_stage(job, "regularised", trained, began, notes=(note,) if note else ())
-    job.save(job.progress.with_stage(stage, values))
+def pick_stage(job: Job, planned: Planned) -> Planned:
+    """The final plan: for a method that picks channels late, made from what its first phases leave."""
+    if job.progress.target is not None:
+        return planned
+    learnt = phases.train_before_plan(job, planned.plan)
+    job.notify({"event": "start", "name": "plan"})
+    source = replace(job.source, model=learnt.model)
+    planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates)
+    _record_plan(job, planned, proof)
+    return planned
+
+
+def _record_plan(job: Job, planned: Planned, proof: str) -> None:
+    write_json(job.folder.plan_file, planned.plan.model_dump(mode="json"))
+    job.say("plan", groups=len(planned.plan.cut_groups), macs=planned.plan.predicted.macs, proof=proof)
+    made = {"target": planned.target, "plan_sha256": planned.plan.sha256(), "warnings": planned.notes}
+    job.save(job.progress.model_copy(update=made))
+
+
+def empty_plan(source: Source, seed: int) -> Plan:
+    """The plan of a job that cuts nothing."""
+    return Plan(
+        model=source.ref,
+        engine="none",
+        criterion="none",
+        ranking="none",
+        seed=seed,
+        groups=(),
+        base=source.cost,
+        predicted=source.cost,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- from dense to smaller
+
+
+def dense_stage(job: Job) -> None:
+    """Measure the model as it came."""
+    model = job.source.model
+
+    def record(_: Stage) -> Mapping[str, object]:
+        return {"dense_spectra": {name: rounded(values) for name, values in weight_spectra(model).items()}}
+
+    stage_(job, "dense", model, lambda: Work(record=record))
+
+
+def phase_stage(job: Job, plan: Plan) -> nn.Module:
+    """The weights that are cut: those of the source, trained through the phases of the method where it has any."""
+    trained = phases.train_before_cut(job, plan)
+    if job.progress.phases:
+        norms = sorted({norm for group in plan.cut_groups for norm in group.norms})
+        note = f"the statistics of {len(norms)} norms, first {norms[0]}, change with the cut" if norms else None
+        seconds = math.fsum(done.seconds for done in job.progress.phases)
+        stage_(job, "regularised", trained, lambda: Work(notes=(note,) if note else (), seconds=seconds))
     return trained
 
 
-def pruned_stage(job: Job, planned: Planned) -> nn.Module:
-    """Measure dense, train before the cut, cut, measure again; the target is checked on the model itself, not on the
-    prediction.
+def cut_stage(job: Job, planned: Planned, trained: nn.Module) -> nn.Module:
+    """The smaller model. The target is checked on the model itself, not on the prediction.
+
+    Raises TargetError where it was missed.
     """
-    dense_stage(job)
-    trained = _regularised(job, planned.plan)
     began = time.perf_counter()
     smaller = cut(trained, planned.plan)
-    if job.progress.stage("pruned"):
-        return smaller
-    stage, values = measured_stage(job, "pruned", smaller, began)
-    size = Cost(params=stage.params, macs=stage.macs, bytes=stage.bytes)
-    if size != planned.plan.predicted:
-        job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
-    _check_target(planned.target, size, job.source.cost)
-    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
-    job.save(job.progress.with_stage(stage, values, lr=recommended))
+    seconds = time.perf_counter() - began
+
+    def record(stage: Stage) -> Mapping[str, object]:
+        size = Cost(params=stage.params, macs=stage.macs, bytes=stage.bytes)
+        if size != planned.plan.predicted:
+            job.say("warning", text=f"predicted {planned.plan.predicted}, measured {size}")
+        _check_target(planned.target, size, job.source.cost)
+        return {"lr": recommended_lr(job, smaller, job.history(planned.plan, stage))}
+
+    stage_(job, "pruned", smaller, lambda: Work(record=record, seconds=seconds))
     return smaller
 
 
@@ -125,68 +220,60 @@ def _check_target(target: TargetResult, size: Cost, base: Cost) -> None:
         )
 
 
-def recovered_stage(job: Job, planned: Planned, smaller: nn.Module) -> None:
-    """Recover in place of ``smaller``'s weights; the recovered weights are kept on disk for a resume."""
-    weights = job.folder.checkpoints / "recovered.safetensors"
-    if job.progress.stage("recovered"):
-        reload_(smaller, weights)
-        return
-    began = time.perf_counter()
-    assert job.progress.lr is not None
-    job.notify({"event": "start", "name": "recover"})
-    steps: tuple[RecoveryStep, ...]
+def recover_stage_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module) -> None:
+    """Recover, in place, what the cut of ``trained`` to ``smaller`` broke."""
+
+    def work() -> Work:
+        assert job.progress.lr is not None
+        job.notify({"event": "start", "name": "recover"})
+        steps = _recover_(job, plan, trained, smaller)
+
+        def record(stage: Stage) -> Mapping[str, object]:
+            return {"recovery": steps, "lr": recommended_lr(job, smaller, job.history(plan, stage))}
+
+        if any(step.kept for step in steps):
+            return Work(record=record)
+        note = "no recovery step was kept: the pruned weights"
+        return Work(record=record, notes=(note,), unchanged_since="pruned")
+
+    stage_(job, "recovered", smaller, work, weights=job.folder.weights_after("recovered"))
+
+
+def _recover_(job: Job, plan: Plan, trained: nn.Module, smaller: nn.Module) -> tuple[RecoveryStep, ...]:
+    """The recovery of the recipe; a recipe that trains from scratch starts anew instead."""
     if job.recipe.init is not None:
-        steps = (start_anew_(smaller.cpu(), job.recipe, job.source.spec.size),)
-    else:
-        context = recovery_context(job, phases.before_cut(job, planned.plan), planned.plan)
-        model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, planned.plan, smaller))
-        smaller.load_state_dict(model.state_dict())
-    if not any(step.kept for step in steps):
-        pruned = job.progress.stage("pruned")
-        assert pruned is not None
-        seconds = round(time.perf_counter() - began, 3)
-        stage = pruned.model_copy(
-            update={
-                "name": "recovered",
-                "seconds": seconds,
-                "notes": ("no recovery step was kept: the pruned weights",),
-            }
-        )
-        values = job.progress.jacobians.get("pruned")
-    else:
-        stage, values = measured_stage(job, "recovered", smaller, began)
-    recommended = recommended_lr(job, smaller, job.past(planned.plan, stage))
-    write_tensors(weights, smaller.state_dict())
-    job.save(job.progress.with_stage(stage, values, recovery=steps, lr=recommended))
+        return (initialise_(smaller.cpu(), job.recipe.init, job.source.spec.size, seed=job.recipe.seed),)
+    context = recovery_context(job, trained, plan)
+    model, steps = recover_stage(context, smaller, partial(learning_rate_at, job, plan, smaller))
+    smaller.load_state_dict(model.state_dict())
+    return steps
 
 
-def finetuned_stage(job: Job, model: nn.Module) -> nn.Module:
-    """Fine-tune, or say that nothing was fine-tuned."""
-    weights = job.folder.checkpoints / "finetuned.safetensors"
-    if job.progress.stage("finetuned"):
-        reload_(model, weights)
-        return model
+def finetune_stage_(job: Job, model: nn.Module) -> None:
+    """Fine-tune in place; nothing happens where the budget is 0 epochs."""
     if job.epochs == 0:
-        return model
-    assert job.images is not None
-    began = time.perf_counter()
-    job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
-    result = finetuning.finetune(
-        model,
-        job.images,
-        finetune_settings(job),
-        lr=learning_rate(job),
-        epochs=job.epochs,
-        device=job.device,
-        seed=job.recipe.seed,
-        folder=job.folder.checkpoints / "finetune",
-        teacher=job.source.model,
-        on_event=job.relay,
-    )
-    stage, values = measured_stage(job, "finetuned", model, began)
-    write_tensors(weights, model.state_dict())
-    job.save(job.progress.with_stage(stage, values, finetune=result))
-    return model
+        return
+
+    def work() -> Work:
+        assert job.images is not None
+        job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
+        result = finetuning.finetune(
+            model,
+            job.images,
+            finetune_settings(job),
+            lr=learning_rate(job),
+            epochs=job.epochs,
+            run=TrainingRun(
+                device=job.device,
+                seed=job.recipe.seed,
+                folder=job.folder.training_state("finetune"),
+                on_event=job.relay,
+            ),
+            teacher=job.source.model,
+        )
+        return Work(record=lambda _: {"finetune": result})
+
+    stage_(job, "finetuned", model, work, weights=job.folder.weights_after("finetuned"))
 
 
 # ---------------------------------------------------------------------------------------------- the end of a job
@@ -198,29 +285,14 @@ def finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     model = model.cpu().eval()
     size = cost.measure(model, job.source.spec.size)
     job.notify({"event": "start", "name": "export"})
-    write_json(job.folder.path / folder.PLAN, plan.model_dump(mode="json"))
+    write_json(job.folder.plan_file, plan.model_dump(mode="json"))
     export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
     verified = verify.verify(job.folder.path, Function.of(job.source.ref))
     job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
     report = summarise(job, model, size, verified)
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
-    write_text(job.folder.path / folder.PAGE, html)
-    write_json(job.folder.path / folder.REPORT, report.model_dump(mode="json"))
-    for name in ("grow", "regularise", "push", "gate", "gates", "recovered", "finetuned"):
-        (job.folder.checkpoints / f"{name}.safetensors").unlink(missing_ok=True)
+    write_text(job.folder.page_file, html)
+    write_json(job.folder.report_file, report.model_dump(mode="json"))
+    job.folder.drop_stage_weights()
     job.say("done", seconds=round(time.perf_counter() - job.started, 3))
     return report
-
-
-def empty_plan(source: Source, seed: int) -> Plan:
-    """The plan of a job that cuts nothing."""
-    return Plan(
-        model=source.ref,
-        engine="none",
-        criterion="none",
-        ranking="none",
-        seed=seed,
-        groups=(),
-        base=source.cost,
-        predicted=source.cost,
-    )

@@ -1,4 +1,4 @@
-"""What a finished job says of itself: the report from the progress and the final model."""
+"""The report of a finished job, from its progress and its final model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from prunecli import __version__
+from prunecli.errors import listed
 from prunecli.measure.stage_spectrum import jacobian_effort
 from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
-from prunecli.run import folder
 from prunecli.run.job import Job
 from prunecli.run.progress import Progress
 from prunecli.values.plan import Cost
@@ -29,7 +29,7 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
     return Report(
         model=job.source.ref.name,
         base=_figures(job.source.cost, dense),
-        final=_figures(size, last) | {"file_bytes": (job.folder.path / folder.WEIGHTS).stat().st_size},
+        final=_figures(size, last) | {"file_bytes": job.folder.weights_file.stat().st_size},
         stages=progress.stages,
         target=progress.target,
         layers=_layers(job.source.model, model, progress.dense_spectra),
@@ -73,33 +73,33 @@ def _layers(dense: nn.Module, final: nn.Module, dense_spectra: dict[str, tuple[f
 
 
 def _warnings(job: Job, size: Cost) -> tuple[str, ...]:
-    """What a user must not learn by accident."""
-    said = [*job.source.notes, *job.progress.warnings]
+    """Limits of the result that a user has to know, each once."""
+    warnings = [*job.source.notes, *job.progress.warnings]
     if job.images is None:
-        said.append("No data was given: nothing was fine-tuned and no accuracy was measured.")
+        warnings.append("No data was given: nothing was fine-tuned and no accuracy was measured.")
     elif job.epochs == 0:
-        said.append("Nothing was fine-tuned: the budget is 0 epochs.")
+        warnings.append("Nothing was fine-tuned: the budget is 0 epochs.")
     if job.images is not None and job.images.unreadable:
-        names = ", ".join(sorted(job.images.unreadable)[:3])
-        said.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
+        names = listed(sorted(job.images.unreadable), 3)
+        warnings.append(f"{len(job.images.unreadable)} images were unreadable and left out: {names}.")
     classified = job.source.ref.num_classes > 0
     if (
         classified
         and job.recipe.spectrum.samples == "auto"
         and jacobian_effort(job.recipe, job.source, job.device)[1] == 0
     ):
-        said.append("The Jacobian spectrum was not taken: it would take minutes an image here.")
+        warnings.append("The Jacobian spectrum was not taken: it would take minutes an image here.")
     if size.macs >= job.source.cost.macs and job.progress.target is not None:
-        said.append("The model does not have fewer multiply-adds than before.")
-    return tuple(dict.fromkeys(said))
+        warnings.append("The model does not have fewer multiply-adds than before.")
+    return tuple(dict.fromkeys(warnings))
 
 
 def versions() -> dict[str, str]:
-    """What a rerun has to match."""
+    """Versions of Python and of the packages that a rerun has to match."""
     packages = ("torch", "timm", "safetensors", "accelerate")
     return {"prunecli": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def rounded(values: torch.Tensor) -> tuple[float, ...]:
-    """Singular values at six significant digits: what a plot can show, at a third of the size."""
+    """Singular values at six significant digits: enough for a plot, at a third of the size in the file."""
     return tuple(float(f"{value:.6g}") for value in values.tolist())

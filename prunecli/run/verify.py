@@ -15,7 +15,7 @@ from prunecli.errors import PruneError, UsageError, VerificationError
 from prunecli.files import read_tensors, sha256_of
 from prunecli.models.user_function import Function
 from prunecli.run.export import load_exported, read_config, reference_logits, require_consent
-from prunecli.run.folder import REFERENCE, WEIGHTS
+from prunecli.run.folder import RunFolder
 from prunecli.values.plan import ModelRef
 from prunecli.values.report import VerifyReport
 
@@ -81,14 +81,15 @@ def _recorded_model(path: Path) -> ModelRef | None:
 def verify_here(path: Path, function: Function | None = None) -> VerifyReport:
     """The comparison itself, in this process. Raises PruneError."""
     exported = read_config(path)
-    weights = path / WEIGHTS
+    run = RunFolder(path=path)
+    weights = run.weights_file
     if not weights.is_file():
         raise PruneError(f"{weights} is missing.")
     if weights.stat().st_size != exported.weights_bytes or sha256_of(weights) != exported.weights_sha256:
         raise PruneError(f"{weights} is not the file that was exported (size or digest differ).")
-    reference = read_tensors(path / REFERENCE).get("logits")
+    reference = read_tensors(run.reference_file).get("logits")
     if reference is None:
-        raise PruneError(f"{path / REFERENCE} holds no logits.")
+        raise PruneError(f"{run.reference_file} holds no logits.")
     model, _ = load_exported(path, function)
     logits = reference_logits(model, exported.model)
     classes = exported.model.num_classes

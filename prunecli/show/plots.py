@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from prunecli.show import wording
 from prunecli.values.report import LayerReport, PhaseReport, Stage
 
-SPECTRA_SHOWN = 24
-WIDTHS_SHOWN = 60
+SPECTRA_SHOWN: Final = 24
+WIDTHS_SHOWN: Final = 60
 
 _INK = "#010203"  # stands for the page's text colour until the drawing is text
 _BEFORE, _AFTER = "#7d8fa8", "#e0712c"
@@ -48,11 +48,11 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
 }
-_POINTS = 128  # of one curve: more than a panel has pixels for
+_POINTS: Final = 128  # points per curve: more would be closer than a pixel
 
 
 def _drawn(draw: Callable[[Figure], None], *, width: float, height: float, label: str) -> str:
-    """One figure of ``width`` x ``height`` inches as an ``<svg>`` element; ``label`` is what a screen reader says."""
+    """One figure of ``width`` x ``height`` inches as an ``<svg>`` element; ``label`` is its name for screen readers."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": label}):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
@@ -66,7 +66,7 @@ def _drawn(draw: Callable[[Figure], None], *, width: float, height: float, label
 
 
 def stages_plot(stages: Sequence[Stage]) -> str:
-    """Top-1, parameters, multiply-adds and bytes of every stage, side by side."""
+    """Top-1 (%), parameters, multiply-adds and bytes of every stage, side by side, as ``<svg>``."""
     panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
         ("top-1 (%)", [stage.top1 for stage in stages], lambda value: f"{value:.2f}"),
         ("parameters", [stage.params for stage in stages], wording.count),
@@ -97,8 +97,11 @@ def stages_plot(stages: Sequence[Stage]) -> str:
 def jacobian_plot(stages: Sequence[Stage], jacobians: Mapping[str, Sequence[float]]) -> str:
     """Jacobian singular values of every stage on one logarithmic axis.
 
-    A histogram where ``jacobians`` holds the values of a stage; else the range from smallest to largest. The dashed
-    mark is the mean. Values of zero have no place on the axis and are counted beside it.
+    The dashed mark is the mean. Zeros have no place on the axis and are counted beside it.
+
+    Args:
+        stages: all stages; those without a measured Jacobian are left out.
+        jacobians: singular values by stage name, for a histogram; a stage without them gets its range as a bar.
     """
     measured = [stage for stage in stages if stage.jsv]
     values = {stage.name: np.asarray(jacobians.get(stage.name, ()), dtype=float) for stage in measured}
@@ -121,8 +124,8 @@ def jacobian_plot(stages: Sequence[Stage], jacobians: Mapping[str, Sequence[floa
             if stage.jsv.mean > 0:
                 axes.axvline(stage.jsv.mean, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
             zeros = int((found == 0).sum())
-            told = f"{wording.STAGE_NAMES[stage.name]}, mean {wording.figure(stage.jsv.mean)}"
-            axes.set_title(told + (f", {zeros} are zero" if zeros else ""), loc="left")
+            title = f"{wording.STAGE_NAMES[stage.name]}, mean {wording.figure(stage.jsv.mean)}"
+            axes.set_title(title + (f", {zeros} are zero" if zeros else ""), loc="left")
             _logarithmic(axes, "x")
             axes.set_xlim(low, 1.5 * top)
             axes.yaxis.set_major_locator(NullLocator())
@@ -137,7 +140,7 @@ _Panel = tuple[str, Sequence[_Curve], str]  # title, curves, scale
 
 
 def finetuning_plot(history: Sequence[Mapping[str, float]]) -> str:
-    """Losses, validation top-1 and learning rate by epoch; a panel where the history has its figures."""
+    """Losses, validation top-1 and learning rate by epoch; quantities that the history lacks get no panel."""
     panels: list[_Panel] = [
         ("loss", [("train_loss", "training", _BEFORE), ("loss", "validation", _AFTER)], "linear"),
         ("validation top-1 (%)", [("top1", "", _STAGE_COLOURS["finetuned"])], "linear"),
@@ -147,7 +150,7 @@ def finetuning_plot(history: Sequence[Mapping[str, float]]) -> str:
 
 
 def phase_plot(done: PhaseReport) -> str:
-    """The penalty's factor, the cross-entropy and what is left of the penalised, by epoch of a phase before the cut."""
+    """Penalty factor, cross-entropy, penalty, channel norm and open gates by epoch of a phase before the cut."""
     penalised = "Gram loss" if done.method == "tpp" else done.method
     panels: list[_Panel] = [
         ("factor λ", [("reg", "", _INK)], "linear"),
@@ -160,9 +163,9 @@ def phase_plot(done: PhaseReport) -> str:
 
 
 def _by_epoch(history: Sequence[Mapping[str, float]], panels: Sequence[_Panel], *, label: str) -> str:
-    """One panel beside the other, with the curves that the end of the history has; a logarithm where all is positive.
+    """Panels side by side, each with those of its curves that the last entry of the history has.
 
-    On a logarithmic axis a zero is left out: nothing is left of it there.
+    A panel whose scale is "log" leaves out values that are not positive; without any positive one its axis is linear.
     """
     epochs = [entry["epoch"] for entry in history]
     known = [(title, [c for c in curves if c[0] in history[-1]], scale) for title, curves, scale in panels]
@@ -241,7 +244,7 @@ def weight_spectra_plot(layers: Sequence[LayerReport]) -> str:
 
 
 def short(name: str, limit: int = 34) -> str:
-    """A layer's name with its middle left out where it is longer than ``limit``."""
+    """A layer's name in at most ``limit`` characters: where it is longer, an ellipsis replaces its middle."""
     if len(name) <= limit:
         return name
     tail = (limit - 1) * 2 // 3
@@ -249,7 +252,7 @@ def short(name: str, limit: int = 34) -> str:
 
 
 def _thinned(values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """At most ``_POINTS`` of the values with their ranks (from 1), first and last among them."""
+    """Ranks (from 1) and values of at most ``_POINTS`` evenly spaced points, first and last among them."""
     if len(values) <= _POINTS:
         places = list(range(len(values)))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,10 +14,10 @@ from rich.text import Text
 
 from prunecli.errors import listed
 from prunecli.show import wording
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
     Accuracy,
-    LRReport,
     PhaseCost,
     Report,
     SpectrumSummary,
@@ -27,12 +27,13 @@ from prunecli.values.report import (
 )
 
 if TYPE_CHECKING:
+    from prunecli.recipe.reference import Key
     from prunecli.values.groups import Frozen, Graph, Tie
     from prunecli.values.inspection import Inspection
     from prunecli.values.support_matrix import Matrix, Row
 
-_EXPLAINED = 0.9  # prunable share of the parameters below which the reason is shown
-_NAMES_SHOWN = 3  # of layers in one cell: what 80 columns hold
+_EXPLAINED: Final = 0.9  # prunable share of the parameters below which the reason is shown
+_NAMES_SHOWN: Final = 3  # layer names that fit in one cell of 80 columns
 
 
 def _table(title: str | None, *columns: str, numeric: Iterable[str] = ()) -> Table:
@@ -53,7 +54,7 @@ def _row(table: Table, *cells: str) -> None:
 
 
 def _fields(*pairs: tuple[str, str]) -> Table:
-    """Label and sentence, a pair a line; long sentences fold under their own column."""
+    """One line per pair of label and sentence; long sentences fold under their own column."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
@@ -69,19 +70,28 @@ def _notes(notes: Sequence[str]) -> list[RenderableType]:
 # ---------------------------------------------------------------------------------------------- a finished run
 
 
-def report_summary(report: Report, folder: Path) -> RenderableType:
-    """The end of a run: dense against final, every stage, target, learning rate, verification, where the report is."""
+def report_summary(report: Report, *, page: Path, model: Path) -> RenderableType:
+    """The end of a run: dense against final, every stage, target, learning rate, verification, places.
+
+    Args:
+        report: The report of the run.
+        page: Where the report for people lies.
+        model: Where the exported weights lie.
+
+    Raises:
+        ValueError: The report has no stages.
+    """
     parts: list[RenderableType] = [
         Text(wording.headline(report)),
         final_table(report),
         stages_table(report.stages),
-        _fields(*_outcome(report, folder)),
+        _fields(*_outcome(report), ("report", str(page)), ("model", str(model))),
         *_notes(report.warnings),
     ]
     return Group(*parts)
 
 
-def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
+def _outcome(report: Report) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     if report.target:
         lines.append(("target", wording.target_line(report.target)))
@@ -97,14 +107,14 @@ def _outcome(report: Report, folder: Path) -> list[tuple[str, str]]:
         lines.append(("budget", budget))
     if report.verify:
         lines.append(("verified", _verdict(report.verify)))
-    return [*lines, ("report", str(folder / "report.html")), ("model", str(folder / "model.safetensors"))]
+    return lines
 
 
 def _finetuning(report: Report) -> str:
     done = report.finetune
     assert done is not None
     how = (f"{done.epochs} epochs", f"{done.steps} steps", f"LR {done.lr:g}", done.schedule)
-    text = ", ".join((*how, *wording.taught(done)))
+    text = ", ".join((*how, *wording.distillation(done)))
     if done.best_top1 is None or done.best_epoch is None:
         return text
     return (
@@ -113,7 +123,11 @@ def _finetuning(report: Report) -> str:
 
 
 def final_table(report: Report) -> Table:
-    """Dense against final, a figure a row."""
+    """Dense against final, one figure per row.
+
+    Raises:
+        ValueError: The report has no stages.
+    """
     first, last = wording.ends(report)
     table = _table(None, "", "dense", "final", "change", numeric=("dense", "final", "change"))
     for label, before, after in (("top-1", first.top1, last.top1), ("top-5", first.top5, last.top5)):
@@ -128,7 +142,7 @@ def final_table(report: Report) -> Table:
 
 
 def _before_after(before: float | None, after: float | None) -> tuple[str, str, str]:
-    """A measured number before, after, and their difference."""
+    """A measured number before and after, and the difference; a dash for what is ``None``."""
     change = wording.DASH if before is None or after is None else f"{after - before:+.3g}"
     return wording.figure(before), wording.figure(after), change
 
@@ -168,7 +182,7 @@ def stages_table(stages: Sequence[Stage]) -> Table:
 
 
 def verify_line(run: Path, found: VerifyReport) -> Text:
-    """The verdict on a run folder in one line."""
+    """The result of a run folder's verification in one line, red where it failed."""
     return Text(f"{run}: {_verdict(found)}", style="" if found.ok else "bold red")
 
 
@@ -184,7 +198,7 @@ def _verdict(found: VerifyReport) -> str:
 def plan_table(
     plan: Plan, target: TargetResult, proof: str, notes: Sequence[str], phases: Sequence[PhaseCost] = ()
 ) -> RenderableType:
-    """A dry run: what would be cut, what the model would then cost, and the training before the cut."""
+    """A dry run: the groups that would be cut, the cost of the cut model, the training before the cut."""
     groups = _table(None, "group", "kind", "width", "kept", "change", numeric=("width", "kept", "change"))
     for group in plan.cut_groups:
         kept = len(group.keep)
@@ -231,9 +245,8 @@ def inspection(found: Inspection) -> RenderableType:
     if len(graph.ties) > _NAMES_SHOWN:
         parts += _notes([f"and {len(graph.ties) - _NAMES_SHOWN} more ties (--json lists all)"])
     if graph.exclusive:
-        more = f" and {len(graph.exclusive) - 1} more" if len(graph.exclusive) > 1 else ""
-        first = " x ".join(graph.exclusive[0])
-        parts += _notes([f"products, of which one factor is cut (prune.attention says which): {first}{more}"])
+        products = listed([" x ".join(factors) for factors in graph.exclusive], 1)
+        parts += _notes([f"products, of which one factor is cut (prune.attention says which): {products}"])
     if graph.unknown_ops:
         met = ", ".join(f"{name} ({times}x)" for name, times in sorted(graph.unknown_ops.items()))
         parts += _notes([f"operators without a rule, their axes stay: {met}"])
@@ -241,13 +254,13 @@ def inspection(found: Inspection) -> RenderableType:
 
 
 def _tied(tie: Tie) -> str:
-    """The groups of a tie, as far as there is room; of those with "or" between them one is cut."""
+    """The first groups of a tie; of those with "or" between them one is cut."""
     choices = [" or ".join(" with ".join(bundle.groups) for bundle in choice) for choice in tie.choices]
     return listed(choices, _NAMES_SHOWN)
 
 
 def _groups_table(graph: Graph) -> Table:
-    """One row a group; the kind only where groups differ in it."""
+    """One row per group; with a column for the kind only where kinds differ."""
     several = len({group.kind for group in graph.groups}) > 1
     columns = ("group", *(["kind"] if several else []), "width", "written by", "read by")
     table = _table("May be cut", *columns, numeric=("width",))
@@ -259,7 +272,7 @@ def _groups_table(graph: Graph) -> Table:
 
 
 def _frozen_table(frozen: Sequence[Frozen]) -> Table:
-    """Axes that stay, one row a reason; reasons that differ only in the module they name are one."""
+    """Axes that stay whole, one row per reason; reasons that differ only in the module they name share a row."""
     reasons: dict[str, list[Frozen]] = {}
     for axis in frozen:
         reasons.setdefault(re.sub(r"module '[^']*'", "its module", axis.reason), []).append(axis)
@@ -276,7 +289,14 @@ def _frozen_table(frozen: Sequence[Frozen]) -> Table:
 def spectrum_table(
     model: str, summary: SpectrumSummary, layers: Mapping[str, Sequence[float]], inputs: str
 ) -> RenderableType:
-    """Jacobian summary, and the ends of every layer's weight spectrum (values largest first)."""
+    """Jacobian summary, and the ends of every layer's weight spectrum.
+
+    Args:
+        model: name of the model.
+        summary: singular values of its Jacobian.
+        layers: singular values of the weight matrix by layer, descending.
+        inputs: kind of the images that the Jacobian was taken at.
+    """
     about, at_most, at_least = wording.spectrum_bounds(summary)
     jacobian = (
         f"mean {wording.figure(summary.mean, 4)}{about}, std {wording.figure(summary.std, 4)},"
@@ -298,7 +318,7 @@ def spectrum_table(
 
 
 def lr_table(found: LRReport) -> RenderableType:
-    """The recommended learning rate, the rule, and what the rule read."""
+    """The recommended learning rate, its rule, the candidates and the evidence."""
     table = _table("Evidence", "measurement", "value")
     for name, value in wording.evidence_rows(found):
         _row(table, name, value)
@@ -310,7 +330,7 @@ def lr_table(found: LRReport) -> RenderableType:
 
 
 def accuracy_table(model: str, data: str, found: Accuracy, notes: Sequence[str]) -> RenderableType:
-    """Evaluation of one model on one data set."""
+    """Accuracy of one model on one data set."""
     fields = _fields(
         ("model", model),
         ("data", f"{data}, {found.samples} images"),
@@ -322,10 +342,19 @@ def accuracy_table(model: str, data: str, found: Accuracy, notes: Sequence[str])
 
 
 def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
-    """Packaged recipes and what each is for."""
+    """Packaged recipes as name and purpose."""
     table = _table(None, "recipe", "for")
     for name, purpose in rows:
         _row(table, name, purpose)
+    return table
+
+
+def recipe_keys(keys: Sequence[Key]) -> Table:
+    """Recipe keys with type, default and description, in sections by kind with the kinds that have the key too."""
+    table = _table(None, "key", "type", "default", "what it sets")
+    for key in keys:
+        kinds = f" ({', '.join(key.kinds)})" if key.kinds else ""
+        _row(table, key.name, key.type, key.default or "required", f"{key.description}{kinds}")
     return table
 
 
@@ -333,7 +362,7 @@ def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def matrix_table(matrix: Matrix) -> RenderableType:
-    """The support matrix by module of timm: how many architectures and structures, how many of these are exact."""
+    """The support matrix by timm module: counts of architectures, structures and exact ones, and prunable shares."""
     rows = {row.name: row for row in matrix.rows}
     modules: dict[str, list[Row]] = {}
     for name in matrix.covered_by.values():
@@ -368,7 +397,7 @@ def _matrix_facts(matrix: Matrix) -> list[tuple[str, str]]:
 
 
 def architectures_table(found: Mapping[str, Row]) -> Table:
-    """Architectures with the row that stands for each: what was tried, on which, with what result."""
+    """One row per architecture, with the trials of the structure that it shares."""
     numeric = ("prunable", "params", "MACs", "error")
     table = _table("Left at macs=50%", "architecture", *numeric, "result", numeric=numeric)
     for name, row in found.items():

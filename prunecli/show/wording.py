@@ -1,12 +1,12 @@
-"""Numbers and outcomes in words, shared by the terminal and the page: one convention for counts, sizes and changes."""
+"""Numbers and outcomes in words, shared by terminal and page: one convention for counts, sizes and changes."""
 
 from __future__ import annotations
 
 from typing import Final
 
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.report import (
     FinetuneReport,
-    LRReport,
     PhaseCost,
     PhaseName,
     PhaseReport,
@@ -16,16 +16,14 @@ from prunecli.values.report import (
     TargetResult,
 )
 
-DASH = "-"
-STAGE_NAMES = {
+DASH: Final = "-"
+STAGE_NAMES: Final = {
     "dense": "dense",
     "regularised": "regularised",
     "pruned": "pruned",
     "recovered": "recovered",
     "finetuned": "fine-tuned",
 }
-
-
 SPECTRUM_METHODS: Final = {"exact": "exact", "lanczos": "a Lanczos estimate"}
 
 
@@ -39,12 +37,12 @@ def count(value: float) -> str:
 
 
 def classes(number: int) -> str:
-    """``1000 classes``, or that there are none."""
+    """``1000 classes``; ``no classifier`` for 0."""
     return f"{number} classes" if number else "no classifier"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in decimal units, as targets are given: ``3.41 MB``."""
+    """Bytes in decimal units (1 kB = 1000 B), like size targets: ``3.41 MB``."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
@@ -52,7 +50,7 @@ def size(num_bytes: float) -> str:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A measured number at ``digits`` significant digits, or a dash where there is none; exponents only far from 1."""
+    """A measured number at ``digits`` significant digits, a dash for ``None``; exponents only far from 1."""
     if value is None:
         return DASH
     if not 1 <= abs(value) < 1e6:
@@ -61,7 +59,11 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 
 def spectrum_bounds(jsv: SpectrumSummary) -> tuple[str, str, str]:
-    """What stands by the mean, the smallest value and the condition of an estimate: two standard errors, and signs."""
+    """Marks for the mean, the smallest value and the condition number; all empty for an exact spectrum.
+
+    A Lanczos estimate has two standard errors behind its mean. It finds the smallest value from above, so that value is
+    an upper bound and the condition number a lower one.
+    """
     if jsv.method == "exact":
         return "", "", ""
     return f" ± {figure(2 * (jsv.mean_error or 0.0), 2)}", "≤ ", "≥ "
@@ -81,39 +83,39 @@ PHASE_AIMS: Final[dict[PhaseName, str]] = {
 
 
 def phase_line(phase: PhaseCost) -> str:
-    """What a training phase before the cut is: ``tpp, channels that leave are pushed towards zero: 600 steps = …``."""
+    """Method, aim and length of a phase before the cut: ``tpp, channels that leave are pushed towards zero: 600 …``."""
     length = f"{phase.steps:,} steps = {epochs(phase.epochs)} at LR {phase.lr:g}"
     return f"{phase.method}, {PHASE_AIMS[phase.name]}: {length}"
 
 
 def phase_outcome(done: PhaseReport) -> str:
-    """What a phase learnt from, what it did to the channels it pushed, to what it penalised, and to its gates."""
-    parts = [*taught(done)]
+    """Teacher, channel norm, penalty and open gates of a phase, before and after; only those it has."""
+    parts = [*distillation(done)]
     if done.norm_before is not None and done.norm_after is not None:
-        whose = "pushed" if done.name == "push" else "all"
-        parts.append(f"norm of {whose} channels {figure(done.norm_before)} → {figure(done.norm_after)}")
+        channels = "pushed" if done.name == "push" else "all"
+        parts.append(f"norm of {channels} channels {figure(done.norm_before)} → {figure(done.norm_after)}")
     if done.penalty_before is not None and done.penalty_after is not None:
-        what = "Gram loss" if done.method == "tpp" else done.method
-        parts.append(f"{what} {figure(done.penalty_before)} → {figure(done.penalty_after)}")
+        penalised = "Gram loss" if done.method == "tpp" else done.method
+        parts.append(f"{penalised} {figure(done.penalty_before)} → {figure(done.penalty_after)}")
     if done.open_before is not None and done.open_after is not None:
         parts.append(f"open gates {100 * done.open_before:.1f} % → {100 * done.open_after:.1f} %")
     return "; ".join(parts)
 
 
 def budget_line(report: Report) -> str | None:
-    """All training together, where there was some before the cut."""
+    """The epochs of all training together; ``None`` for a run without a phase before the cut."""
     if not report.phases or report.total_epochs is None:
         return None
     return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
 
 
-def taught(done: FinetuneReport | PhaseReport) -> tuple[str, ...]:
-    """What training learnt from beside the labels, if from anything."""
+def distillation(done: FinetuneReport | PhaseReport) -> tuple[str, ...]:
+    """The share of the loss distilled from the dense model; empty for training on labels alone."""
     return (f"{done.distill:g} of the loss distilled from the dense model",) if done.distill else ()
 
 
 def percent(value: float | None) -> str:
-    """A percentage (0 to 100) at two decimals, or a dash."""
+    """A percentage (0 to 100) at two decimals, a dash for ``None``."""
     return DASH if value is None else f"{value:.2f} %"
 
 
@@ -125,17 +127,17 @@ def duration(seconds: float) -> str:
 
 
 def relative(before: float, after: float) -> str:
-    """Change in per cent of ``before``: ``-49.8 %``."""
+    """Change in per cent of ``before``: ``-49.8 %``; a dash where ``before`` is 0."""
     return DASH if before == 0 else f"{100 * (after / before - 1):+.1f} %"
 
 
 def points(before: float | None, after: float | None) -> str:
-    """Change of a percentage in points: ``-0.59``."""
+    """Change of a percentage in points: ``-0.59``; a dash where one is ``None``."""
     return DASH if before is None or after is None else f"{after - before:+.2f}"
 
 
 def factor(before: float, after: float) -> str:
-    """How many times less: ``1.99x fewer``; a dash where nothing is left to divide by."""
+    """Ratio of ``before`` to ``after``: ``1.99x fewer``; a dash where ``after`` is 0."""
     return DASH if after == 0 else f"{before / after:.2f}x fewer" if after < before else "unchanged"
 
 
@@ -149,7 +151,7 @@ def metric_value(metric: str, value: float) -> str:
 
 
 def target_line(target: TargetResult) -> str:
-    """Asked, reached and reachable in one sentence."""
+    """The asked, the reached and the reachable values of a target in one sentence."""
     asked, reached, low, high = (
         metric_value(target.metric, value) for value in (target.asked, target.reached, *target.reachable)
     )
@@ -157,14 +159,22 @@ def target_line(target: TargetResult) -> str:
 
 
 def ends(report: Report) -> tuple[Stage, Stage]:
-    """The first and the last stage of a run. Raises ValueError where a report has none."""
+    """The first and the last stage of a run.
+
+    Raises:
+        ValueError: The report has no stages.
+    """
     if not report.stages:
         raise ValueError("a report needs at least one stage")
     return report.stages[0], report.stages[-1]
 
 
 def headline(report: Report) -> str:
-    """The result of a run in one sentence."""
+    """The result of a run in one sentence.
+
+    Raises:
+        ValueError: The report has no stages.
+    """
     first, last = ends(report)
     if last.macs < first.macs or last.params < first.params:
         result = (
@@ -182,21 +192,19 @@ def headline(report: Report) -> str:
 
 def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
     """What a learning rate rests on, as label and text: the measured inputs, then each rule with its source."""
-    inputs = {label: value for label, value in found.evidence.items() if label not in ("rules", "candidates")}
-    rows = [(label.replace("_", " "), _text(value)) for label, value in inputs.items()]
-    rules = found.evidence.get("rules", ())
-    return rows + [(f"rule: {rule['name']}", f"{_text(rule['lr'])} ({rule['source']})") for rule in rules]
+    rows = [(label.replace("_", " "), _text(value)) for label, value in found.measurements().items()]
+    return rows + [(f"rule: {rule.name}", f"{_text(rule.lr)} ({rule.source})") for rule in found.rules]
 
 
 def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
     """The rates that were weighed up: name, rate, whether it was taken, what is known of it."""
     return [
-        (row["name"], _text(row["lr"]), "taken" if row["taken"] else "", row["says"])
-        for row in found.evidence.get("candidates", ())
+        (candidate.name, _text(candidate.lr), "taken" if candidate.taken else "", candidate.reason)
+        for candidate in found.candidates
     ]
 
 
-def _text(value: object) -> str:
+def _text(value: float | str | None) -> str:
     match value:
         case None:
             return DASH
@@ -204,7 +212,5 @@ def _text(value: object) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:.4g}"
-        case list() | tuple():
-            return ", ".join(_text(entry) for entry in value)
         case _:
             return str(value)

@@ -1,10 +1,6 @@
-"""Surgery: make a module smaller, describe how it then differs from the plain one, and give a plain one that shape.
+"""Cutting: remove the planned channels from every tensor of a module, and make its attributes follow.
 
-Cutting and loading share one path: every place of a module that holds a tensor is a *slot* with a dotted name, and both
-replace the tensors of slots and set attributes, nothing else. No decision is taken here and no model family is known.
-
-Names: ``blocks.0.attn.qkv.weight`` for parameters, buffers and plain tensor attributes; ``stage.0.cache[cpu]`` for a
-tensor inside a dict or list attribute.
+No decision is taken here and no model family is known: the plan names every position, attribute and attention scale.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from torch import Tensor, nn
 from prunecli.errors import UnsupportedError
 from prunecli.models.tensors import clear_caches_, like, named_tensors, replace_, tensor_at
 from prunecli.surgery.structure import as_type_of, plain_value
-from prunecli.values.groups import AttributeEdit, ScaleFold
+from prunecli.values.groups import AttributeEdit, ScaleFold, tensor_name
 from prunecli.values.plan import Plan, PlannedGroup, removed_positions
 
 # ---------------------------------------------------------------------------------------------- cut
@@ -40,10 +36,10 @@ def cut_(
     dtype, device, requires_grad and memory format are kept; gradients are dropped; caches are cleared.
 
     Args:
-        model: on any device, meta included.
-        groups: only their removed channels matter, uncut groups are ignored.
-        attributes: set after the tensors; ``name`` may lead into a container (``feature_info.0.num_chs``).
-        folds: of groups that are cut; others are ignored.
+        model: module to cut, on any device, meta included.
+        groups: planned groups; uncut ones are ignored.
+        attributes: edits, made after the tensors; a ``name`` may lead into a container (``feature_info.0.num_chs``).
+        folds: attention scales; those of uncut groups are ignored.
 
     Raises:
         UnsupportedError: a tensor, position or attribute of the plan does not exist in this model, or nothing of a
@@ -74,7 +70,17 @@ def require_fit(
     attributes: Sequence[AttributeEdit],
     folds: Sequence[ScaleFold],
 ) -> None:
-    """Raise UnsupportedError where ``cut_`` would refuse the plan for what it names; nothing is changed."""
+    """Make the checks that ``cut_`` begins with; nothing is changed.
+
+    Args:
+        model: module that is to be cut.
+        groups: planned groups.
+        attributes: attribute edits of the plan.
+        folds: attention scales of the plan.
+
+    Raises:
+        UnsupportedError: a tensor, position or attribute of the plan does not exist in this model.
+    """
     for edit in attributes:
         _checked_edit(model, edit)
     tensors = named_tensors(model)
@@ -133,9 +139,14 @@ def _cut_tensor(
     factors: Sequence[tuple[int, Tensor]],
     known: dict[_Cut, Tensor],
 ) -> Tensor:
-    """Scaled, then without the removed positions; a tensor of its own memory.
+    """The values scaled, then without the removed positions, in memory of their own.
 
-    ``known`` holds the kept positions of cuts met before: one group runs through many tensors.
+    Args:
+        name: name of the tensor, for the message.
+        tensor: tensor as it is in the dense model.
+        dims: dimension → positions to remove.
+        factors: dimensions, each with a float64 factor for every dense position.
+        known: kept positions of the cuts met before, filled here: one group runs through many tensors.
     """
     values = tensor.detach()
     for dim, factor in factors:
@@ -144,17 +155,13 @@ def _cut_tensor(
     for dim, gone in sorted(dims.items()):  # the first dimension first: that moves whole rows, the next one less
         cut = (gone, tensor.shape[dim], tensor.device)
         if cut not in known:
-            known[cut] = _kept(*cut)
+            stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            stays[list(gone)] = False
+            known[cut] = stays.nonzero().flatten().to(tensor.device)
         if not len(known[cut]):
             raise UnsupportedError(f"{name} {tuple(tensor.shape)}: nothing of dimension {dim} would be left.")
         values = values.index_select(dim, known[cut])
     return values
-
-
-def _kept(gone: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[list(gone)] = False
-    return stays.nonzero().flatten().to(device)
 
 
 # ---------------------------------------------------------------------------------------------- attributes
@@ -169,6 +176,7 @@ class _Setting:
     value: Any
 
     def apply(self) -> None:
+        """Give the attribute or item its value."""
         if isinstance(self.owner, dict | list):
             self.owner[self.key] = self.value
         else:
@@ -176,8 +184,8 @@ class _Setting:
 
 
 def _checked_edit(model: nn.Module, edit: AttributeEdit) -> _Setting:
-    """Where the edit lands; the value takes the container type found there."""
-    place = f"{edit.module}.{edit.name}".lstrip(".")
+    """The setting that makes ``edit``, its value in the container type found there."""
+    place = tensor_name(edit.module, edit.name)
     try:
         owner: Any = model.get_submodule(edit.module)
         *path, last = edit.name.split(".")
@@ -232,7 +240,11 @@ def _follow_weight_(module: nn.Module) -> None:
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
-    """A smaller copy of ``model``, by the plan. Raises UnsupportedError where a tensor does not fit it."""
+    """A copy of ``model`` without the channels that the plan removes; ``model`` stays as it is.
+
+    Raises:
+        UnsupportedError: the plan does not fit the model (see ``cut_``).
+    """
     smaller = copy.deepcopy(model)
     cut_(smaller, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
     return smaller

@@ -1,4 +1,8 @@
-"""The structure of a cut model: found, stored and restored."""
+"""The structure of a cut model: how it differs from the plain one, and a plain one given that shape and its values.
+
+A loader calls `shape_` and then `fill_` on a freshly built module. As cutting does, they replace the tensors of slots
+(``prunecli.models.tensors``) and set attributes, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,10 @@ def structure_of(plain: nn.Module, pruned: nn.Module, *, whole: bool = False) ->
     """What differs between two modules of one architecture: tensor shapes, and attributes that JSON can hold.
 
     Args:
-        plain: as it is built again for loading.
-        pruned: as it is to be.
-        whole: name all tensors outside the state_dict as ``extra``, not only those whose shape differs: for a module
-            whose builder may compute them otherwise the next time.
+        plain: module as a loader builds it again.
+        pruned: module as it is to be after loading.
+        whole: ``True`` to name all tensors outside the state_dict as ``extra``, not only those whose shape differs: for
+            a module whose builder may compute other values the next time.
 
     Raises:
         UnsupportedError: the two do not consist of the same modules and tensors; names the first difference.
@@ -45,7 +49,9 @@ def structure_of(plain: nn.Module, pruned: nn.Module, *, whole: bool = False) ->
     if theirs:
         raise UnsupportedError(f"The plain model has no module {next(iter(theirs))!r}.")
     before, after = named_tensors(plain), named_tensors(pruned)
-    missing = sorted(before.keys() - after.keys() - _cached(plain))
+    # A forward pass may have put tensors into containers; the other module need not have had one.
+    cached = {slot.name for slot in slots(plain) if not isinstance(slot.owner, nn.Module)}
+    missing = sorted(before.keys() - after.keys() - cached)
     if missing:
         raise UnsupportedError(f"The pruned model has no tensor {missing[0]!r}.")
     shapes = {n: tuple(t.shape) for n, t in after.items() if n in before and t.shape != before[n].shape}
@@ -59,6 +65,10 @@ def shape_(plain: nn.Module, structure: Structure) -> None:
 
     Tensors whose shape changes become meta tensors: they hold nothing until ``fill_`` (or ``load_state_dict`` with
     ``assign=True``) puts values there, and computing with them before that fails aloud.
+
+    Args:
+        plain: module as its builder makes it.
+        structure: difference to make, as `structure_of` found it.
 
     Raises:
         UnsupportedError: a recorded module, attribute or tensor does not exist here.
@@ -81,9 +91,12 @@ def shape_(plain: nn.Module, structure: Structure) -> None:
 
 
 def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values into every named tensor (``state_dict`` names and ``Structure.extra``), in place, sharing kept.
+    """Put values into every named tensor, in place; shared tensors stay shared.
 
-    A shared tensor may be given under any one of its names. A meta tensor is replaced on the device of its values.
+    Args:
+        model: module with the shapes of the values; a meta tensor moves to the device of its values.
+        values: name → tensor, for all names of the ``state_dict`` and ``Structure.extra``; of a shared tensor any one
+            of its names.
 
     Raises:
         UnsupportedError: an unknown name, a wrong shape or dtype, a tensor of the state_dict that is not given, or
@@ -109,13 +122,8 @@ def fill_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _class_name(module: nn.Module) -> tuple[str, str]:
-    """By name: a class that is made inside a function, as torch's parametrized ones are, is another one each time."""
+    """Module and name of the class: one made inside a function, as torch's parametrized ones, is new each time."""
     return type(module).__module__, type(module).__qualname__
-
-
-def _cached(model: nn.Module) -> set[str]:
-    """Names of tensors that sit in containers: a forward pass may have put them there, so they need no twin."""
-    return {slot.name for slot in slots(model) if not isinstance(slot.owner, nn.Module)}
 
 
 def _changed_attributes(plain: nn.Module, pruned: nn.Module) -> dict[str, Any]:
@@ -159,15 +167,21 @@ def plain_value(value: Any) -> Any:
 
 
 def as_type_of(template: Any, value: Any) -> Any:
-    """``value`` in the container types of ``template``; items beyond the template's last follow its last."""
+    """``value``, as JSON brought it back, in the container types of ``template``.
+
+    Items that the template does not have follow its last item.
+    """
     if isinstance(value, list | tuple):
+        # The recorded list may be longer than the plain model's: further items take the types of its last one.
         models = list(template) if isinstance(template, list | tuple) else []
         filled = models + [models[-1] if models else None] * (len(value) - len(models))
         items = [as_type_of(model, item) for model, item in zip(filled, value, strict=False)]
         if isinstance(template, tuple):
+            # a named tuple takes its items one by one, any other tuple as one iterable
             return type(template)(*items) if hasattr(template, "_fields") else type(template)(items)
         return items if isinstance(template, list) else type(value)(items)
     if isinstance(value, Mapping):
+        # JSON knows text keys only: "0" is the template's 0
         names = {str(key): key for key in template} if isinstance(template, Mapping) else {}
         get = template.get if isinstance(template, Mapping) else lambda _: None
         return {names.get(key, key): as_type_of(get(names.get(key, key)), item) for key, item in value.items()}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,9 +27,14 @@ _KEY = "prunecli_finetune"
 
 
 class Progress(Value):
-    """How far a fine-tuning is, and what it measured so far."""
+    """How far a training is, and what it measured so far."""
 
-    job: str = Field(description="digest of settings, seed and starting weights; only an equal job resumes this one")
+    model_config = ConfigDict(populate_by_name=True)
+
+    # "job" in the file, as checkpoints have had it from the start
+    digest: str = Field(
+        alias="job", description="of all that decides the weights; only a training with an equal one resumes this one"
+    )
     epoch: int = Field(default=0, ge=0, description="epochs completed")
     step: int = Field(default=0, ge=0, description="optimiser steps taken in the running epoch")
     loss_sum: float = Field(default=0.0, description="sum of the running epoch's step losses")
@@ -38,9 +43,21 @@ class Progress(Value):
 
 
 def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
-    """Write one checkpoint durably, then remove the older ones. Raises PruneError where the disk refuses."""
+    """Write one checkpoint durably, then remove the older ones.
+
+    Args:
+        folder: folder of the checkpoints of one training.
+        progress: position and history.
+        tensors: weights, optimiser state and what else the training has to remember, by name.
+
+    Returns:
+        The file written.
+
+    Raises:
+        PruneError: the disk refuses.
+    """
     path = folder / f"state-{progress.epoch:05d}-{progress.step:08d}.safetensors"
-    write_tensors(path, tensors, {_KEY: json.dumps(progress.model_dump(mode="json"), allow_nan=False)})
+    write_tensors(path, tensors, {_KEY: json.dumps(progress.model_dump(mode="json", by_alias=True), allow_nan=False)})
     with explained(path):
         _flush_names(folder)
         for other in (*folder.glob("state-*.safetensors"), *folder.glob(".state-*.tmp")):
@@ -49,16 +66,16 @@ def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> Pat
     return path
 
 
-def newest(folder: Path, *, job: str) -> tuple[Progress, dict[str, Tensor]] | None:
-    """The latest checkpoint of this very job, tensors on the CPU; None where there is none.
+def newest(folder: Path, *, digest: str) -> tuple[Progress, dict[str, Tensor]] | None:
+    """The latest checkpoint of the training with this digest, tensors on the CPU; ``None`` where there is none.
 
-    A file that is truncated, or belongs to another job, is passed over and logged.
+    A file that is truncated, or belongs to another training, is passed over and logged.
     """
     for path in sorted(folder.glob("state-*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as file:
                 progress = Progress.model_validate_json((file.metadata() or {})[_KEY])
-                if progress.job == job:
+                if progress.digest == digest:
                     return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValidationError) as error:
             logger.warning("Checkpoint %s cannot be used (%s); it is passed over.", path, error)

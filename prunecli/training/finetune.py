@@ -1,33 +1,27 @@
-"""The fine-tuning loop: explicit, resumable bit for bit, and honest about what it did."""
+"""Fine-tuning: validation after every epoch, and a report of the last and the best one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from prunecli.errors import PruneError, UsageError
+from prunecli.errors import UsageError
+from prunecli.interrupts import until
 from prunecli.measure.accuracy import evaluate
-from prunecli.measure.batch_norm import recalibrate_bn_
 from prunecli.models.tensors import state_digest
+from prunecli.recipe.losses import NoRegulariser
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
-from prunecli.training.loop import Event, Loop, Run, settle_
+from prunecli.training.loop import Loop, TrainingRun, settle_, train_
 from prunecli.training.objective import build_objective
+from prunecli.training.optimizer import optimizer_name
 from prunecli.training.penalty import Orthogonality, Penalty
-from prunecli.training.probe import ProbeResult, probe_loss
-from prunecli.training.schedule import optimizer_name
-from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
-from prunecli.training.stopping import stop_requests, until
+from prunecli.training.step import TrainingImages, TrainingPlan
 from prunecli.values.report import Accuracy, FinetuneReport
-
-__all__ = ["ProbeResult", "TrainingImages", "evaluate", "finetune", "optimizer_name", "probe_loss", "recalibrate_bn_"]
 
 
 def finetune(
@@ -37,82 +31,69 @@ def finetune(
     *,
     lr: float,
     epochs: int,
-    device: torch.device,
-    seed: int,
-    folder: Path | None = None,
+    run: TrainingRun,
     teacher: nn.Module | None = None,
-    on_event: Callable[[Event], None] | None = None,
 ) -> FinetuneReport:
     """Fine-tune ``model`` in place; afterwards it holds the exported weights (last or best epoch, averaged if asked).
 
-    It stays on ``device``, in evaluation mode.
-
-    Killed at any moment and called again with the same arguments, it goes on from the newest checkpoint in ``folder``
-    to the same weights, on a CPU bit for bit. Events (``step`` at most twice a second, ``epoch``, ``saved``,
-    ``resume``) are JSON-able dicts.
+    It stays on the device, in evaluation mode. Interrupted or killed, it resumes as `loop.train_` describes.
 
     Args:
-        model: the starting weights; another start is another job and doesn't resume this one.
+        model: starting weights.
         images: training and validation images.
-        settings: ``epochs`` and ``lr`` of it are not read, the resolved values are arguments.
-        lr: the peak learning rate.
-        epochs: at least 1.
-        device: where to train.
-        seed: of all random numbers but the loader's own.
-        folder: where checkpoints go; none: no resuming.
-        teacher: the dense model, needed where ``settings.distill.share`` is above 0.
-        on_event: called between steps.
+        settings: fine-tuning settings; ``epochs`` and ``lr`` are not read from it.
+        lr: peak learning rate.
+        epochs: number of epochs, at least 1.
+        run: device, seed, folder of the checkpoints and listener.
+        teacher: dense model, needed where ``settings.distill.share`` is above 0.
 
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM; the state is saved.
-        PruneError: NaN loss, full disk, frozen model, no training images.
+        PruneError: a loss that is not finite, a full disk, a frozen model, no training images.
         UsageError: distillation without a teacher, fewer than one epoch.
     """
     if epochs < 1:
         raise UsageError(f"Fine-tuning needs at least one epoch, not {epochs}.")
-    if images.steps_per_epoch < 1:
-        raise PruneError("There is not one batch of training images.")
-    job = _job(model, images, settings, lr=lr, epochs=epochs, seed=seed, teacher=teacher)
-    with own_randomness(device), stop_requests() as stop:
-        trainer = build_trainer(
-            model,
-            settings,
-            lr=lr,
-            epochs=epochs,
-            steps_per_epoch=images.steps_per_epoch,
-            device=device,
-            seed=seed,
-            make_objective=lambda where: build_objective(
-                settings, num_classes=images.num_classes, epochs=epochs, teacher=teacher, device=where
-            ),
-            make_penalty=lambda trained: _penalty(trained, settings),
-        )
-        run = Run(
-            job=job,
-            steps=epochs * images.steps_per_epoch,
-            checkpoint_every=settings.checkpoint_every,
-            folder=folder,
-            stop=stop,
-            emit=on_event or (lambda _: None),
-        )
-        tuning = _Finetuning(trainer, images, run, settings)
-        try:
-            tuning.run()
-            return tuning.finished(lr)
-        finally:
-            model.to(memory_format=torch.contiguous_format)
+    plan = TrainingPlan(
+        settings=settings,
+        lr=lr,
+        steps=epochs * images.steps_per_epoch,
+        steps_per_epoch=images.steps_per_epoch,
+        checkpoint_every=settings.checkpoint_every,
+    )
+    return train_(
+        model,
+        images,
+        plan,
+        run,
+        facts={
+            "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "lr", "epochs"}),
+            "optimizer": optimizer_name(settings, model),
+            "lr": lr,
+            "epochs": epochs,
+            "num_classes": images.num_classes,
+            "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.share > 0 else None,
+        },
+        make_objective=lambda device: build_objective(
+            settings, num_classes=images.num_classes, epochs=epochs, teacher=teacher, device=device
+        ),
+        make_penalty=lambda trained: (
+            Penalty()
+            if isinstance(settings.regulariser, NoRegulariser)
+            else Orthogonality(trained, settings.regulariser.kind, settings.regulariser.weight)
+        ),
+        make_loop=_Finetuning,
+    )
 
 
-class _Finetuning(Loop):
-    """One fine-tuning run: validation after every epoch, the best one kept where it is exported."""
+@dataclass(kw_only=True, eq=False)
+class _Finetuning(Loop[FinetuneReport]):
+    """One fine-tuning: validation after every epoch, the best one kept where it is exported."""
 
     name = "Fine-tuning"
-    calmer = "Use a smaller --lr or finetune.clip_grad=1."
+    divergence_hint = "Use a smaller --lr or finetune.clip_grad=1."
 
-    def __init__(self, trainer: Trainer, images: TrainingImages, run: Run, settings: FinetuneSettings) -> None:
-        super().__init__(trainer, images, run)
-        self.settings = settings
-        self.best: dict[str, Tensor] = {}  # on the CPU; kept only where the best epoch is exported
+    best: dict[str, Tensor] = field(default_factory=dict)  # on the CPU; kept only where the best epoch is exported
 
     def measured(self, mean_loss: float) -> dict[str, float]:
         """Validation figures beside the training loss. Raises PruneError where the loss is not finite."""
@@ -121,7 +102,7 @@ class _Finetuning(Loop):
             raise self.diverged(f"The validation loss after epoch {self.progress.epoch + 1} is {accuracy.loss}", lr)
         top5 = {} if accuracy.top5 is None else {"top5": accuracy.top5}
         entry = {"lr": lr, "train_loss": mean_loss, "loss": accuracy.loss, "top1": accuracy.top1, **top5}
-        if self.settings.export == "best" and _best((*self.progress.history, entry)) is entry:
+        if self.trainer.plan.settings.export == "best" and _best((*self.progress.history, entry)) is entry:
             self.best = _snapshot(self.trainer.exported)
         self.trainer.objective.end_epoch_(self.trainer.model)
         return entry
@@ -148,9 +129,9 @@ class _Finetuning(Loop):
         if self.trainer.ema is not None:
             self.trainer.ema.module.load_state_dict(checkpoint.unprefixed("ema", tensors))
 
-    def finished(self, lr: float) -> FinetuneReport:
+    def finished(self) -> FinetuneReport:
         """Put the exported weights into the model and report both the last and the best epoch."""
-        model = self.trainer.model
+        model, plan = self.trainer.model, self.trainer.plan
         if self.best:
             model.load_state_dict(self.best)
         elif self.trainer.ema is not None:
@@ -159,47 +140,16 @@ class _Finetuning(Loop):
         history = self.progress.history
         best = _best(history)
         return FinetuneReport(
-            epochs=self.epochs,
-            steps=self.steps,
-            lr=lr,
-            schedule=self.settings.schedule,
-            distill=self.settings.distill.share,
+            epochs=plan.epochs,
+            steps=plan.steps,
+            lr=plan.lr,
+            schedule=plan.settings.schedule.kind,
+            distill=plan.settings.distill.share,
             best_epoch=int(best["epoch"]),
             best_top1=best["top1"],
             last_top1=history[-1]["top1"],
             history=history,
         )
-
-
-def _job(
-    model: nn.Module,
-    images: TrainingImages,
-    settings: FinetuneSettings,
-    *,
-    lr: float,
-    epochs: int,
-    seed: int,
-    teacher: nn.Module | None,
-) -> str:
-    """Digest of all that decides the resulting weights; how often a run saves does not."""
-    parts = {
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_every", "lr", "epochs"}),
-        "optimizer": optimizer_name(settings, model),
-        "lr": lr,
-        "epochs": epochs,
-        "seed": seed,
-        "steps_per_epoch": images.steps_per_epoch,
-        "num_classes": images.num_classes,
-        "weights": state_digest(model.state_dict()),
-        "teacher": state_digest(teacher.state_dict()) if teacher and settings.distill.share > 0 else None,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _penalty(model: nn.Module, settings: FinetuneSettings) -> Penalty:
-    if settings.regulariser == "none":
-        return Penalty()
-    return Orthogonality(model, settings.regulariser, settings.regulariser_weight)
 
 
 def _best(history: Iterable[Mapping[str, float]]) -> Mapping[str, float]:

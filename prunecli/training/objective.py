@@ -3,7 +3,7 @@
 The three self-distillation losses need no dense model. Each has a companion for every image of a batch, or remembers:
 
 - CS-KD (Yun et al., CVPR 2020): the answer to an image learns from that to another image of its class.
-- PS-KD (Kim et al., ICCV 2021): the targets become, epoch by epoch, more of what the net of the epoch before says.
+- PS-KD (Kim et al., ICCV 2021): the targets become, epoch by epoch, more of the previous epoch's answers.
 - DLB (Shen et al., CVPR 2022): the answer to an image learns from that to its other view, one step earlier.
 """
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 from prunecli.data.loader import Companion
 from prunecli.errors import UsageError
 from prunecli.models.outputs import logits_of
+from prunecli.recipe.losses import CeLoss, CskdLoss, DlbLoss, PskdLoss
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import checkpoint
 
@@ -39,14 +40,14 @@ class Objective:
         raise NotImplementedError
 
     def end_epoch_(self, net: nn.Module) -> None:
-        """Hear that an epoch has ended with this net."""
+        """Note that an epoch has ended with this net."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold of it."""
+        """The tensors that a checkpoint has to hold for `restore_`."""
         return {}
 
     def restore_(self, state: Mapping[str, Tensor], net: nn.Module) -> None:
-        """Go on from a ``state``; ``net`` is on its device."""
+        """Put a ``state`` back; ``net`` is on its device already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,8 @@ class Progressive(Objective):
 class LastBatch(Objective):
     """DLB: ``CE`` on this batch and on the one before, ``+ weight T^2 KL(last_T || now_T)`` on the one before.
 
-    Images of the batch before come again in another view, and learn from what was said of their first view one step
-    earlier. The two batches go through the net one after the other, as in the authors' code, so a step costs two.
+    Images of the batch before come again in another view, and learn from the net's answers to their first view, one
+    step earlier. The two batches go through the net one after the other, as in the authors' code, so a step costs two.
     """
 
     companion = "view"
@@ -187,9 +188,12 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, *, temperature: fl
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch (Hinton et al. 2015, section 2).
 
     Args:
-        logits: the student's, ``[B, K]``.
-        teacher_logits: ``[B, K]``.
-        temperature: T; the factor T^2 keeps the gradient's size independent of it.
+        logits: student's logits ``[B, K]``.
+        teacher_logits: teacher's logits ``[B, K]``.
+        temperature: divisor T of both; the factor T^2 keeps the gradient's size independent of T.
+
+    Returns:
+        A scalar in nats, in float32 at least.
     """
     student = functional.log_softmax(_exact(logits) / temperature, dim=1)
     teacher = functional.log_softmax(_exact(teacher_logits) / temperature, dim=1)
@@ -207,11 +211,12 @@ def build_objective(
     """The loss the settings ask for.
 
     Args:
-        settings: of fine-tuning.
-        num_classes: K.
-        epochs: of the whole run; PS-KD goes by it.
-        teacher: used only where ``distill.share`` is above 0; then moved to ``device`` and set to evaluation mode.
-        device: where the teacher is to answer; none: where it is.
+        settings: fine-tuning settings: loss, mixing of images, label smoothing and distillation.
+        num_classes: number of classes K.
+        epochs: number of epochs of the whole training, over which PS-KD's share grows.
+        teacher: dense model, used only where ``distill.share`` is above 0; it is then moved to ``device`` and set to
+            evaluation mode.
+        device: device of the teacher; ``None`` leaves it where it is.
 
     Raises:
         UsageError: distillation is asked for and there is no teacher.
@@ -222,27 +227,27 @@ def build_objective(
             f"finetune.distill.alpha is {alpha:g}, but there is no dense model to learn from.",
             hint="Set it to 0, or run `compress`, which has the dense model.",
         )
-    if settings.loss == "pskd":
-        return Progressive(weight=settings.loss_weight or 0.8, epochs=epochs)
-    mixing = settings.mixup > 0 or settings.cutmix > 0
+    loss = settings.loss
+    if isinstance(loss, PskdLoss):
+        return Progressive(weight=loss.weight, epochs=epochs)
+    mixing = isinstance(loss, CeLoss) and (loss.mixup > 0 or loss.cutmix > 0)
     criterion: Callable[[Tensor, Tensor], Tensor]
     if mixing:
         criterion = SoftTargetCrossEntropy()
-    elif settings.label_smoothing > 0:
-        criterion = LabelSmoothingCrossEntropy(settings.label_smoothing)
+    elif loss.label_smoothing > 0:
+        criterion = LabelSmoothingCrossEntropy(loss.label_smoothing)
     else:
         criterion = nn.CrossEntropyLoss()
-    weight = settings.loss_weight or 1.0
-    if settings.loss == "cskd":
-        return ClassWise(criterion=criterion, weight=weight, temperature=settings.loss_temperature or 4.0)
-    if settings.loss == "dlb":
-        return LastBatch(criterion, weight=weight, temperature=settings.loss_temperature or 3.0)
+    if isinstance(loss, CskdLoss):
+        return ClassWise(criterion=criterion, weight=loss.weight, temperature=loss.temperature)
+    if isinstance(loss, DlbLoss):
+        return LastBatch(criterion, weight=loss.weight, temperature=loss.temperature)
     return Supervised(
         criterion=criterion,
         mixup=Mixup(
-            mixup_alpha=settings.mixup,
-            cutmix_alpha=settings.cutmix,
-            label_smoothing=settings.label_smoothing,
+            mixup_alpha=loss.mixup,
+            cutmix_alpha=loss.cutmix,
+            label_smoothing=loss.label_smoothing,
             num_classes=num_classes,
         )
         if mixing
@@ -259,7 +264,7 @@ def _exact(logits: Tensor) -> Tensor:
 
 
 def _constant(net: nn.Module) -> nn.Module:
-    """A copy that does not learn, in evaluation mode; of what the net keeps of its last pass, the values alone."""
+    """A frozen copy in evaluation mode; tensors that modules cached in the last forward pass are detached."""
     kept = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     held = copy.deepcopy(net, {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}).eval()
     for parameter in held.parameters():

@@ -17,7 +17,7 @@ class Penalty:
     """What a step does beside minimising its objective; this one does nothing. ``step`` counts from 0 over the run."""
 
     def loss(self, step: int) -> Tensor | None:
-        """A scalar in float32 that is added to the objective, or None."""
+        """A scalar in float32 that is added to the objective, or ``None``."""
         return None
 
     def add_gradients_(self, step: int) -> None:
@@ -38,8 +38,11 @@ def gram_loss(filters: Tensor, kept: Tensor) -> Tensor:
     the latter, which has the same value and gradient.
 
     Args:
-        filters: ``W`` [N, values per filter].
-        kept: bool [N].
+        filters: matrix ``W`` ``[N, values per filter]``.
+        kept: mask ``[N]`` of the filters that stay, bool.
+
+    Returns:
+        A scalar.
     """
     gram = filters @ filters.T
     return gram.masked_fill(kept[:, None] & kept, 0).square().mean()
@@ -49,7 +52,8 @@ def gram_loss(filters: Tensor, kept: Tensor) -> Tensor:
 
 
 def kernorth(weight: Tensor) -> Tensor:
-    """``|M M^T - I|_F`` (not squared) of the matrix ``M = [N, values]``, with the Gram matrix of its smaller side.
+    """``|M M^T - I|_F`` (not squared) of the kernels as a matrix ``M`` ``[N, values]``, with the Gram matrix of its
+    smaller side.
 
     Kernel orthogonality (Xie et al. 2017), as the code of TPP has it.
     """
@@ -69,9 +73,12 @@ def orthconv(weight: Tensor, *, stride: tuple[int, int] = (1, 1), groups: int = 
     with the paper's padding ``floor((k - 1) / S) S``.
 
     Args:
-        weight: ``[N, C / groups, kh, kw]``.
-        stride: of the convolution.
-        groups: of the convolution.
+        weight: kernels ``[N, C / groups, kh, kw]``.
+        stride: stride of the convolution, rows and columns.
+        groups: number of groups of the convolution.
+
+    Returns:
+        A scalar.
     """
     num, channels, height, width = weight.shape
     steps = ((height - 1) // stride[0], (width - 1) // stride[1])

@@ -14,9 +14,12 @@ from torch.nn.functional import cross_entropy
 from prunecli.errors import PruneError
 from prunecli.measure.accuracy import answers
 from prunecli.measure.batch_norm import recalibrate_bn_
+from prunecli.randomness import own_randomness
+from prunecli.recipe.losses import supervised_part
+from prunecli.recipe.schedules import ConstantSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.training.objective import build_objective
-from prunecli.training.step import Trainer, TrainingImages, build_trainer, own_randomness
+from prunecli.training.step import Trainer, TrainingImages, TrainingPlan, build_trainer
 
 HELD_OUT = 512  # most images a probe is judged on
 _BYTES = 2**29  # most memory a probe's images take
@@ -24,17 +27,24 @@ _BYTES = 2**29  # most memory a probe's images take
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """A short trial. Losses in nats, top-1 in percent; infinite losses where the trial diverged.
+    """A short trial. Losses are in nats, and infinite where the trial diverged.
 
-    ``calibrated`` are the losses of the held-out images, always the same in the same order, so that two trials can
-    be compared image by image; the logits are divided by the one temperature that makes their mean lowest. A net that
-    was damaged by a cut is far too sure of itself, and its plain loss is above that of a net that knows nothing.
+    A net that was damaged by a cut is far too confident, and its plain loss is above that of a net that guesses. The
+    calibrated losses divide the logits by the one temperature that makes their mean lowest.
+
+    Attributes:
+        train_loss: mean over the steps; ``None`` where no step was taken.
+        val_loss: mean over the held-out images.
+        val_top1: top-1 accuracy on the held-out images, in percent.
+        lr: learning rate of the steps; ``None`` where no step was taken.
+        calibrated: calibrated loss of each held-out image, always the same images in the same order, so that two
+            trials can be compared image by image.
     """
 
-    train_loss: float | None  # mean over the steps; none where no step was taken
+    train_loss: float | None
     val_loss: float
     val_top1: float
-    lr: float | None  # of the steps
+    lr: float | None
     calibrated: tuple[float, ...]
 
 
@@ -58,12 +68,12 @@ def probe_loss(
 
     Args:
         model: the starting point.
-        images: ``calibration`` of it is read.
-        steps: optimiser steps; 0 only evaluates.
+        images: source of the calibration images.
+        steps: number of optimiser steps; 0 only evaluates.
         lr: learning rate of every step.
         settings: optimiser, clipping, mixup and precision of the trial.
-        device: where to compute.
-        seed: of the order and of dropout and mixup.
+        device: device to compute on.
+        seed: seed of the images' order, of dropout and of mixup.
 
     Raises:
         PruneError: fewer than two calibration images, or a frozen model.
@@ -75,17 +85,18 @@ def probe_loss(
     if steps and len(labels) <= held:
         raise PruneError("A trial fine-tuning needs at least two training images.")
     losses: list[float] = []
-    plain = settings.model_copy(
-        update={"schedule": "constant", "warmup_epochs": 0.0, "ema": None, "distill": DistillSettings(), "loss": "ce"}
+    plain = settings.updated(
+        schedule=ConstantSchedule(),
+        original=None,
+        ema=None,
+        distill=DistillSettings(),
+        loss=supervised_part(settings.loss),
     )
     with own_randomness(device):
         if steps:
             trainer = build_trainer(
                 trial,
-                plain,
-                lr=lr,
-                epochs=1,
-                steps_per_epoch=steps,
+                TrainingPlan(settings=plain, lr=lr, steps=steps, steps_per_epoch=steps),
                 device=device,
                 seed=seed,
                 make_objective=lambda _: build_objective(plain, num_classes=images.num_classes),
@@ -118,7 +129,7 @@ def _train(trainer: Trainer, inputs: Tensor, labels: Tensor, *, batch_size: int,
     """Loss of every step of the one epoch; BatchNorm statistics are re-estimated after the last."""
     batches = _orders(len(labels), batch_size, seed=seed)
     losses = []
-    for step in range(trainer.steps_per_epoch):
+    for step in range(trainer.plan.steps):
         rows = next(batches)
         losses.append(trainer.step_(inputs[rows], labels[rows], epoch=0, step=step)[0])
     full = inputs[: len(inputs) - len(inputs) % batch_size]

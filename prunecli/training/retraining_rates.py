@@ -1,4 +1,4 @@
-"""Learning rates that a retraining schedule prescribes itself: LR rewinding, SLR, CLR and ALLR. Pure, as ``lr``.
+"""Learning rates that a retraining schedule prescribes itself: LR rewinding, SLR, CLR and ALLR. Pure.
 
 Their peak is the rate that the base was trained at (``finetune.original``), lowered for ALLR by how little was cut.
 """
@@ -6,11 +6,13 @@ Their peak is the rate that the base was trained at (``finetune.original``), low
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from prunecli.errors import UsageError
-from prunecli.recipe.settings import RETRAINING, FinetuneSettings, OriginalSchedule
-from prunecli.values.report import LRReport
+from prunecli.recipe.schedules import OriginalSchedule
+from prunecli.recipe.settings import FinetuneSettings
+from prunecli.values.learning_rate import LRReport, PrescribedSchedule, Rule
 
 NEEDS_A_CUT: Final = "finetune.schedule allr reads how much of the weights was cut, which only `compress` knows."
 
@@ -19,91 +21,106 @@ _LE_HUA: Final = "Le and Hua 2021, arXiv 2105.03193"
 _ZIMMER: Final = "Zimmer et al. 2023, arXiv 2111.00843"
 
 
-def adaptive_peak(
-    *, peak: float, norm_dense: float, norm_pruned: float, sparsity: float, epochs: int, original_epochs: int
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class RemovedWeights:
+    """How much of the weights a cut took away.
+
+    Attributes:
+        sparsity: the share of the parameters removed.
+        norm_dense: the Euclidean norm over all parameters, biases and BatchNorm included, before the cut.
+        norm_pruned: the same norm after the cut.
+    """
+
+    sparsity: float
+    norm_dense: float
+    norm_pruned: float
+
+    @property
+    def norm_share(self) -> float:
+        """``||W - W_p|| / ||W||``, the share of the norm that is gone, with the removed entries as zeros of W_p.
+
+        Then ``||W - W_p||^2 = ||W||^2 - ||W_p||^2``, as the authors of ALLR have it in their code too.
+        """
+        return math.sqrt(abs(self.norm_dense**2 - self.norm_pruned**2)) / self.norm_dense
+
+
+def adaptive_peak(removed: RemovedWeights, *, peak: float, epochs: int, original_epochs: float) -> float:
     """ALLR's first rate: ``clip(peak * d / sqrt(s), peak * epochs / original_epochs, peak)``.
 
-    ``d = ||W - W_p|| / ||W||`` is the share of the weights' norm that the cut took away. With the removed entries as
-    zeros of W_p, ``||W - W_p||^2 = ||W||^2 - ||W_p||^2``, as the authors' code has it too. Stated for single masked
-    weights; for removed channels the sparsity is the share of the parameters that left. Source: Zimmer, Spiegel and
-    Pokutta, "How I Learned to Stop Worrying and Love Retraining" (ICLR 2023, arXiv 2111.00843).
+    d is the share of the weights' norm and s the share of the parameters that the cut took away. The paper states it
+    for single masked weights. Source: Zimmer, Spiegel and Pokutta, "How I Learned to Stop Worrying and Love Retraining"
+    (ICLR 2023, arXiv 2111.00843).
 
     Args:
+        removed: what the cut took away.
         peak: the highest rate the base was trained at.
-        norm_dense: Euclidean norm over all parameters, biases and BatchNorm included, before the cut.
-        norm_pruned: the same after the cut.
-        sparsity: share of the parameters removed, s.
-        epochs: of the retraining.
-        original_epochs: of the base's own training.
+        epochs: the length of the retraining.
+        original_epochs: the length of the base's own training.
 
     Raises:
         ValueError: a sparsity outside (0, 1), or a rate, norm or number of epochs that is not positive.
     """
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity must lie in (0, 1), not {sparsity}")
-    if not (peak > 0 and norm_dense > 0 and norm_pruned >= 0 and epochs > 0 and original_epochs > 0):
+    if not 0 < removed.sparsity < 1:
+        raise ValueError(f"sparsity must lie in (0, 1), not {removed.sparsity}")
+    if not (peak > 0 and removed.norm_dense > 0 and removed.norm_pruned >= 0 and epochs > 0 and original_epochs > 0):
         raise ValueError("peak, norms and epochs must be above 0")
-    distance = math.sqrt(abs(norm_dense**2 - norm_pruned**2)) / norm_dense
-    return min(max(peak * distance / math.sqrt(sparsity), peak * epochs / original_epochs), peak)
+    adapted = peak * removed.norm_share / math.sqrt(removed.sparsity)
+    return min(max(adapted, peak * epochs / original_epochs), peak)
 
 
-def prescribed_lr(
-    settings: FinetuneSettings, *, epochs: int, sparsity: float, norm_dense: float, norm_pruned: float
-) -> LRReport | None:
-    """The peak that the schedule itself prescribes, with the numbers behind it; None where the rules of ``lr`` decide.
+def prescribed_lr(settings: FinetuneSettings, *, epochs: int, removed: RemovedWeights | None) -> LRReport | None:
+    """The peak that the schedule itself prescribes; ``None`` where the rules of ``recommended_lr`` decide.
 
     Args:
-        settings: whose ``schedule`` and ``original`` are read.
-        epochs: of the retraining.
-        sparsity: share of the parameters removed; 0 where nothing was cut.
-        norm_dense: as for ``adaptive_peak``.
-        norm_pruned: as for ``adaptive_peak``.
+        settings: the fine-tuning, of which ``schedule`` and ``original`` are read.
+        epochs: the length of the retraining.
+        removed: what the cut took away, read by ALLR only; ``None`` where nothing was cut.
 
     Raises:
         UsageError: ALLR where nothing was cut.
     """
-    original = settings.original
-    if original is None or settings.schedule not in RETRAINING:
+    original, name = settings.original, settings.schedule.kind
+    if original is None:
         return None
-    given: dict[str, Any] = {
-        "schedule": settings.schedule,
-        "epochs": epochs,
-        "original_peak_lr": original.lr,
-        "original_epochs": original.epochs,
-    }
-    if settings.schedule == "rewind":
-        lr = _rate_at(original, original.epochs - epochs)
-        says = f"LR rewinding replays the last {epochs} of the base's {original.epochs} epochs, which begin at {lr:g}."
-        return _report(lr, "rewind", says, _RENDA, given)
-    if settings.schedule == "allr":
-        return _allr(original, given, sparsity=sparsity, norm_dense=norm_dense, norm_pruned=norm_pruned)
-    name = settings.schedule.upper()
-    return _report(
-        original.lr, settings.schedule, f"{name} climbs to the base's own peak rate {original.lr:g}.", _LE_HUA, given
+    match name:
+        case "rewind":
+            lr, source = _rate_at(original, original.epochs - epochs), _RENDA
+            replayed = f"the last {epochs} of the base's {original.epochs} epochs"
+            reason = f"LR rewinding replays {replayed}, which begin at {lr:g}."
+        case "slr" | "clr":
+            lr, source = original.lr, _LE_HUA
+            reason = f"{name.upper()} climbs to the base's own peak rate {lr:g}."
+        case "allr":
+            if removed is None or removed.sparsity <= 0:
+                raise UsageError(NEEDS_A_CUT)
+            return _allr(original, removed, epochs=epochs)
+        case _:
+            return None
+    inputs = PrescribedSchedule(
+        schedule=name, epochs=epochs, original_peak_lr=original.lr, original_epochs=original.epochs
     )
+    rule = Rule(name=name, lr=lr, reason=reason, source=source)
+    return LRReport(recommended=lr, rule=reason, inputs=inputs, rules=(rule,))
 
 
-def _allr(
-    original: OriginalSchedule, given: dict[str, Any], *, sparsity: float, norm_dense: float, norm_pruned: float
-) -> LRReport:
-    if sparsity <= 0:
-        raise UsageError(NEEDS_A_CUT)
-    lr = adaptive_peak(
-        peak=original.lr,
-        norm_dense=norm_dense,
-        norm_pruned=norm_pruned,
-        sparsity=sparsity,
-        epochs=given["epochs"],
+def _allr(original: OriginalSchedule, removed: RemovedWeights, *, epochs: int) -> LRReport:
+    lr = adaptive_peak(removed, peak=original.lr, epochs=epochs, original_epochs=original.epochs)
+    reason = (
+        f"ALLR: the cut took {removed.norm_share:.1%} of the weights' norm with {removed.sparsity:.1%} of the "
+        f"parameters, so {lr:g} of the base's peak {original.lr:g}."
+    )
+    inputs = PrescribedSchedule(
+        schedule="allr",
+        epochs=epochs,
+        original_peak_lr=original.lr,
         original_epochs=original.epochs,
+        norm_dense=removed.norm_dense,
+        norm_pruned=removed.norm_pruned,
+        norm_removed=removed.norm_share,
+        sparsity=removed.sparsity,
     )
-    distance = math.sqrt(abs(norm_dense**2 - norm_pruned**2)) / norm_dense
-    says = (
-        f"ALLR: the cut took {distance:.1%} of the weights' norm with {sparsity:.1%} of the parameters, "
-        f"so {lr:g} of the base's peak {original.lr:g}."
-    )
-    measured = {"norm_dense": norm_dense, "norm_pruned": norm_pruned, "norm_removed": distance, "sparsity": sparsity}
-    return _report(lr, "allr", says, _ZIMMER, given | measured)
+    rule = Rule(name="allr", lr=lr, reason=reason, source=_ZIMMER)
+    return LRReport(recommended=lr, rule=reason, inputs=inputs, rules=(rule,))
 
 
 def _rate_at(original: OriginalSchedule, epoch: int) -> float:
@@ -113,8 +130,3 @@ def _rate_at(original: OriginalSchedule, epoch: int) -> float:
         return original.min_lr + (original.lr - original.min_lr) * (1 + math.cos(math.pi * share)) / 2
     passed = sum(milestone <= share for milestone in original.milestones)
     return max(original.lr * original.gamma**passed, min(original.min_lr, original.lr))
-
-
-def _report(lr: float, name: str, says: str, source: str, evidence: dict[str, Any]) -> LRReport:
-    rule = {"name": name, "lr": lr, "says": says, "source": source}
-    return LRReport(recommended=lr, rule=says, evidence={**evidence, "rules": [rule]})

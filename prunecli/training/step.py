@@ -6,9 +6,9 @@ makes a resumed run equal to an uninterrupted one, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,12 +27,13 @@ from prunecli.errors import PruneError
 from prunecli.models.outputs import logits_of
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.objective import Objective
+from prunecli.training.optimizer import build_optimizer
 from prunecli.training.penalty import Penalty
-from prunecli.training.schedule import Schedule, build_optimizer, build_schedule
+from prunecli.training.schedule import Schedule, build_schedule
 
 
 class TrainingImages(Protocol):
-    """What training needs of ``data.Images``."""
+    """The part of ``data.images.Images`` that training reads."""
 
     @property
     def num_classes(self) -> int: ...
@@ -55,9 +56,51 @@ class _Shell(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """A model with everything one step needs. ``step_`` is the only thing that changes the model."""
+class TrainingPlan:
+    """How a model is trained, whatever it is trained for.
 
+    Attributes:
+        settings: optimiser, schedule, clipping, precision, memory format and weight average; ``lr`` and ``epochs`` are
+            not read from it, the resolved values stand here.
+        lr: peak learning rate.
+        steps: optimiser steps in all; the last epoch ends with them, complete or not.
+        steps_per_epoch: optimiser steps in one pass over the training images.
+        checkpoint_every: optimiser steps between two checkpoints within an epoch; ``None`` saves at its end only.
+    """
+
+    settings: FinetuneSettings
+    lr: float
+    steps: int
+    steps_per_epoch: int
+    checkpoint_every: int | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs in all, the last one perhaps not complete."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A model with everything one step needs. ``step_`` is the only thing that changes the model.
+
+    Attributes:
+        plan: settings and length of the training.
+        model: the module being trained.
+        shell: ``model`` behind a module that returns logits, wrapped for several processes where there are any.
+        optimizer: SGD or AdamW over the trainable parameters of ``model``.
+        schedule: learning rate of each optimiser step.
+        objective: loss of a batch.
+        penalty: what is minimised, added to the gradients or enforced beside the objective.
+        ema: weight average, or ``None`` where none is kept.
+        accelerator: processes and gradient scaling.
+        device: device of ``model``, the process's own where there are several.
+        bf16: whether the forward pass runs in bfloat16.
+        channels_last: whether images and weights lie in memory as ``[B, H, W, C]``.
+        seed: seed of the steps' random numbers.
+    """
+
+    plan: TrainingPlan
     model: nn.Module
     shell: nn.Module
     optimizer: Optimizer
@@ -69,9 +112,7 @@ class Trainer:
     device: torch.device
     bf16: bool
     channels_last: bool
-    clip_grad: float | None
     seed: int
-    steps_per_epoch: int
 
     @property
     def exported(self) -> nn.Module:
@@ -90,18 +131,23 @@ class Trainer:
         return part
 
     def step_(self, images: Tensor, labels: Tensor, *, epoch: int, step: int) -> tuple[Tensor, float]:
-        """One optimiser step on one batch; the objective's loss and the learning rate used.
+        """One optimiser step on one batch.
 
-        The loss is that before the step, on the device; the penalty is not in it.
+        The loss is taken before the step and leaves out the penalty.
 
         Args:
-            images: ``[B, C, H, W]`` on any device, with companions where the objective has them.
-            labels: ``[B]`` class numbers.
-            epoch: epochs completed before this one.
-            step: steps taken in this epoch; with ``epoch`` it names the step's random numbers.
+            images: batch ``[B, C, H, W]`` on any device, with companions where the objective has them.
+            labels: class numbers ``[B]``.
+            epoch: number of epochs completed before this one.
+            step: number of steps taken in this epoch; with ``epoch`` it names the step's random numbers.
+
+        Returns:
+            The objective's loss, a scalar on the device, and the learning rate.
         """
-        total = epoch * self.steps_per_epoch + step
-        lr = self.schedule.set_(total)
+        total = epoch * self.plan.steps_per_epoch + step
+        lr = self.schedule(total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         _seed_(self.seed, epoch, step, self.accelerator.process_index, self.device)
         layout = torch.channels_last if self.channels_last and images.ndim == 4 else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=layout)
@@ -113,8 +159,8 @@ class Trainer:
         extra = self.penalty.loss(total)
         self.accelerator.backward(loss if extra is None else loss + extra)
         self.penalty.add_gradients_(total)
-        if self.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        if self.plan.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.settings.clip_grad)
         self.optimizer.step()
         self.penalty.project_(total)
         if self.ema is not None:
@@ -124,11 +170,8 @@ class Trainer:
 
 def build_trainer(
     model: nn.Module,
-    settings: FinetuneSettings,
+    plan: TrainingPlan,
     *,
-    lr: float,
-    epochs: int,
-    steps_per_epoch: int,
     device: torch.device,
     seed: int,
     make_objective: Callable[[torch.device], Objective],
@@ -140,11 +183,20 @@ def build_trainer(
     would keep the just-pruned weights in it for 1 / (1 - decay) steps. Mixed precision is plain autocast, since
     accelerate holds its own in process-wide state that a second call with other settings cannot change.
 
+    Args:
+        model: module to train; it is moved in place.
+        plan: settings and length of the training.
+        device: device to train on, unless accelerate gives each of several processes its own.
+        seed: seed of the steps' random numbers.
+        make_objective: function from that device to the loss.
+        make_penalty: function from the model, on its device, to what is done beside minimising the loss.
+
     Raises:
         PruneError: no parameter can be trained.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PruneError("No parameter of the model can be trained (all are frozen).", hint="Use finetune.epochs=0.")
+    settings = plan.settings
     accelerator = Accelerator(
         cpu=device.type == "cpu" and not is_initialized(),
         device_placement=False,
@@ -156,12 +208,13 @@ def build_trainer(
     model.to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, settings, lr=lr)
+    optimizer = build_optimizer(model, settings, lr=plan.lr)
     return Trainer(
+        plan=plan,
         model=model,
         shell=accelerator.prepare_model(_Shell(model)),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, settings, lr=lr, steps_per_epoch=steps_per_epoch, epochs=epochs),
+        schedule=build_schedule(settings, lr=plan.lr, steps_per_epoch=plan.steps_per_epoch, epochs=plan.epochs),
         objective=make_objective(device),
         penalty=make_penalty(model),
         ema=ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema is not None else None,
@@ -169,9 +222,7 @@ def build_trainer(
         device=device,
         bf16=wants_bf16(settings, device),
         channels_last=channels_last,
-        clip_grad=settings.clip_grad,
         seed=seed,
-        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -195,15 +246,3 @@ def _seed_(seed: int, epoch: int, step: int, process: int, device: torch.device)
         torch.cuda.manual_seed_all(word)
     np.random.seed(word)  # noqa: NPY002 - timm's Mixup draws from numpy's global generator
     random.seed(word)
-
-
-@contextmanager
-def own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave the process's random generators as they were found."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state timm's Mixup changes
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002

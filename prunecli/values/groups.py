@@ -1,8 +1,8 @@
 """Coupled groups: which entries of which tensors leave together. The vocabulary of plan, cut, recovery and report.
 
 Plain values, no torch. A *group* is one prunable axis of the network: ``width`` channels, and for each tensor dimension
-the axis runs through a *member* that says where channel ``j`` sits on it. Sizes are small expressions over the groups'
-kept widths, so that parameters and MACs of any candidate cut are arithmetic, not a rebuilt model.
+the axis runs through a *member* that gives the place of channel ``j`` on it. Sizes are small expressions over the
+groups' kept widths, so that parameters and MACs of any candidate cut are arithmetic, not a rebuilt model.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class IndexMap:
     loops: tuple[tuple[int, int], ...] = ()
 
     def positions(self, channels: Iterable[int]) -> list[int]:
-        """All positions on the dimension that belong to ``channels``, unsorted."""
+        """All positions on the dimension that belong to ``channels`` (dense coordinates), unsorted."""
         inner = [sum(steps) for steps in itertools.product(*(range(0, n * s, s) for n, s in self.loops))]
         return [self.offset + j * self.stride + i for j in channels for i in inner]
 
     @property
     def repeats(self) -> int:
-        """How many positions one channel takes on this dimension."""
+        """Number of positions that one channel takes on this dimension."""
         return math.prod(count for count, _ in self.loops)
 
 
@@ -45,9 +45,12 @@ class IndexMap:
 class Member:
     """One place where a group's axis runs through a tensor.
 
-    ``tensor`` is a dotted name in the model (parameter, buffer or plain tensor attribute). ``role`` says what the
-    dimension does there: ``out`` the weight produces these channels (filters), ``in`` it reads them, ``elementwise``
-    it scales or shifts them (bias, norm, depthwise filters count as ``out``).
+    Attributes:
+        tensor: dotted name in the model of a parameter, buffer or plain tensor attribute.
+        dim: dimension of the tensor.
+        role: use of the dimension there: with ``out`` the weight produces these channels (filters), with ``in`` it
+            reads them, with ``elementwise`` it scales or shifts them (bias, norm; depthwise filters count as ``out``).
+        index: positions of the channels along the dimension.
     """
 
     tensor: str
@@ -58,10 +61,15 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A coupled group: ``width`` channels that exist in every member and leave from all of them together.
+    """A coupled group: channels that exist in every member and leave from all of them together.
 
-    ``norms`` names the tensors-normalising modules whose statistics run over this axis (LayerNorm, GroupNorm …): there
-    a cut changes the statistic, so the pruned net equals the silenced net only with the norm taken over kept channels.
+    Attributes:
+        name: name of the group, unique in its graph.
+        kind: meaning of one channel, which may be a whole attention head.
+        width: number of channels.
+        members: places where the axis runs through tensors.
+        norms: paths of the modules whose statistics run over this axis (LayerNorm, GroupNorm …). A cut changes the
+            statistic, so the pruned net equals the silenced net only with the norm taken over kept channels.
     """
 
     name: str
@@ -77,7 +85,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """An axis that is not cut, the tensors on it, and the reason in words a user can act on."""
+    """An axis that is not cut, the names of the tensors on it, and the reason in words a user can act on."""
 
     name: str
     width: int
@@ -111,13 +119,16 @@ class Tie:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """All groups it speaks of, once each."""
+        """Names of all groups in the choices, once each."""
         return tuple(dict.fromkeys(name for choice in self.choices for bundle in choice for name in bundle.groups))
 
     def selected(self, rank: Callable[[Bundle], Any], *, fewest: int = 2) -> tuple[Bundle, ...] | None:
-        """One bundle of each choice, those of the lowest rank; None where no selection has a common share.
+        """One bundle of each choice, or ``None`` where no selection has a common share.
 
-        Where these move in fewer than ``fewest`` parts and others in more, the others that move in most.
+        Args:
+            rank: sort key of a bundle; the lowest of each choice is preferred.
+            fewest: least number of common parts. If the preferred bundles have fewer, the selection with the most
+                common parts is taken instead.
         """
         if not all(self.choices):
             return None
@@ -132,12 +143,12 @@ class Tie:
 
 
 def alone(group: Group) -> Tie:
-    """A group that nothing is tied to, as a tie of its own."""
+    """The tie of a group that is tied to no other: one choice of one bundle, cut channel by channel."""
     return Tie(choices=((Bundle(groups=(group.name,), parts=group.width),),))
 
 
 def common_parts(bundles: Iterable[Bundle]) -> int:
-    """The finest common share of bundles is one part of this many."""
+    """Greatest common divisor of the bundles' parts: of so many parts they can all keep the same number."""
     return math.gcd(*(bundle.parts for bundle in bundles))
 
 
@@ -158,6 +169,7 @@ class Const:
     value: int
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """``value``, whatever is kept."""
         return self.value
 
 
@@ -169,6 +181,7 @@ class Width:
     full: int
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The group's kept channels; all of them where ``kept`` does not name it."""
         return kept.get(self.group, self.full)
 
 
@@ -179,6 +192,7 @@ class Product:
     parts: tuple[Size, ...]
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The product of the parts' extents."""
         return math.prod(part.evaluate(kept) for part in self.parts)
 
 
@@ -189,6 +203,7 @@ class Sum:
     parts: tuple[Size, ...]
 
     def evaluate(self, kept: Mapping[str, int]) -> int:
+        """The sum of the parts' extents."""
         return sum(part.evaluate(kept) for part in self.parts)
 
 
@@ -201,6 +216,7 @@ class OpCost:
     extents: tuple[Size, ...]
 
     def macs(self, kept: Mapping[str, int]) -> int:
+        """Multiply-adds of one image when each named group keeps that many channels (others keep all)."""
         return math.prod(extent.evaluate(kept) for extent in self.extents)
 
 
@@ -219,10 +235,11 @@ class AttributeEdit:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleFold:
-    """Attention that divides by the root of its own head width: when ``group`` shrinks from ``d`` to ``d'``,
-    ``positions`` of ``tensor`` along ``dim`` (dense coordinates) are multiplied by ``sqrt(d' / d)``.
+    """A factor that keeps attention true which divides by the root of its own head width.
 
-    softmax(q k / sqrt(d)) then keeps its value, because q is scaled by what the new root takes away.
+    When ``group`` shrinks from ``d`` to ``d'``, ``positions`` of ``tensor`` along ``dim`` (dense coordinates) are
+    multiplied by ``sqrt(d' / d)``. softmax(q k / sqrt(d)) then keeps its value, because q is scaled by what the new
+    root takes away.
     """
 
     group: str
@@ -232,7 +249,11 @@ class ScaleFold:
 
 
 class AttributeConflictError(Exception):
-    """No value of the modules' attributes expresses this cut; ``groups`` are those to leave uncut."""
+    """No value of the modules' attributes expresses this cut.
+
+    Attributes:
+        groups: names of the groups to leave uncut.
+    """
 
     def __init__(self, message: str, groups: Sequence[str]) -> None:
         super().__init__(message)
@@ -240,27 +261,31 @@ class AttributeConflictError(Exception):
 
 
 class AttributeSolver(Protocol):
-    """Kept widths → the attribute edits that go with them."""
+    """A function from kept widths to the attribute edits that go with them."""
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
-        """Raises AttributeConflictError where the attributes cannot express these widths."""
+        """The edits for these kept widths (group name → channels; others keep all).
+
+        Raises:
+            AttributeConflictError: the attributes cannot express these widths.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """What a dependency graph says about a model.
+    """The dependency graph of a model: which axes can be cut, what is coupled to them, and how sizes follow.
 
     Attributes:
-        engine: which engine made it (``axes`` or ``torch_pruning``).
+        engine: name of the engine that built the graph (``axes`` or ``torch_pruning``).
         groups: the prunable axes, in network order, names unique.
-        frozen: the axes that stay, each with its reason.
+        frozen: the axes that stay whole, each with its reason.
         ties: groups that can only be cut together (equal chunks, one shared attribute); no group is in two. Widths that
             keep to the ties can always be expressed by the attributes.
         exclusive: names of groups that are factors of one product (heads, head_dim): cut at most one of each.
-        tensors: for every parameter and buffer the extents of its dimensions.
+        tensors: name of every parameter and buffer → extents of its dimensions.
         ops: multiply-adds of every matmul-like operator call, for one image.
-        folds: attention scales to keep true.
-        solve: the attribute solver.
+        folds: attention scales that have to follow a head width.
+        solve: solver of the attribute edits that follow from kept widths.
         unknown_ops: operators without a rule, with how often each was met; their axes are frozen.
     """
 
@@ -276,21 +301,30 @@ class Graph:
     unknown_ops: Mapping[str, int] = field(default_factory=dict)
 
     def group(self, name: str) -> Group:
-        """The group of that name. Raises KeyError."""
+        """The group of that name.
+
+        Raises:
+            KeyError: the graph has no such group.
+        """
         for group in self.groups:
             if group.name == name:
                 return group
         raise KeyError(name)
 
     def all_ties(self) -> list[Tie]:
-        """The ties and every other group as a tie of its own, in network order."""
+        """The ties, and every untied group as a tie of its own (`alone`), in network order."""
         tied = {name for tie in self.ties for name in tie.groups}
         place = {group.name: at for at, group in enumerate(self.groups)}
         ties = [*self.ties, *(alone(group) for group in self.groups if group.name not in tied)]
         return sorted(ties, key=lambda tie: min(place[name] for name in tie.groups))
 
     def without(self, names: Collection[str], reason: str) -> Graph:
-        """The same with these groups frozen, and those that can only be cut together with them."""
+        """A graph with these groups frozen, and with every group that can only be cut together with one of them.
+
+        Args:
+            names: names of the groups to freeze; unknown ones are ignored.
+            reason: sentence that the frozen axes carry.
+        """
         frozen, ties = set(names), []
         for tie in self.ties:
             choices = tuple(tuple(b for b in choice if frozen.isdisjoint(b.groups)) for choice in tie.choices)
@@ -323,10 +357,20 @@ class Graph:
         return sum(op.macs(kept) for op in self.ops)
 
     def numel(self, kept: Mapping[str, int], names: Iterable[str]) -> int:
-        """Elements of the named tensors with these kept widths."""
+        """Number of elements of the named tensors with these kept widths."""
         return sum(math.prod(e.evaluate(kept) for e in self.tensors[name]) for name in names)
 
 
 def module_of(tensor: str) -> str:
     """``layer1.0.conv1.weight`` → ``layer1.0.conv1``; a parameter of the root module has the path ``""``."""
     return tensor.rpartition(".")[0]
+
+
+def tensor_name(module: str, leaf: str) -> str:
+    """``layer1.0.conv1`` and ``weight`` → ``layer1.0.conv1.weight``: the inverse of `module_of`.
+
+    Args:
+        module: dotted path of the module, ``""`` for the root.
+        leaf: name of the parameter, buffer or attribute inside it.
+    """
+    return f"{module}.{leaf}" if module else leaf

@@ -11,16 +11,16 @@ from prunecli.values.plan import Cost, ModelRef
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What ``prunecli inspect`` says of a model.
+    """The result of ``prunecli inspect``.
 
     Attributes:
-        model: where it comes from.
-        input_size: channels, height, width.
-        cost: of the dense model.
-        graph: coupled groups and what stays whole; without the groups that could not be cut on trial.
-        prunable_share: share of the parameters in tensors with a prunable axis, 0 to 1.
+        model: reference to build the model from again.
+        input_size: channels, height and width of an image.
+        cost: parameters, multiply-adds and bytes of the dense model.
+        graph: coupled groups and the axes that stay whole; groups that failed a trial cut are among the latter.
+        prunable_share: share of the parameters that lie in tensors with a prunable axis, 0 to 1.
         supported: whether half of every group could be cut correctly.
-        status: the same as a sentence.
+        status: ``supported`` as a sentence.
     """
 
     model: ModelRef

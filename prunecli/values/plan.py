@@ -33,12 +33,12 @@ class ModelRef(Value):
 
     @property
     def is_function(self) -> bool:
-        """Whether a function of the user's makes the model; it is called only where the user names it too."""
+        """Whether a user's own function makes the model. It is called only where the user names it as well."""
         return ":" in self.name
 
     @property
     def assumes_input_size(self) -> bool:
-        """Whether nobody said how large the images of such a function's model are."""
+        """Whether such a function's image size is an assumption: neither the model nor the user declared one."""
         return self.is_function and "input_size" not in self.pretrained_cfg and "img_size" not in self.args
 
 
@@ -69,6 +69,7 @@ class PlannedGroup(Value):
 
     @property
     def is_cut(self) -> bool:
+        """Whether any channel is removed."""
         return len(self.keep) < self.width
 
 
@@ -93,10 +94,11 @@ class Plan(Value):
 
     @property
     def cut_groups(self) -> tuple[PlannedGroup, ...]:
+        """The groups that lose channels, in network order."""
         return tuple(group for group in self.groups if group.is_cut)
 
     def sha256(self) -> str:
-        """Identity of the plan: a resumed run holds to the one it began with."""
+        """Hex digest of the plan as JSON, by which a resumed run knows the plan that it began with."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
@@ -105,14 +107,28 @@ Positions = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 def removed_positions(groups: tuple[PlannedGroup, ...]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """The positions that leave. What surgery applies and what the check silences."""
+    """The positions that the plan removes: surgery cuts them out, and the proof silences them.
+
+    Args:
+        groups: planned groups; uncut ones add nothing.
+
+    Returns:
+        Tensor name → dimension → removed positions in dense coordinates, ascending.
+    """
     return channel_positions((group, sorted(set(range(group.width)) - set(group.keep))) for group in groups)
 
 
 def channel_positions(
     channels: Iterable[tuple[PlannedGroup, Sequence[int]]],
 ) -> dict[str, dict[int, tuple[int, ...]]]:
-    """The positions of these channels in all members of their groups."""
+    """The positions of chosen channels in all members of their groups.
+
+    Args:
+        channels: pairs of a group and chosen channels of its axis, in dense coordinates.
+
+    Returns:
+        Tensor name → dimension → positions in dense coordinates, ascending.
+    """
     found: dict[str, dict[int, list[tuple[int, ...]]]] = {}
     for group, chosen in channels:
         if not chosen:

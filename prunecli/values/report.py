@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from prunecli.values.learning_rate import LRReport
 from prunecli.values.value import Value
 
 StageName = Literal["dense", "regularised", "pruned", "recovered", "finetuned"]
@@ -27,7 +28,7 @@ class SpectrumSummary(Value):
     min: float
     max: float
     condition: float | None = Field(
-        description="mean over samples of largest / smallest singular value; none where every smallest one is zero"
+        description="mean over samples of largest / smallest singular value; None where every smallest one is zero"
     )
     samples: int
 
@@ -42,7 +43,19 @@ class Accuracy(Value):
 
 
 class Stage(Value):
-    """The model as one stage left it."""
+    """The model as one stage left it; a field is ``None`` where that was not measured.
+
+    Attributes:
+        seconds: wall time of the stage.
+        params: number of parameters.
+        macs: multiply-adds of one image.
+        bytes: size of the tensors in the state_dict.
+        top1: validation accuracy, percent.
+        top5: validation accuracy among the five largest logits, percent.
+        loss: mean validation cross-entropy, nats.
+        jsv: singular values of the input-logit Jacobian.
+        notes: sentences on what was not done.
+    """
 
     name: StageName
     seconds: float
@@ -57,7 +70,7 @@ class Stage(Value):
 
 
 class RecoveryStep(Value):
-    """What one recovery step did, and whether the rule kept it."""
+    """What one recovery step did, and whether the rule kept it; accuracies in percent, losses in nats."""
 
     name: str
     kept: bool
@@ -73,7 +86,7 @@ class RecoveryStep(Value):
 
 
 class TargetResult(Value):
-    """What was asked and what was reached, in the metric's own unit (reachable: lowest and highest value)."""
+    """The target and the value reached, in the metric's own unit; ``reachable`` is the lowest and highest value."""
 
     metric: str
     asked: float
@@ -91,16 +104,8 @@ class LayerReport(Value):
     sv_after: tuple[float, ...] = ()
 
 
-class LRReport(Value):
-    """The fine-tuning learning rate, the rule behind it and the measurements the rule read."""
-
-    recommended: float
-    rule: str
-    evidence: dict[str, Any] = Field(default_factory=dict)
-
-
 class LatencyReport(Value):
-    """Paired latency of base and final model (medians, milliseconds)."""
+    """Paired latency of base and final model: medians in milliseconds, for one batch."""
 
     device: str
     batch: int
@@ -111,7 +116,7 @@ class LatencyReport(Value):
 
 
 class PhaseCost(Value):
-    """How long a training phase before the cut is; it counts as training when budgets are compared."""
+    """Length of a training phase before the cut, which counts as training when budgets are compared."""
 
     name: PhaseName
     method: str
@@ -121,7 +126,7 @@ class PhaseCost(Value):
 
 
 class PhaseReport(PhaseCost):
-    """A training phase before the cut as it went. The history begins with the state before it, as epoch 0."""
+    """Record of a training phase before the cut. ``history`` begins with the state before it, as epoch 0."""
 
     reg: float | None = Field(default=None, description="factor of the L2 penalty at the end")
     penalty_before: float | None = Field(
@@ -138,7 +143,7 @@ class PhaseReport(PhaseCost):
 
 
 class FinetuneReport(Value):
-    """The fine-tuning as run: budget in epochs, and last as well as best epoch."""
+    """Record of the fine-tuning: its budget in epochs, and accuracy in percent after the last and the best epoch."""
 
     epochs: int
     steps: int
@@ -172,7 +177,7 @@ class Report(Value):
     recovery: tuple[RecoveryStep, ...] = ()
     phases: tuple[PhaseReport, ...] = ()
     total_epochs: float | None = Field(
-        default=None, description="epochs of training in all, phases before the cut and fine-tuning; none: no training"
+        default=None, description="epochs of training in all, phases before the cut and fine-tuning; None: no training"
     )
     lr: LRReport | None = None
     finetune: FinetuneReport | None = None

@@ -18,14 +18,23 @@ STORED = files("prunecli") / "support_matrix.json"
 
 
 class FrozenShare(Value):
-    """Parameters in tensors without a prunable axis, and why, the place left out."""
+    """Number of parameters in tensors without a prunable axis, for one reason (stated without the place)."""
 
     reason: str
     params: int
 
 
 class Trial(Value):
-    """One cut: what was asked, what is left, and how far the pruned net is from the silenced dense one."""
+    """One cut that was tried.
+
+    Attributes:
+        target: target as a user would write it.
+        params: parameters that are left, ``None`` where the cut failed.
+        macs: multiply-adds of one image that are left, ``None`` where the cut failed.
+        relative_error: distance between the pruned and the silenced dense net (``proof.equivalence``).
+        notes: sentences on what the plan left whole.
+        problem: reason why the cut failed, else ``None``.
+    """
 
     target: str
     params: int | None = None
@@ -39,19 +48,23 @@ class Row(Value):
     """One architecture that was tried.
 
     Attributes:
-        name: timm architecture, built with ``model_args``.
-        module: module of ``timm.models`` (or ``prunecli``) that defines it.
-        model_class: class of the model.
+        name: name of the timm architecture.
+        model_args: keyword arguments for ``timm.create_model``.
+        module: module of ``timm.models`` (or ``prunecli``) that defines the architecture.
+        model_class: name of the model's class.
         structure: digest of everything but sizes; equal for architectures that differ only there.
-        input_size: channels, height, width.
-        prunable_share: share of the parameters that lie in tensors with a prunable axis.
-        frozen: what the others are, most first.
+        input_size: channels, height and width of an image.
+        params: number of parameters of the dense model.
+        macs: multiply-adds of one image through the dense model.
+        groups: number of coupled groups.
+        prunable_share: share of the parameters that lie in tensors with a prunable axis, 0 to 1.
+        frozen: the other parameters by reason, largest share first.
         unknown_ops: operators without a rule.
-        trials: cuts, each proved.
-        reload_max_abs_diff: logits of the exported and reloaded last cut against those before, 0 where bit-equal.
-        graph_seconds: dependency graph, one thread.
-        graph_mib: memory at its peak over what the model itself took.
-        problem: why nothing was tried.
+        trials: cuts that were tried, with the outcome of their proofs.
+        reload_max_abs_diff: largest change of a logit when the last cut is exported and reloaded, 0 where bit-equal.
+        graph_seconds: time to build the dependency graph on one thread, seconds.
+        graph_mib: peak memory of building the graph, beyond the model's own, MiB.
+        problem: reason why nothing was tried, else ``None``.
     """
 
     name: str
@@ -74,33 +87,40 @@ class Row(Value):
 
     @property
     def status(self) -> Literal["exact", "refused"]:
-        """``exact``: every cut was proved, and the last one reloads to the bit."""
+        """``exact`` where every cut was proved and the last one reloads bit for bit, else ``refused``."""
         proved = self.trials and all(t.problem is None and t.relative_error is not None for t in self.trials)
         return "exact" if proved and self.reload_max_abs_diff == 0 else "refused"
 
     @property
     def reason(self) -> str:
-        """Why it is refused, what the plan left whole, or what most of its unprunable parameters are; else empty."""
+        """Why the row is refused, what the plan left whole, or why most unprunable parameters are so; else empty."""
         problems = [self.problem, *(trial.problem for trial in self.trials)]
-        said = next((problem for problem in problems if problem), None)
-        if said is None and self.reload_max_abs_diff:
-            said = f"reloads with a difference of {self.reload_max_abs_diff:.1e}"
-        if said is None and self.reload_max_abs_diff is None:
-            said = "it could not be reloaded"
-        if said is None:
-            said = next((note for trial in self.trials for note in trial.notes), None)
-        if said is None and self.frozen and self.prunable_share < 0.99:
-            said = f"{self.frozen[0].params / self.params:.1%} stay: {self.frozen[0].reason}"
-        return said or ""
+        reason = next((problem for problem in problems if problem), None)
+        if reason is None and self.reload_max_abs_diff:
+            reason = f"reloads with a difference of {self.reload_max_abs_diff:.1e}"
+        if reason is None and self.reload_max_abs_diff is None:
+            reason = "it could not be reloaded"
+        if reason is None:
+            reason = next((note for trial in self.trials for note in trial.notes), None)
+        if reason is None and self.frozen and self.prunable_share < 0.99:
+            reason = f"{self.frozen[0].params / self.params:.1%} stay: {self.frozen[0].reason}"
+        return reason or ""
 
     @property
     def worst_error(self) -> float | None:
-        """The largest relative error of its cuts."""
+        """The largest relative error over the trials; ``None`` where no trial has one."""
         return max((t.relative_error for t in self.trials if t.relative_error is not None), default=None)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """A JSON document: the stored fields and the status."""
+        return self.model_dump(mode="json") | {"status": self.status}
 
 
 class Traced(Value):
-    """One architecture of which the graph alone was built, whole and without weights."""
+    """One architecture whose graph was built at full size and without weights; nothing was cut.
+
+    ``seconds`` is the time to build the graph, ``prunable_share`` as in `Row`.
+    """
 
     name: str
     params: int = 0
@@ -111,9 +131,16 @@ class Traced(Value):
 
 
 class Matrix(Value):
-    """Every row, for every architecture the row that stands for its structure, and every architecture's own graph.
+    """The whole matrix, as stored.
 
-    ``untried`` are architectures of whose structure none was tried.
+    Attributes:
+        rows: one row for each structure that was tried.
+        covered_by: architecture → name of the row that represents its structure.
+        untried: architectures whose structure has no row.
+        graphs: one entry for each architecture.
+        date: day on which the matrix was made.
+        command: command that made it.
+        versions: package → version it was made with.
     """
 
     schema_version: Literal[1] = 1
@@ -126,21 +153,29 @@ class Matrix(Value):
     graphs: tuple[Traced, ...] = ()
 
     def row(self, name: str) -> Row:
-        """The row that stands for an architecture. Raises KeyError."""
+        """The row that represents an architecture's structure.
+
+        Raises:
+            KeyError: the architecture is unknown or untried.
+        """
         wanted = self.covered_by[name]
         return next(row for row in self.rows if row.name == wanted)
 
     def smallest_of_modules(self) -> tuple[Row, ...]:
-        """The row with the fewest parameters of every module of timm."""
+        """The row with the fewest parameters for each module of timm."""
         smallest: dict[str, Row] = {}
         for row in sorted(self.rows, key=lambda row: row.params):
             smallest.setdefault(row.module, row)
         return tuple(smallest.values())
 
     def matching(self, pattern: str) -> dict[str, Row]:
-        """Tried architectures by a shell pattern; without wildcards, those that contain it.
+        """Tried architectures by name, each with the row that represents it.
 
-        Raises UsageError where no architecture matches, or only untried ones.
+        Args:
+            pattern: shell pattern of the name; without wildcards, a part of the name.
+
+        Raises:
+            UsageError: no architecture matches, or only untried ones.
         """
         glob = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
         rows = {row.name: row for row in self.rows}
@@ -156,7 +191,11 @@ class Matrix(Value):
 
 
 def stored_matrix() -> Matrix:
-    """The matrix that this version of prunecli was released with. Raises PruneError where the file is broken."""
+    """The matrix that this version of prunecli was released with.
+
+    Raises:
+        PruneError: the file is missing or broken.
+    """
     try:
         return Matrix.model_validate_json(STORED.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -27,10 +27,13 @@ from prunecli.models.load import load_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DataSettings, FinetuneSettings
 from prunecli.training.finetune import finetune
-from prunecli.training.recommended_lr import EVIDENCE
+from prunecli.training.loop import TrainingRun
+from prunecli.training.recommended_lr import MEASURED_REGRETS
 
 CPU = torch.device("cpu")
-PAPERS = FinetuneSettings(optimizer="sgd", schedule="step", milestones=(0.5,), weight_decay=1e-2, decay_norms=True)
+PAPERS = FinetuneSettings(
+    optimizer="sgd", schedule={"kind": "step", "milestones": (0.5,)}, weight_decay=1e-2, decay_norms=True
+)
 
 
 class Noise:
@@ -59,7 +62,7 @@ class Noise:
 def tool_run(net: str, start: dict[str, Tensor], *, seed: int, lr: float) -> tuple[dict[str, Tensor], float]:
     model = load_model(net, pretrained=False).model
     model.load_state_dict(start)
-    report = finetune(model, Noise(seed), PAPERS, lr=lr, epochs=2, device=CPU, seed=seed)
+    report = finetune(model, Noise(seed), PAPERS, lr=lr, epochs=2, run=TrainingRun(device=CPU, seed=seed))
     assert report.last_top1 is not None
     return model.state_dict(), report.last_top1
 
@@ -153,7 +156,7 @@ def test_the_resident_loop_is_the_tools_own(tmp_path: Path) -> None:
     for _ in range(3):
         ours.step_()
     assert ours.done
-    report = finetune(start.model, images, PAPERS, lr=LR, epochs=2, device=CPU, seed=4)
+    report = finetune(start.model, images, PAPERS, lr=LR, epochs=2, run=TrainingRun(device=CPU, seed=4))
     assert ours.top1() == pytest.approx([entry["top1"] for entry in report.history])
     expected = start.model.state_dict()
     torch.testing.assert_close(dict(ours.model.state_dict()), dict(expected), atol=2e-6, rtol=1e-5)
@@ -230,18 +233,18 @@ def test_the_table_of_recoveries_is_made_of_the_rows_that_were_measured_with_its
 def test_an_arm_says_what_happens_before_the_cut(arm: str, method: str, taught: float) -> None:
     options = recoveries.parsed(["--weights=w.safetensors", "--data-dir=d"])
     recipe = recoveries.recipe_for(options, 0.7, 3, arm)
-    assert (recipe.method, recipe.finetune.distill.share) == (method, taught)
+    assert (recipe.method.kind, recipe.finetune.distill.share) == (method, taught)
     assert (recipe.seed, recipe.prune.select, recipe.target.value) == (3, ("layer*.*.conv1",), 0.7)
 
 
 def test_a_changed_recipe_or_teacher_is_a_row_of_its_own() -> None:
-    common = ["--weights=w.safetensors", "--data-dir=d", "--teacher", "0.5", "2", "--set", "phase.reg_every=3"]
+    common = ["--weights=w.safetensors", "--data-dir=d", "--teacher", "0.5", "2", "--set", "method.reg_every=3"]
     changed = recoveries.parsed(common)
     recipe = recoveries.recipe_for(changed, 0.7, 0, "kd+tpp+kd")
     distill = recipe.finetune.distill
-    assert (recipe.phase.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
+    assert (recipe.method.reg_every, distill.share, distill.temperature) == (3, 0.5, 2.0)
     row = (0.7, 0.01, 0, "kd+tpp+kd")
-    assert recoveries.key(changed, row).endswith("judged on 2000 | phase.reg_every=3 | teacher 0.5 2.0")
+    assert recoveries.key(changed, row).endswith("judged on 2000 | method.reg_every=3 | teacher 0.5 2.0")
     assert recoveries.key(recoveries.parsed(common[:2]), row).endswith("judged on 2000")
 
 
@@ -333,7 +336,7 @@ def test_a_case_trains_with_the_optimiser_of_its_net(
     case = lr_regret.Case(net=net, ratio=0.5, epochs=1, taught=taught)
     settings = case.settings(rates[0])
     assert (case.kind, case.grid[0], case.grid[-1]) == (kind, *rates)
-    assert (settings.optimizer, settings.min_lr, settings.distill.share) == (
+    assert (settings.optimizer, settings.schedule.min_lr, settings.distill.share) == (
         kind.partition(",")[0].lower(),
         rates[0] / 100,
         0.9 * taught,
@@ -396,16 +399,16 @@ def test_a_budget_is_compared_with_the_bases_by_the_images_they_see() -> None:
     assert (epochs["mlp7_relu"], epochs["cifar_resnet56"], epochs["test_vit"]) == (270, 2000, 80)
 
 
-@pytest.mark.parametrize("kind", EVIDENCE)
+@pytest.mark.parametrize("kind", MEASURED_REGRETS)
 def test_the_regrets_that_the_tool_quotes_are_those_that_were_measured(kind: str) -> None:
     records = Ledger(lr_regret.RESULTS).records
     lines = lr_regret.table(records, kind).splitlines()
     header, means, worst = ([cell.strip() for cell in lines[at].split("|")] for at in (0, -3, -1))
-    assert (means[1], worst[1], len(lines) - 5) == ("mean", "worst", EVIDENCE[kind].cases)
+    assert (means[1], worst[1], len(lines) - 5) == ("mean", "worst", MEASURED_REGRETS[kind].cases)
     fitted = "prunecli, fitted to other nets"
-    quoted: dict[str, tuple[float, float]] = {fitted if fitted in header else "prunecli": EVIDENCE[kind].short}
+    quoted: dict[str, tuple[float, float]] = {fitted if fitted in header else "prunecli": MEASURED_REGRETS[kind].short}
     names = {0.01: "fixed 1e-2", 0.001: "fixed 1e-3", 1.25e-4: "published rules"}
-    quoted |= {names[lr]: regret for lr, regret in EVIDENCE[kind].fixed.items()}
+    quoted |= {names[lr]: regret for lr, regret in MEASURED_REGRETS[kind].fixed.items()}
     assert {name: tuple(float(row[header.index(name)]) for row in (means, worst)) for name in quoted} == quoted
     steps = [records[str(c)]["steps"] for c in lr_regret.CASES if c.kind == kind and lr_regret.finished(c, records)]
-    assert EVIDENCE[kind].of.endswith(f", {min(steps)} to {max(steps):,} steps")
+    assert MEASURED_REGRETS[kind].scope.endswith(f", {min(steps)} to {max(steps):,} steps")

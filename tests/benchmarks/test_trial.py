@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 
-from benchmarks.coverage.trial import reload_difference, structure_of, try_architecture
+from benchmarks.coverage.trial import reload_difference, structure_digest, try_architecture
 from prunecli.models.build import build
 from prunecli.values.plan import ModelRef
 from prunecli.values.support_matrix import Row, stored_matrix
@@ -45,12 +45,14 @@ def plain(name: str, **args: Any):
 
 
 def test_structures_ignore_sizes_and_repetitions_only():
-    base = structure_of(plain("resnet18"))
-    assert structure_of(plain("resnet34")) == base
-    assert structure_of(plain("resnet18d")) != base
-    assert structure_of(plain("resnet50")) != base
-    assert structure_of(plain("vit_tiny_patch16_224")) == structure_of(plain("vit_small_patch16_224", depth=3))
-    assert structure_of(plain("vit_tiny_patch16_224")) != structure_of(plain("vit_tiny_patch16_224", qk_norm=True))
+    base = structure_digest(plain("resnet18"))
+    assert structure_digest(plain("resnet34")) == base
+    assert structure_digest(plain("resnet18d")) != base
+    assert structure_digest(plain("resnet50")) != base
+    assert structure_digest(plain("vit_tiny_patch16_224")) == structure_digest(plain("vit_small_patch16_224", depth=3))
+    assert structure_digest(plain("vit_tiny_patch16_224")) != structure_digest(
+        plain("vit_tiny_patch16_224", qk_norm=True)
+    )
     assert re.fullmatch(r"[0-9a-f]{12}", base)
 
 

@@ -547,7 +547,7 @@ def test_a_method_that_trains_before_the_cut_needs_data(dry, tmp_path):
 
 def test_a_dry_run_says_how_long_the_phases_are():
     job = [part for part in JOB if part != "--epochs=2"]
-    done = call("compress", *job, "--method=greg", "phase.variant=2", "--dry-run", "--json")
+    done = call("compress", *job, "--method=greg", "method.variant=2", "--dry-run", "--json")
     assert done.exit_code == 0
     phases = json.loads(done.stdout)["phases"]
     assert [(phase["name"], phase["steps"], phase["epochs"]) for phase in phases] == [
@@ -559,6 +559,6 @@ def test_a_dry_run_says_how_long_the_phases_are():
     trial = call("compress", *(part for part in job if "target" not in part), "--method=abp", "--dry-run").stdout
     assert "50,000 steps = 6250 epochs at LR 0.1 ! " in " ".join(trial.split())
     assert "Which channels leave is yet to be learnt." in " ".join(trial.split())
-    short = call("compress", *job, "--method=tpp", "phase.stabilise=399", "--dry-run")
+    short = call("compress", *job, "--method=tpp", "method.stabilise=399", "--dry-run")
     assert short.exit_code == 2
     assert "too few to set 4 groups to zero" in sentence(short)

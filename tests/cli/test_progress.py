@@ -6,14 +6,14 @@ import io
 
 from rich.console import Console
 
-from prunecli.cli.progress import Narrator
+from prunecli.cli.progress import ProgressDisplay
 
 
 def said(*events: dict[str, object], quiet: bool = False, terminal: bool = False) -> str:
     page = io.StringIO()
-    with Narrator(Console(file=page, width=40, force_terminal=terminal), quiet=quiet) as narrator:
+    with ProgressDisplay(Console(file=page, width=40, force_terminal=terminal), quiet=quiet) as display:
         for event in events:
-            narrator(event)
+            display(event)
     return page.getvalue()
 
 

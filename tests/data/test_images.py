@@ -548,7 +548,7 @@ def test_hub_datasets_are_read_through_timms_reader(folder: Path, monkeypatch: p
         assert (name, root, input_img_mode) == ("hfds/me/pets", None, "RGB")
         return FakeDataset(sorted((folder / {"train": "train", "validation": "val"}[split]).rglob("*.png")))
 
-    monkeypatch.setattr("prunecli.data.images.sources.create_dataset", create)
+    monkeypatch.setattr("prunecli.data.sources.create_dataset", create)
     spoil(folder / "train/cat/1.png", "half")
     images = opened("hfds/me/pets", train_limit=9)
     assert images.class_names == ("cat", "horse")

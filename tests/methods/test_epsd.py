@@ -15,11 +15,12 @@ from torch.nn import functional
 from prunecli.errors import PruneError, UnsupportedError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.methods import epsd
-from prunecli.methods.epsd import prospect_scores
+from prunecli.methods.epsd import epsd_scores
 from prunecli.methods.gates import gate_places, gated_weights
 from prunecli.models.load import load_model
+from prunecli.recipe.methods import EpsdMethod
 from prunecli.recipe.recipe import Recipe
-from prunecli.recipe.settings import EpsdSettings, FinetuneSettings
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run import plan_and_prove
 from prunecli.run.folder import RunFolder
 from prunecli.run.scores import scores_of
@@ -56,11 +57,11 @@ def test_one_step_of_two_linear_layers_by_hand() -> None:
         model[0].weight.copy_(torch.tensor([[0.5], [-1.0]]))
         model[1].weight.copy_(torch.tensor([[0.0, 0.0], [0.7, 0.2]]))
     lr = 0.3
-    found = prospect_scores(
+    found = epsd_scores(
         model.double(),
         [HIDDEN],
         Doubled(OneImage()),
-        EpsdSettings(steps=1, lr=lr),
+        EpsdMethod(steps=1, lr=lr),
         FinetuneSettings(),
         device=CPU,
         seed=0,
@@ -107,8 +108,8 @@ def test_scores_are_the_derivative_of_the_loss_behind_the_steps(loss: Any) -> No
     groups = build_graph(model.float(), (1, 8, 8)).groups
     model.double()
     assert [group.width for group in groups] == [4, 3]
-    how = (images, EpsdSettings(steps=2, lr=0.2), FinetuneSettings(loss=loss))
-    found = prospect_scores(model, groups, *how, device=CPU, seed=0)
+    how = (images, EpsdMethod(steps=2, lr=0.2), FinetuneSettings(loss=loss))
+    found = epsd_scores(model, groups, *how, device=CPU, seed=0)
     assert list(found) == [group.name for group in groups]
     places = gate_places(model, groups)
 
@@ -146,7 +147,7 @@ def test_the_model_stays_as_it_is_and_the_score_repeats() -> None:
     groups = build_graph(model, (3, 32, 32)).groups
     images = Noise()
     scored = [
-        prospect_scores(model, groups, images, EpsdSettings(steps=1), FinetuneSettings(), device=CPU, seed=1)
+        epsd_scores(model, groups, images, EpsdMethod(steps=1), FinetuneSettings(), device=CPU, seed=1)
         for _ in range(2)
     ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -171,7 +172,7 @@ class Noise:
 def test_attention_is_differentiated_through_its_plain_kernel() -> None:
     model = load_model("vit_tiny_patch16_224", pretrained=False, model_args={"img_size": 32, "depth": 2}).model
     groups = build_graph(model, (3, 32, 32)).groups
-    found = prospect_scores(model, groups, Noise(), EpsdSettings(steps=1), FinetuneSettings(), device=CPU, seed=1)
+    found = epsd_scores(model, groups, Noise(), EpsdMethod(steps=1), FinetuneSettings(), device=CPU, seed=1)
     assert all(bool((values > 0).any()) for values in found.values())
 
 
@@ -179,8 +180,8 @@ def test_frozen_weights_take_no_step() -> None:
     """Behind a frozen reader the first layer moves alone: as if the steps were those of the first layer."""
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight.requires_grad = False
-    how = (Doubled(OneImage()), EpsdSettings(steps=1, lr=0.3), FinetuneSettings())
-    found = prospect_scores(model.double(), [HIDDEN], *how, device=CPU, seed=0)["hidden"]
+    how = (Doubled(OneImage()), EpsdMethod(steps=1, lr=0.3), FinetuneSettings())
+    found = epsd_scores(model.double(), [HIDDEN], *how, device=CPU, seed=0)["hidden"]
     u, w = model[0].weight.detach().flatten(), model[1].weight.detach()
 
     def after(c: Tensor) -> Tensor:
@@ -192,8 +193,8 @@ def test_frozen_weights_take_no_step() -> None:
 
 
 def test_without_groups_there_are_no_scores() -> None:
-    how = (OneImage(), EpsdSettings(), FinetuneSettings())
-    assert prospect_scores(nn.Linear(1, 2), [], *how, device=CPU, seed=0) == {}
+    how = (OneImage(), EpsdMethod(), FinetuneSettings())
+    assert epsd_scores(nn.Linear(1, 2), [], *how, device=CPU, seed=0) == {}
 
 
 def test_dropout_draws_by_the_seed_and_leaves_the_callers_numbers_alone() -> None:
@@ -202,7 +203,7 @@ def test_dropout_draws_by_the_seed_and_leaves_the_callers_numbers_alone() -> Non
     group = replace(HIDDEN, members=(HIDDEN.members[0], reader))
     state = torch.get_rng_state()
     found = [
-        prospect_scores(model, [group], OneImage(), EpsdSettings(steps=2), FinetuneSettings(), device=CPU, seed=seed)
+        epsd_scores(model, [group], OneImage(), EpsdMethod(steps=2), FinetuneSettings(), device=CPU, seed=seed)
         for seed in (1, 1, 2, 3, 4, 5)
     ]
     assert torch.equal(state, torch.get_rng_state())
@@ -241,16 +242,16 @@ class OnceLayer(nn.Module):
 
 def test_what_cannot_be_differentiated_twice_is_said() -> None:
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False), OnceLayer())
-    how = (OneImage(), EpsdSettings(steps=1), FinetuneSettings())
+    how = (OneImage(), EpsdMethod(steps=1), FinetuneSettings())
     with pytest.raises(UnsupportedError, match="this model does not allow: derivative for"):
-        prospect_scores(model, [HIDDEN], *how, device=CPU, seed=0)
+        epsd_scores(model, [HIDDEN], *how, device=CPU, seed=0)
 
 
 def test_steps_that_diverge_are_said() -> None:
     model = load_model("cifar_resnet20", pretrained=False).model
     groups = build_graph(model, (3, 32, 32)).groups
     with pytest.raises(PruneError, match="diverge"):
-        prospect_scores(model, groups, Noise(), EpsdSettings(lr=1e30), FinetuneSettings(), device=CPU, seed=1)
+        epsd_scores(model, groups, Noise(), EpsdMethod(lr=1e30), FinetuneSettings(), device=CPU, seed=1)
 
 
 # ------------------------------------------------------------------------------------------------- whole jobs
@@ -260,12 +261,11 @@ def epsd_recipe(**values: Any) -> Recipe:
     made = {
         "model": "lenet5_relu",
         "pretrained": False,
-        "method": "epsd",
+        "method": {"kind": "epsd", "steps": 1},
         "target": "ratio=0.25",
         "data": {"name": "digits", "batch_size": 64},
         "finetune": {"loss": "cskd"},
         "prune": {"ranking": "global", "round_to": 1},
-        "epsd": {"steps": 1},
     }
     return Recipe.from_mapping(made | values)
 
@@ -278,8 +278,8 @@ def test_the_plan_keeps_the_channels_that_score_best() -> None:
     assert "equals" in proof
     plan = planned.plan
     assert plan.criterion == "epsd"
-    expected = prospect_scores(
-        source.model, plan.groups, images, recipe.epsd, recipe.finetune, device=CPU, seed=recipe.seed
+    expected = epsd_scores(
+        source.model, plan.groups, images, recipe.method, recipe.finetune, device=CPU, seed=recipe.seed
     )
     for group in plan.groups:
         assert group.score == pytest.approx(expected[group.name].tolist())
@@ -301,7 +301,7 @@ def test_without_training_images_it_is_refused(data: dict[str, Any]) -> None:
     ("values", "message"),
     [
         ({"prune": {"criterion": "fpgm"}}, "method epsd ranks channels by the steps it takes"),
-        ({"method": "oneshot"}, "section epsd is read by method epsd alone"),
+        ({"method": {"kind": "oneshot", "steps": 1}}, "unknown key 'method.steps' of kind oneshot"),
     ],
 )
 def test_settings_that_nothing_would_read_are_refused(values: dict[str, Any], message: str) -> None:
@@ -311,7 +311,7 @@ def test_settings_that_nothing_would_read_are_refused(values: dict[str, Any], me
 
 def test_a_whole_job_trains_with_the_loss_it_was_scored_by(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = [*JOB, "--method=epsd", "epsd.steps=1", "finetune.loss=dlb", "--recover=none", "--epochs=2"]
+    job = [*JOB, "--method=epsd", "method.steps=1", "finetune.loss=dlb", "--recover=none", "--epochs=2"]
     done = call("compress", *job, f"--out={out}")
     assert done.exit_code == 0, done.stderr
     report = RunFolder(path=out).report()

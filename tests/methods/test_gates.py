@@ -32,6 +32,7 @@ from prunecli.proof.gating import gating_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.source import load_source
 from prunecli.surgery.cut import cut_
+from prunecli.training.loop import TrainingRun
 from prunecli.values.groups import Graph, Member
 from prunecli.values.plan import PlannedGroup
 from prunecli.values.report import PhaseReport
@@ -226,7 +227,7 @@ def test_the_comparison_sees_a_gate_that_closes_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "tpp", "phase": {"gate_l1": 1e-4}}, "phase.gate_l1 is of method abp, not of tpp"),
+        ({"method": {"kind": "tpp", "gate_l1": 1e-4}}, "unknown key 'method.gate_l1' of kind tpp"),
         ({"method": "abp", "prune": {"criterion": "fpgm"}}, "method abp ranks channels by their gates"),
     ],
 )
@@ -239,7 +240,7 @@ def test_settings_that_contradict_the_method_are_refused(values: dict[str, Any],
 
 
 def gate_phase(**settings: Any) -> Phase:
-    (phase,) = phases_of(Recipe.from_mapping({"method": "abp", "phase": {"steps": 30, **settings}}))
+    (phase,) = phases_of(Recipe.from_mapping({"method": {"kind": "abp", "steps": 30, **settings}}))
     return phase
 
 
@@ -254,7 +255,9 @@ def test_gates_learn_before_the_plan_at_a_rate_of_their_own() -> None:
 
 def train(net: Gated, images: ToyImages, l1: float = 0.01, folder: Path | None = None) -> PhaseReport:
     phase = gate_phase(lr=0.05, gate_l1=l1)
-    return train_phase_(net, phase, toy_groups(), images, ADAMW, method="abp", device=CPU, seed=7, folder=folder)
+    return train_phase_(
+        net, phase, toy_groups(), images, ADAMW, method="abp", run=TrainingRun(device=CPU, seed=7, folder=folder)
+    )
 
 
 def gated_toy(dropout: float = 0.2) -> Gated:

@@ -15,14 +15,15 @@ from torch.utils.data import TensorDataset
 
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.graph.build import build_graph
+from prunecli.methods.growing_penalty import GrowingPenalty
 from prunecli.methods.phase import Phase, phases_of, require_time
-from prunecli.methods.push import Push
 from prunecli.methods.train_phase import train_phase_
 from prunecli.models import paper_nets  # noqa: F401 - registers the papers' networks
 from prunecli.models.channels import silencing_slices
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.surgery.cut import cut_
+from prunecli.training.loop import TrainingRun
 from prunecli.training.penalty import gram_loss
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
@@ -34,7 +35,7 @@ from toys.training import ADAMW, CPU, Interrupting, ToyImages, same, toy_groups,
 
 
 def phases(method: str, **settings: Any) -> tuple[Phase, ...]:
-    return phases_of(Recipe.from_mapping({"method": method, "phase": settings}))
+    return phases_of(Recipe.from_mapping({"method": {"kind": method, **settings}}))
 
 
 def test_the_defaults_are_the_papers_figures_for_cifar() -> None:
@@ -69,16 +70,16 @@ def test_a_regulariser_alone_pushes_nothing_and_comes_before_the_plan() -> None:
 
 
 def test_every_group_needs_its_turn_to_be_zeroed() -> None:
-    recipe = Recipe.from_mapping({"method": "tpp", "phase": {"stabilise": 199}})
+    recipe = Recipe.from_mapping({"method": {"kind": "tpp", "stabilise": 199}})
     groups = [*toy_groups(), *toy_groups()]
-    with pytest.raises(UsageError, match=r"phase.stabilise is 199 steps.*2 groups.*phase.stabilise=200"):
+    with pytest.raises(UsageError, match=r"method.stabilise is 199 steps.*2 groups.*method.stabilise=200"):
         require_time(recipe, groups)
     require_time(recipe, groups[:1])
 
 
 def test_greg2_settings_of_another_method_are_refused() -> None:
-    with pytest.raises(UsageError, match="variant 2 is of method greg, not of tpp"):
-        Recipe.from_mapping({"method": "tpp", "phase": {"variant": 2}})
+    with pytest.raises(UsageError, match=r"unknown key 'method.variant' of kind tpp"):
+        Recipe.from_mapping({"method": {"kind": "tpp", "variant": 2}})
 
 
 # ------------------------------------------------------------------------------------------------- pushing
@@ -102,7 +103,7 @@ def after_backward(phase: Phase, step: int) -> tuple[Pair, dict[str, torch.Tenso
     torch.manual_seed(2)
     images, labels = torch.randn(5, 2, 4, 4), torch.tensor([0, 1, 2, 0, 1])
     model = Pair()
-    penalty = Push(model, pair_groups(), phase)
+    penalty = GrowingPenalty(model, pair_groups(), phase)
     loss = functional.cross_entropy(model(images), labels)
     plain = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
     loss = functional.cross_entropy(model(images), labels)
@@ -153,7 +154,7 @@ def test_groups_become_zero_one_after_the_other_and_stay_so() -> None:
         )
         for at in range(3)
     ]
-    penalty, silent = Push(model, groups, PUSH), []
+    penalty, silent = GrowingPenalty(model, groups, PUSH), []
     for step in range(16):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -174,7 +175,7 @@ def test_each_stacked_part_of_a_weight_has_its_own_gram_matrix() -> None:
     group = PlannedGroup(name="gated", kind="channels", width=3, keep=(0, 2), members=parts)
     kept = torch.tensor([True, False, True])
     expected = gram_loss(model.weight[:3], kept) + gram_loss(model.weight[3:], kept)
-    torch.testing.assert_close(Push(model, [group], PUSH).gram(), expected)
+    torch.testing.assert_close(GrowingPenalty(model, [group], PUSH).gram(), expected)
 
 
 def test_a_head_is_many_filters_that_leave_together() -> None:
@@ -183,7 +184,7 @@ def test_a_head_is_many_filters_that_leave_together() -> None:
     member = Member(tensor="weight", dim=0, role="out", index=IndexMap(stride=3, loops=((3, 1),)))
     group = PlannedGroup(name="heads", kind="heads", width=2, keep=(1,), members=(member,))
     kept = torch.tensor([False, False, False, True, True, True])
-    torch.testing.assert_close(Push(model, [group], PUSH).gram(), gram_loss(model.weight, kept))
+    torch.testing.assert_close(GrowingPenalty(model, [group], PUSH).gram(), gram_loss(model.weight, kept))
 
 
 # ------------------------------------------------------------------------------------------------- zeroed = cut
@@ -206,7 +207,7 @@ def test_the_zeroed_net_is_the_cut_net(name: str) -> None:
     groups = planned(graph, kept, random.Random(0))
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     zeroed, cut = copy.deepcopy(model), copy.deepcopy(model)
-    Push(zeroed, groups, Phase(**{**vars(PUSH), "gram_weight": 0.0})).project_(10_000)
+    GrowingPenalty(zeroed, groups, Phase(**{**vars(PUSH), "gram_weight": 0.0})).project_(10_000)
     cut_(cut, groups=groups, attributes=graph.solve(kept), folds=graph.folds)
     assert sum(p.numel() for p in cut.parameters()) < 0.85 * sum(p.numel() for p in model.parameters())
     with torch.no_grad():
@@ -288,8 +289,10 @@ def test_another_plan_is_another_job(tmp_path: Path) -> None:
 
 
 def test_a_regulariser_phase_makes_weights_more_orthogonal() -> None:
-    (phase,) = phases("kernorth", steps=30, regulariser_weight=1.0, lr=0.05)
-    report = train_phase_(toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", device=CPU, seed=7)
+    (phase,) = phases("kernorth", steps=30, weight=1.0, lr=0.05)
+    report = train_phase_(
+        toy_net(), phase, (), ToyImages(), FinetuneSettings(), method="kernorth", run=TrainingRun(device=CPU, seed=7)
+    )
     assert report.penalty_after < 0.8 * report.penalty_before
     assert report.norm_after is None
 
@@ -298,7 +301,13 @@ def test_a_penalty_that_explodes_is_a_sentence_and_leaves_no_such_state(tmp_path
     (phase,) = phases("tpp", reg_step=1.0, reg_every=1, stabilise=11, zero_every=11, gram_weight=1e30)
     with pytest.raises(PruneError, match=r"The (loss|penalty|norm) .*(nan|inf).*"):
         train_phase_(
-            toy_net(), phase, toy_groups(), ToyImages(), ADAMW, method="tpp", device=CPU, seed=7, folder=tmp_path
+            toy_net(),
+            phase,
+            toy_groups(),
+            ToyImages(),
+            ADAMW,
+            method="tpp",
+            run=TrainingRun(device=CPU, seed=7, folder=tmp_path),
         )
     assert not list(tmp_path.iterdir())
 
@@ -307,7 +316,13 @@ def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
     """Only weight decay, precision and memory format are shared: the papers' phase is plain SGD on cross-entropy."""
     plain, decorated, decayed = toy_net(), toy_net(), toy_net()
     train_toy_phase(plain, ToyImages())
-    fancy = FinetuneSettings(optimizer="adamw", ema=0.9, mixup=0.4, label_smoothing=0.1, clip_grad=0.1, nesterov=True)
+    fancy = FinetuneSettings(
+        optimizer="adamw",
+        ema=0.9,
+        loss={"kind": "ce", "mixup": 0.4, "label_smoothing": 0.1},
+        clip_grad=0.1,
+        nesterov=True,
+    )
     train_toy_phase(decorated, ToyImages(), settings=fancy)
     train_toy_phase(decayed, ToyImages(), settings=FinetuneSettings(weight_decay=0.1))
     assert same(weights(plain), weights(decorated))
@@ -316,7 +331,7 @@ def test_what_a_recipe_says_of_fine_tuning_stays_out_of_the_phase() -> None:
 
 def test_a_phase_learns_from_the_dense_model_where_fine_tuning_does() -> None:
     """With nothing but distillation the labels have no say; without a teacher there is nothing to learn from."""
-    taught = ADAMW.model_copy(update={"distill": DistillSettings(alpha=1.0)})
+    taught = ADAMW.updated(distill=DistillSettings(alpha=1.0))
     pair, images = [toy_net(), toy_net()], [ToyImages(), ToyImages()]
     images[1].train = TensorDataset(images[1].train.tensors[0], images[1].train.tensors[1].flip(0))
     for net, shown in zip(pair, images, strict=True):

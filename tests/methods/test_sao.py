@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prunecli.errors import UsageError
-from prunecli.methods.sao import Initialised, Pattern, initialise_, mirrored, regular_mask, sparse_orthogonal
-from prunecli.methods.start import start_anew_
+from prunecli.methods.initialisation import initialise_
+from prunecli.methods.sao import Initialised, Pattern, initialise_sao_, mirrored, regular_mask, sparse_orthogonal
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.folder import RunFolder
 from toys.jobs import JOB, call, sentence
@@ -85,7 +85,7 @@ def net() -> nn.Sequential:
 
 
 def started(model: nn.Module, pattern: Pattern = "relu", **how: Any) -> Initialised:
-    return initialise_(model, **({"sparsity": None, "degree": None} | how), pattern=pattern, seed=0)
+    return initialise_sao_(model, **({"sparsity": None, "degree": None} | how), pattern=pattern, seed=0)
 
 
 def test_what_each_layer_starts_with() -> None:
@@ -157,8 +157,8 @@ def test_widths_without_the_asked_graph_get_the_next_denser_one(
         ({}, "init sao trains from scratch, so it needs pretrained: false"),
         ({"pretrained": False, "method": "tpp"}, "init sao would forget what method tpp trains"),
         ({"pretrained": False, "finetune": {"epochs": 0}}, "init sao is the start of a training"),
-        ({"pretrained": False, "sao": {"sparsity": 0.5, "degree": 4}}, "sparsity and degree both say how sparse"),
-        ({"init": None, "sao": {"degree": 4}}, "section sao is read by init: sao alone"),
+        ({"pretrained": False, "init": {"sparsity": 0.5, "degree": 4}}, "sparsity and degree both say how sparse"),
+        ({"init": None, "sao": {"degree": 4}}, "sao.degree is now init.degree"),
     ],
 )
 def test_wrong_combinations_are_one_sentence(values: dict[str, Any], message: str) -> None:
@@ -170,7 +170,7 @@ def test_wrong_combinations_are_one_sentence(values: dict[str, Any], message: st
     ("options", "message"),
     [
         ([], "init sao starts anew after the cut, so there is nothing to recover. Give --recover none."),
-        (["--recover=none", "sao.degree=1"], "and 1 were asked for."),
+        (["--recover=none", "init.degree=1"], "and 1 were asked for."),
         (["--recover=none", "data.name=null"], "init sao is the start of a training, so it needs data. Give --data."),
     ],
 )
@@ -184,12 +184,15 @@ def test_a_job_that_cannot_start_so_says_it_before_any_work(options: list[str], 
 
 
 def test_auto_mirrors_under_relu_only() -> None:
-    recipe = Recipe.from_mapping({"init": "sao", "pretrained": False, "sao": {"sparsity": 0.8}})
+    recipe = Recipe.from_mapping({"init": {"kind": "sao", "sparsity": 0.8}, "pretrained": False})
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
-    assert "1 of 3 layers start sparse and orthogonal (for tanh), 75.0%" in start_anew_(smooth, recipe, (3, 1, 1)).rule
+    assert (
+        "1 of 3 layers start sparse and orthogonal (for tanh), 75.0%"
+        in initialise_(smooth, recipe.init, (3, 1, 1), seed=0).rule
+    )
     smooth[2] = smooth[4] = nn.ReLU()
     with pytest.raises(UsageError, match="under relu"):
-        start_anew_(smooth, recipe, (3, 1, 1))
+        initialise_(smooth, recipe.init, (3, 1, 1), seed=0)
 
 
 def test_a_pruned_structure_is_trained_from_a_sparse_start(tmp_path: Path) -> None:

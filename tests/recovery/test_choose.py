@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from prunecli.errors import UsageError
-from prunecli.measure.accuracy import knows_the_data, lost_top1
+from prunecli.measure.accuracy import halves_chance_error, lost_top1
 from prunecli.recipe import packaged
-from prunecli.recipe.reading import layered
+from prunecli.recipe.layers import layered
 from prunecli.recipe.recipe import Recipe
 from prunecli.recovery.choose import CANDIDATES, candidates_for, compare, recover_stage
 from prunecli.run import plan_and_prove
@@ -143,4 +143,4 @@ def test_every_start_is_probed_at_the_rate_that_its_own_damage_asks_for(tmp_path
 )
 def test_what_a_cut_cost_counts_from_guessing(dense, now, classes, expected):
     assert lost_top1(dense, now, classes=classes) == (None if expected is None else pytest.approx(expected))
-    assert knows_the_data(dense, classes) == (expected is not None)
+    assert halves_chance_error(dense, classes) == (expected is not None)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ def test_default_folders_are_numbered_by_model(tmp_path: Path, monkeypatch: pyte
     begun(Path("runs/b-c-9"))
     assert locate(None, model="hf-hub:a/b c", resume=False, force=False).path == Path("runs/b-c-10")
     assert locate(None, model="b c", resume=True, force=False).path == Path("runs/b-c-9")
-    (tmp_path / "runs" / "b-c-9" / run_folder.REPORT).touch()
+    (tmp_path / "runs" / "b-c-9" / "report.json").touch()
     with pytest.raises(UsageError, match="no unfinished run of b-c"):
         locate(None, model="b c", resume=True, force=False)
 
@@ -85,9 +88,10 @@ def test_what_no_run_wrote_is_left_alone(tmp_path: Path, name: str, force: bool)
 
 def test_replacing_a_run_leaves_other_files(tmp_path: Path) -> None:
     folder = begun(tmp_path / "run")
-    for name in (*run_folder.OURS, "thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors"):
-        (folder.path / name).parent.mkdir(exist_ok=True)
-        (folder.path / name).write_text("old")
+    others = ("thesis.tex", "checkpoints/finetune/state-00001-00000000.safetensors")
+    for file in (*folder.files, *(folder.path / name for name in others)):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("old")
     run_folder.prepare_(folder, Recipe(model="resnet18"), resume=False, force=True)
     assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "checkpoints", "thesis.tex"}
     assert not list(folder.checkpoints.iterdir())
@@ -108,6 +112,34 @@ def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         pass
     with run_folder.held(folder):
         pass
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from prunecli.run.folder import RunFolder, held
+with held(RunFolder(path=Path(sys.argv[1]))):
+    if os.fork() == 0:
+        sys.stdin.read()  # a loader process, which has yet to notice
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_killed_run_holds_its_folder_while_its_loader_processes_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(path=tmp_path)
+    with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdin=subprocess.PIPE) as killed:
+        assert killed.wait() == -signal.SIGKILL
+        with monkeypatch.context() as impatient:
+            impatient.setattr(run_folder, "_LOCK_SECONDS", 0)
+            with pytest.raises(UsageError, match="Another process"), run_folder.held(folder):
+                pass
+        assert killed.stdin
+        killed.stdin.close()
+        with run_folder.held(folder):
+            assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("out", ["file", "file/run"])

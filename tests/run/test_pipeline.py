@@ -161,8 +161,16 @@ def test_killed_while_an_old_run_is_replaced_leaves_no_broken_finished_run(jobs:
 # ---------------------------------------------------------------------------------------------- phases before the cut
 
 # GReg-2, with a phase before the plan and one after it, each two epochs of eight steps.
-PHASES = [*JOB, SAVING, "--epochs=1", "--method=greg", "phase.variant=2", "phase.pick_step=0.002", "phase.reg_every=3"]
-PHASES += ["phase.reg_step=0.33", "phase.stabilise=7", "phase.lr=0.01"]
+PHASES = [
+    *JOB,
+    SAVING,
+    "--epochs=1",
+    "--method=greg",
+    "method.variant=2",
+    "method.pick_step=0.002",
+    "method.reg_every=3",
+]
+PHASES += ["method.reg_step=0.33", "method.stabilise=7", "method.lr=0.01"]
 
 
 class PhaseJobs(Jobs):
@@ -199,7 +207,7 @@ def test_greg2_plans_from_what_the_growing_penalty_left(phase_jobs: Jobs) -> Non
     assert not list(folder.checkpoints.glob("*.safetensors"))
 
 
-TPP = ["--method=tpp", "phase.reg_step=0.25", "phase.reg_every=2", "phase.stabilise=8", "phase.zero_every=2"]
+TPP = ["--method=tpp", "method.reg_step=0.25", "method.reg_every=2", "method.stabilise=8", "method.zero_every=2"]
 
 
 def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_tpp_cuts_what_it_has_set_to_zero(jobs: Jobs, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- learned gates
 
 ABP = [part for part in PHASES[: len(JOB) + 2] if not part.startswith("--target")]
-ABP += ["--method=abp", "phase.steps=12", "phase.lr=0.05", "prune.round_to=1", "--recover=none"]
+ABP += ["--method=abp", "method.steps=12", "method.lr=0.05", "prune.round_to=1", "--recover=none"]
 
 
 class GateJobs(Jobs):
@@ -505,8 +513,8 @@ def test_adamw_gets_a_rate_for_the_accuracy_that_is_lost_behind_the_recovery(tau
     lost = (top1["dense"] - top1["recovered"]) / (top1["dense"] - 10)
     assert 0.03 < lost < 0.9
     assert top1["pruned"] < top1["recovered"]
-    assert report.lr.evidence["lost_top1"] == pytest.approx(lost)
-    alone = 1e-3 * lost / (1 - report.lr.evidence["removed_channels"]) ** 0.5
+    assert report.lr.inputs.lost_top1 == pytest.approx(lost)
+    alone = 1e-3 * lost / (1 - report.lr.inputs.removed_channels) ** 0.5
     assert report.lr.recommended == pytest.approx(alone * 3.7**0.5, rel=0.05)
 
 
@@ -564,7 +572,7 @@ def test_a_run_that_lost_its_report_is_fine_tuned_and_told_so(cut_alone: Path, t
     (run / "report.json").unlink()
     report = tuned(run, tmp_path / "tuned")
     assert report.lr is not None
-    assert report.lr.evidence["removed_channels"] == 0
+    assert report.lr.inputs.removed_channels == 0
     assert any("report.json" in said and "uncut model" in said for said in report.warnings)
     assert "report.json" in sentence(call("lr", str(run), *ON_DIGITS))
 
@@ -624,10 +632,10 @@ def test_allr_reads_the_cut_and_the_report_shows_its_numbers(tmp_path: Path) -> 
     share = 1 - plan.predicted.params / plan.base.params
     assert report.lr is not None
     assert report.finetune is not None
-    found = report.lr.evidence
-    assert found["norm_dense"] == pytest.approx(norm)
-    assert found["sparsity"] == pytest.approx(share)
-    removed = (norm**2 - found["norm_pruned"] ** 2) ** 0.5 / norm
+    found = report.lr.inputs
+    assert found.norm_dense == pytest.approx(norm)
+    assert found.sparsity == pytest.approx(share)
+    removed = (norm**2 - found.norm_pruned**2) ** 0.5 / norm
     assert 0.1 < removed < 0.9
     assert report.finetune.lr == report.lr.recommended == pytest.approx(max(0.1 * removed / share**0.5, 0.1 * 2 / 50))
     last = report.finetune.history[-1]["lr"]

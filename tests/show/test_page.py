@@ -9,7 +9,7 @@ import pytest
 
 from prunecli.show import plots
 from prunecli.show.page import report_page
-from prunecli.values.report import LatencyReport, LayerReport, Report, VerifyReport
+from prunecli.values.report import LatencyReport, LayerReport, LRReport, Report, VerifyReport
 from toys import sample_report as sample
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -106,6 +106,34 @@ def test_names_and_warnings_are_escaped(full):
     hostile = page(sample.report(model='"><b onload=x>$\\frac$'))
     parsed(hostile)
     assert "<b onload" not in hostile
+
+
+def test_every_text_of_a_report_is_escaped():
+    bad = "<script>alert('\"&amp;')</script>"
+    (stage, *others), dropped = sample.stages(), sample.report().recovery[1]
+    lr = LRReport(
+        recommended=0.01,
+        rule=bad,
+        evidence={
+            bad: bad,
+            "rules": [{"name": bad, "lr": 0.01, "source": bad}],
+            "candidates": [{"name": bad, "lr": 0.1, "taken": True, "says": bad}],
+        },
+    )
+    hostile = sample.report(
+        model=bad,
+        stages=(stage.model_copy(update={"notes": (bad,)}), *others),
+        recovery=(dropped.model_copy(update={"rule": bad}),),
+        lr=lr,
+        latency=LatencyReport(device=bad, batch=1, base_ms=4.0, final_ms=2.5, ratio=1.6, noise=0.03),
+        warnings=(bad,),
+        versions={bad: bad},
+    )
+    html = page(hostile, recipe=bad)
+    found = parsed(html)
+    assert "script" not in found.tags
+    shown = {"title": 2, "note": 1, "recovery": 1, "rate": 7, "latency": 1, "warning": 1, "versions": 2, "recipe": 1}
+    assert "\n".join(found.text).count(bad) == sum(shown.values())
 
 
 def test_the_same_report_gives_the_same_bytes(full):

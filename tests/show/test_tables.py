@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from prunecli.show import tables, wording
 from prunecli.values.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
 from prunecli.values.inspection import Inspection
-from prunecli.values.report import Accuracy, PhaseReport, TargetResult, VerifyReport
+from prunecli.values.report import Accuracy, PhaseReport, Report, TargetResult, VerifyReport
 from toys import sample_matrix
 from toys import sample_report as sample
 
@@ -64,6 +64,10 @@ def graph() -> Graph:
     )
 
 
+def summary(report: Report, folder: Path) -> RenderableType:
+    return tables.report_summary(report, page=folder / "report.html", model=folder / "model.safetensors")
+
+
 def views() -> dict[str, RenderableType]:
     report = sample.report()
     inspected = Inspection(
@@ -81,7 +85,7 @@ def views() -> dict[str, RenderableType]:
     assert report.lr
     assert report.verify
     return {
-        "report": tables.report_summary(report, Path("runs/cifar_resnet20-1")),
+        "report": summary(report, Path("runs/cifar_resnet20-1")),
         "plan": tables.plan_table(sample.plan(), report.target, proof, ("[b]rounded[/b] up to 8",)),
         "inspect": tables.inspection(inspected),
         "spectrum": tables.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
@@ -118,7 +122,7 @@ def test_a_run_without_data_or_target_or_spectrum():
     bare = sample.stages()[1].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
     dense = sample.stages()[0].model_copy(update={"top1": None, "top5": None, "loss": None, "jsv": None})
     report = sample.report(stages=(dense, bare), target=None, lr=None, finetune=None, verify=None, recovery=())
-    shown = text(tables.report_summary(report, Path("runs/a")), 200)
+    shown = text(summary(report, Path("runs/a")), 200)
     assert "its accuracy was not measured" in shown
     assert "top-1" not in shown.split("stage")[0]
     assert "runs/a/report.html" in shown
@@ -187,20 +191,20 @@ def test_a_phase_of_gates_says_how_many_are_open():
     gate = PhaseReport(
         name="gate", method="abp", steps=400, epochs=10, lr=0.1, open_before=0.592, open_after=0.8025, seconds=593.0
     )
-    told = " ".join(text(tables.report_summary(sample.report(phases=(gate,)), Path("runs/a")), width=200).split())
+    told = " ".join(text(summary(sample.report(phases=(gate,)), Path("runs/a")), width=200).split())
     assert "abp, every channel has a gate that learns whether it is needed: 400 steps = 10 epochs at LR 0.1; " in told
     assert "open gates 59.2 % → 80.2 %" in told  # 80.25 is a shade below in binary
 
 
 def test_a_phase_that_was_taught_says_so():
     phase = PhaseReport(name="push", method="tpp", steps=400, epochs=10, lr=0.01, distill=0.9, seconds=1.0)
-    told = " ".join(text(tables.report_summary(sample.report(phases=(phase,)), Path("runs/a")), width=200).split())
+    told = " ".join(text(summary(sample.report(phases=(phase,)), Path("runs/a")), width=200).split())
     assert "at LR 0.01; 0.9 of the loss distilled from the dense model" in told
 
 
 def test_phases_before_the_cut_are_told_with_the_budget():
     grow, push = sample.phases()
-    told = text(tables.report_summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
+    told = text(summary(sample.report(phases=(grow, push), total_epochs=41.5), Path("runs/a")), width=200)
     lines = [" ".join(line.split()) for line in told.splitlines() if line.startswith(("before", "budget"))]
     assert lines == [
         "before the cut tpp, a small penalty grows on all channels, then they are picked: 3,900 steps = 10 epochs at "

@@ -14,7 +14,7 @@ from prunecli.errors import UnsupportedError
 from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.surgery.cut import cut_
 from prunecli.surgery.structure import fill_, shape_, structure_of
-from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold
+from prunecli.values.groups import AttributeEdit, IndexMap, Member, ScaleFold, module_of, tensor_name
 from prunecli.values.plan import PlannedGroup, Structure
 
 
@@ -337,3 +337,11 @@ def test_structure_values_survive_json_and_keep_their_types():
     assert plain.mixed == pruned.mixed
     assert isinstance(plain.mixed["sizes"], tuple)
     assert isinstance(plain.mixed[3], torch.Size)
+
+
+@pytest.mark.parametrize(
+    ("module", "leaf", "name"), [("layer1.0.conv1", "weight", "layer1.0.conv1.weight"), ("", "scale", "scale")]
+)
+def test_a_tensor_is_named_after_its_module(module: str, leaf: str, name: str):
+    assert tensor_name(module, leaf) == name
+    assert module_of(name) == module

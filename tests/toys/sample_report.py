@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 from prunecli.values.groups import Member
+from prunecli.values.learning_rate import FinetuneSituation, LRReport, Rule
 from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
 from prunecli.values.report import (
     FinetuneReport,
     LayerReport,
-    LRReport,
     PhaseReport,
     RecoveryStep,
     Report,
@@ -134,12 +134,15 @@ def report(**changes: object) -> Report:
         "lr": LRReport(
             recommended=0.01,
             rule="A tenth of the base's peak rate 0.1 (assumed, since the base's own rate is not recorded) is 0.01.",
-            evidence={
-                "optimizer": "sgd",
-                "removed_channels": 0.3333,
-                "base_peak_lr": None,
-                "rules": [{"name": "peak", "lr": 0.01, "source": "arXiv 2207.12534; arXiv 2301.05219"}],
-            },
+            inputs=FinetuneSituation.model_construct(optimizer="sgd", removed_channels=0.3333, base_peak_lr=None),
+            rules=(
+                Rule(
+                    name="peak",
+                    lr=0.01,
+                    reason="A tenth of the base's peak rate 0.1 is 0.01.",
+                    source="arXiv 2207.12534; arXiv 2301.05219",
+                ),
+            ),
         ),
         "finetune": FinetuneReport(
             epochs=10,

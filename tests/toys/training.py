@@ -17,17 +17,23 @@ from prunecli.methods.phase import Phase
 from prunecli.methods.train_phase import train_phase_
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training import finetune
+from prunecli.training.loop import TrainingRun
 from prunecli.values.groups import IndexMap, Member
 from prunecli.values.plan import PlannedGroup
-from prunecli.values.report import PhaseReport
+from prunecli.values.report import FinetuneReport, PhaseReport
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 SGD = FinetuneSettings(
-    optimizer="sgd", ema=0.9, mixup=0.4, label_smoothing=0.1, warmup_epochs=0.5, checkpoint_every=4, export="best"
+    optimizer="sgd",
+    ema=0.9,
+    loss={"kind": "ce", "mixup": 0.4, "label_smoothing": 0.1},
+    schedule={"kind": "cosine", "warmup_epochs": 0.5},
+    checkpoint_every=4,
+    export="best",
 )
-CSKD = FinetuneSettings(optimizer="sgd", loss="cskd", label_smoothing=0.1, checkpoint_every=4)
+CSKD = FinetuneSettings(optimizer="sgd", loss={"kind": "cskd", "label_smoothing": 0.1}, checkpoint_every=4)
 PSKD = FinetuneSettings(optimizer="sgd", loss="pskd", checkpoint_every=4)
 DLB = FinetuneSettings(optimizer="sgd", loss="dlb", channels_last="on", checkpoint_every=4)
 ADAMW = FinetuneSettings(optimizer="adamw", schedule="step", clip_grad=1.0, checkpoint_every=5)
@@ -121,15 +127,30 @@ def toy_groups() -> tuple[PlannedGroup, ...]:
     return (PlannedGroup(name="conv", kind="channels", width=6, keep=(0, 2, 3, 5), members=tuple(made)),)
 
 
+def tune(
+    model: nn.Module,
+    images: ToyImages,
+    settings: FinetuneSettings,
+    *,
+    lr: float,
+    epochs: int,
+    teacher: nn.Module | None = None,
+    **run: Any,
+) -> FinetuneReport:
+    return finetune.finetune(model, images, settings, lr=lr, epochs=epochs, run=TrainingRun(**run), teacher=teacher)
+
+
 def train_toy_phase(
     model: nn.Module,
     images: ToyImages,
     *,
     groups: tuple[PlannedGroup, ...] = toy_groups(),
     settings: FinetuneSettings = ADAMW,
-    **where: Any,
+    teacher: nn.Module | None = None,
+    **run: Any,
 ) -> PhaseReport:
-    return train_phase_(model, PHASE, groups, images, settings, method="tpp", device=CPU, seed=7, **where)
+    place = TrainingRun(device=CPU, seed=7, **run)
+    return train_phase_(model, PHASE, groups, images, settings, method="tpp", run=place, teacher=teacher)
 
 
 def _kill_in_write(count: int) -> None:
@@ -175,4 +196,4 @@ if __name__ == "__main__":
     if moment == "in-write":
         _kill_in_write(4)
     images = ToyImages(kill_at=None if moment == "in-write" else int(moment))
-    finetune.finetune(toy_net(), images, {"sgd": SGD, "adamw": ADAMW}[name], folder=Path(where), **RUN)
+    tune(toy_net(), images, {"sgd": SGD, "adamw": ADAMW}[name], folder=Path(where), **RUN)

@@ -37,7 +37,7 @@ def test_alpha_weighs_both_terms() -> None:
 
 def test_label_smoothing_matches_torch() -> None:
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    objective = build_objective(FinetuneSettings(label_smoothing=0.1), num_classes=4)
+    objective = build_objective(FinetuneSettings(loss={"kind": "ce", "label_smoothing": 0.1}), num_classes=4)
     expected = functional.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(objective.loss(nn.Identity(), logits, labels), expected)
 
@@ -48,7 +48,7 @@ def test_mixup_mixes_images_and_targets_alike(count: int) -> None:
     labels = torch.arange(count) % 4
     images = functional.one_hot(labels, 4).float().view(count, 1, 2, 2)  # each image is its own target
     kept = images.clone()
-    objective = build_objective(FinetuneSettings(mixup=1.0), num_classes=4)
+    objective = build_objective(FinetuneSettings(loss={"kind": "ce", "mixup": 1.0}), num_classes=4)
     assert isinstance(objective, Supervised)
     mixed, targets = objective.mix(images, labels)
     torch.testing.assert_close(mixed.flatten(1), targets)
@@ -61,7 +61,7 @@ def test_mixup_mixes_images_and_targets_alike(count: int) -> None:
 
 def test_smoothing_reaches_the_unmixed_image_too() -> None:
     np.random.seed(0)  # noqa: NPY002
-    settings = FinetuneSettings(cutmix=1.0, label_smoothing=0.2)
+    settings = FinetuneSettings(loss={"kind": "ce", "cutmix": 1.0, "label_smoothing": 0.2})
     objective = build_objective(settings, num_classes=4)
     assert isinstance(objective, Supervised)
     _, targets = objective.mix(torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]))
@@ -105,7 +105,7 @@ def test_cskd_learns_from_another_image_of_the_class_and_from_no_image_of_anothe
 def test_pskd_moves_its_targets_towards_the_net_of_the_epoch_before() -> None:
     torch.manual_seed(0)
     net, images, labels = nn.Linear(5, 3), torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
-    objective = build_objective(FinetuneSettings(loss="pskd", loss_weight=0.6), num_classes=3, epochs=4)
+    objective = build_objective(FinetuneSettings(loss={"kind": "pskd", "weight": 0.6}), num_classes=3, epochs=4)
     torch.testing.assert_close(objective.loss(net, images, labels), functional.cross_entropy(net(images), labels))
     objective.end_epoch_(net)
     before = net(images).softmax(1).detach()
@@ -115,7 +115,7 @@ def test_pskd_moves_its_targets_towards_the_net_of_the_epoch_before() -> None:
     targets = (1 - share) * functional.one_hot(labels, 3) + share * before
     expected = -(targets * net(images).log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(objective.loss(net, images, labels), expected)
-    again = build_objective(FinetuneSettings(loss="pskd", loss_weight=0.6), num_classes=3, epochs=4)
+    again = build_objective(FinetuneSettings(loss={"kind": "pskd", "weight": 0.6}), num_classes=3, epochs=4)
     again.restore_(objective.state(), net)
     torch.testing.assert_close(again.loss(net, images, labels), expected)
 
@@ -136,7 +136,7 @@ class Keeps(nn.Module):
 def test_the_net_of_the_epoch_before_answers_in_evaluation_mode_and_remembers_no_gradient() -> None:
     torch.manual_seed(0)
     net, images, labels = Keeps(), 3 + 2 * torch.randn(8, 5), torch.arange(8) % 3
-    objective = build_objective(FinetuneSettings(loss="pskd", loss_weight=1.0), num_classes=3, epochs=2)
+    objective = build_objective(FinetuneSettings(loss={"kind": "pskd", "weight": 1.0}), num_classes=3, epochs=2)
     objective.loss(net, images, labels).backward()
     objective.end_epoch_(net)
     expected = net.eval()(images).softmax(1).detach()
@@ -171,12 +171,12 @@ def test_dlb_learns_from_what_it_said_of_the_other_view_one_step_before() -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_weight": 0.5}, "loss is ce"),
+        ({"loss": {"kind": "ce", "weight": 0.5}}, "unknown key 'finetune.loss.weight' of kind ce"),
         ({"loss": "cskd", "distill": {"alpha": 0.5}}, "learns from the dense model, loss cskd from the net itself"),
-        ({"loss": "dlb", "mixup": 0.2}, "leave mixup and cutmix out"),
-        ({"loss": "pskd", "label_smoothing": 0.1}, "leave label_smoothing out"),
-        ({"loss": "pskd", "loss_temperature": 4}, "pskd has no temperature"),
-        ({"loss": "pskd", "loss_weight": 1.5}, "a share, at most 1"),
+        ({"loss": {"kind": "dlb", "mixup": 0.2}}, "unknown key 'finetune.loss.mixup' of kind dlb"),
+        ({"loss": {"kind": "pskd", "label_smoothing": 0.1}}, "unknown key 'finetune.loss.label_smoothing' of kind"),
+        ({"loss": {"kind": "pskd", "temperature": 4}}, "unknown key 'finetune.loss.temperature' of kind pskd"),
+        ({"loss": {"kind": "pskd", "weight": 1.5}}, "finetune.loss.weight: Input should be less than or equal to 1"),
     ],
 )
 def test_losses_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.training.objective import distillation_loss
-from prunecli.training.recommended_lr import distillation_pull, recommend_lr
-from prunecli.values.report import LRReport
+from prunecli.training.recommended_lr import distillation_gain, recommend_lr
+from prunecli.training.retraining_rates import RemovedWeights, prescribed_lr
+from prunecli.values.learning_rate import FinetuneSituation, LRReport
+
+# What version 0.1 wrote for some situations: "asked" are the arguments, "report" the JSON.
+STORED = json.loads((Path(__file__).parent / "golden" / "lr_reports.json").read_text(encoding="utf-8"))
+RULED = [case for case in STORED if "optimizer" in case["asked"]]
+PRESCRIBED = [case for case in STORED if "schedule" in case["asked"]]
 
 
 def ask(**changes: Any) -> LRReport:
@@ -26,7 +36,7 @@ def ask(**changes: Any) -> LRReport:
 
 
 def fired(report: LRReport) -> list[str]:
-    return [rule["name"] for rule in report.evidence["rules"]]
+    return [rule.name for rule in report.rules]
 
 
 def test_sgd_starts_at_a_tenth_of_the_bases_peak() -> None:
@@ -79,7 +89,7 @@ def test_damage_is_named_as_measured() -> None:
 
 @pytest.mark.parametrize(("small", "expected"), [(True, 1e-4), (False, 1e-5)])
 def test_the_end_follows_the_image_size(small: bool, expected: float) -> None:
-    assert ask(small_images=small).evidence["final_lr"] == pytest.approx(expected)
+    assert ask(small_images=small).final_lr == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_the_end_follows_the_image_size(small: bool, expected: float) -> None:
 )
 def test_a_small_rate_ends_at_a_hundredth_of_itself(case: dict[str, Any], expected: float) -> None:
     report = ask(**case)
-    assert report.evidence["final_lr"] == pytest.approx(expected) == pytest.approx(report.recommended / 100)
+    assert report.final_lr == pytest.approx(expected) == pytest.approx(report.recommended / 100)
 
 
 def test_adamw_takes_no_pruning_rule() -> None:
@@ -117,7 +127,7 @@ def test_a_short_fine_tuning_by_adamw_goes_by_the_damage(
     assert report.recommended == pytest.approx(expected)
     assert fired(report) == ["short", "end"]
     assert candidates(report) == {"short": (expected, True), "published": (pytest.approx(1.25e-4), False)}
-    assert report.evidence["final_lr"] == pytest.approx(expected / 100)
+    assert report.final_lr == pytest.approx(expected / 100)
     taught = ask(**asked, distill_share=0.9, distill_temperature=4.0)
     assert taught.recommended == pytest.approx(expected * 3.7**0.5, rel=0.05)
     assert "less noisy" in taught.rule
@@ -144,9 +154,9 @@ def test_adamw_keeps_the_published_rate_where_nothing_was_measured(case: dict[st
 def test_evidence_holds_every_input_and_names_papers() -> None:
     inputs = {"narrowest_width": 3, "jsv_ratio": 0.01, "lost_top1": 0.2, "epochs": 7}
     report = ask(**inputs)
-    assert (inputs | {"removed_params": 0.5}).items() <= report.evidence.items()
-    assert all("arXiv" in rule["source"] for rule in report.evidence["rules"])
-    assert "lr_regret" in ask(steps=600).evidence["rules"][0]["source"]
+    assert (inputs | {"removed_params": 0.5}).items() <= report.inputs.model_dump().items()
+    assert all("arXiv" in rule.source for rule in report.rules)
+    assert "lr_regret" in ask(steps=600).rules[0].source
     assert LRReport.model_validate(json.loads(json.dumps(report.model_dump(mode="json")))) == report
 
 
@@ -167,7 +177,7 @@ def test_impossible_measurements_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def candidates(report: LRReport) -> dict[str, tuple[float | None, bool]]:
-    return {row["name"]: (row["lr"], row["taken"]) for row in report.evidence["candidates"]}
+    return {each.name: (each.lr, each.taken) for each in report.candidates}
 
 
 def test_candidates_stand_side_by_side_and_the_taken_one_is_the_recommendation() -> None:
@@ -192,9 +202,9 @@ def test_candidates_stand_side_by_side_and_the_taken_one_is_the_recommendation()
 )
 def test_what_was_measured_is_quoted_of_the_rates_it_was_measured_of(case: dict[str, Any], is_quoted: bool) -> None:
     report = ask(**({"steps": 40, "lost_top1": 0.5} | case))
-    says = {row["name"]: row["says"] for row in report.evidence["candidates"]}
-    assert ("points below the best" in says["published"]) == is_quoted
-    assert "points below the best" in says["short"]
+    reasons = {candidate.name: candidate.reason for candidate in report.candidates}
+    assert ("points below the best" in reasons["published"]) == is_quoted
+    assert "points below the best" in reasons["short"]
     assert ("not depend on the base's own rate" in report.rule) == ("base_peak_lr" in case)
 
 
@@ -209,7 +219,7 @@ def test_what_was_measured_is_quoted_of_the_rates_it_was_measured_of(case: dict[
     ],
 )
 def test_why_a_candidate_does_not_hold_is_said(case: dict[str, Any], reason: str) -> None:
-    assert reason in ask(**({"steps": 600} | case)).evidence["candidates"][0]["says"]
+    assert reason in ask(**({"steps": 600} | case)).candidates[0].reason
 
 
 def test_random_weights_are_trained_at_the_usual_peak() -> None:
@@ -232,15 +242,70 @@ def test_distillation_takes_a_rate_as_much_smaller_as_it_pulls_harder() -> None:
 def test_what_is_quoted_was_measured_with_a_teacher_where_there_is_one(optimizer: str, name: str) -> None:
     teacher = {"distill_share": 0.9, "distill_temperature": 4.0}
     for changes, expected in ((teacher, f"cases of {name}, with a teacher"), ({}, f"cases of {name}")):
-        rows = ask(optimizer=optimizer, steps=40, lost_top1=0.5, **changes).evidence["candidates"]
-        assert all(row["says"].endswith(expected) for row in rows)
+        weighed = ask(optimizer=optimizer, steps=40, lost_top1=0.5, **changes).candidates
+        assert all(candidate.reason.endswith(expected) for candidate in weighed)
 
 
-def test_the_gradient_of_distillation_stays_within_the_upper_end_of_its_pull() -> None:
+def test_the_gradient_of_distillation_stays_within_the_upper_end_of_its_gain() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (10 * torch.randn(64, 10, generator=generator) for _ in range(2))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(64 * distillation_loss(student, teacher, temperature=4.0), student)
     expected = 4 * ((student / 4).softmax(1) - (teacher / 4).softmax(1))
     torch.testing.assert_close(gradient, expected.detach())
-    assert float(gradient.abs().max()) <= distillation_pull(1.0, 4.0) ** 2
+    assert float(gradient.abs().max()) <= distillation_gain(1.0, 4.0) ** 2
+
+
+def text(report: LRReport) -> str:
+    """The JSON as ``report.json`` and ``prunecli lr --json`` have it."""
+    return json.dumps(report.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("case", RULED, ids=lambda case: case["case"])
+def test_the_json_of_a_recommendation_stays_as_it_was(case: dict[str, Any]) -> None:
+    assert text(recommend_lr(**case["asked"])) == json.dumps(case["report"])
+
+
+@pytest.mark.parametrize("case", PRESCRIBED, ids=lambda case: case["case"])
+def test_the_json_of_a_prescribed_rate_stays_as_it_was(case: dict[str, Any]) -> None:
+    asked = case["asked"]
+    settings = FinetuneSettings(schedule=asked["schedule"], original=asked["original"])
+    removed = RemovedWeights(**{key: asked[key] for key in ("sparsity", "norm_dense", "norm_pruned")})
+    found = prescribed_lr(settings, epochs=asked["epochs"], removed=removed)
+    assert found is not None
+    assert text(found) == json.dumps(case["report"])
+
+
+@pytest.mark.parametrize("case", STORED, ids=lambda case: case["case"])
+def test_a_stored_report_is_read_and_written_unchanged(case: dict[str, Any]) -> None:
+    report = LRReport.model_validate(case["report"])
+    assert text(report) == json.dumps(case["report"])
+    assert LRReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_report_of_an_earlier_version_gains_no_measurements() -> None:
+    """The first reports had neither steps nor teacher nor candidates: their defaults would be statements."""
+    stored = ask().model_dump(mode="json")
+    evidence = stored["evidence"]
+    for key in ("steps", "lost_top1", "from_scratch", "distill_share", "distill_temperature", "candidates"):
+        del evidence[key]
+    report = LRReport.model_validate(stored)
+    assert text(report) == json.dumps(stored)
+    assert list(report.measurements()) == [key for key in evidence if key != "rules"]
+
+
+@pytest.mark.parametrize("broken", [{"colour": "red"}, {"rules": [None]}, {"rules": 3}, {"candidates": {"name": "a"}}])
+def test_evidence_of_another_shape_is_refused(broken: dict[str, Any]) -> None:
+    stored = ask().model_dump(mode="json")
+    stored["evidence"] |= broken
+    with pytest.raises(ValidationError):
+        LRReport.model_validate(stored)
+
+
+def test_the_front_takes_every_field_of_the_situation() -> None:
+    parameters = inspect.signature(recommend_lr).parameters
+    assert list(parameters) == list(FinetuneSituation.model_fields)
+    fields = FinetuneSituation.model_fields
+    defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
+    assert {name: each.default for name, each in parameters.items() if each.default is not each.empty} == defaults
+    assert ask().inputs.model_fields_set == set(parameters), "what is not given is not written"

@@ -8,14 +8,15 @@ import pytest
 
 from prunecli.errors import UsageError
 from prunecli.recipe.settings import FinetuneSettings
-from prunecli.training.retraining_rates import adaptive_peak, prescribed_lr
-from prunecli.values.report import LRReport
+from prunecli.training.retraining_rates import RemovedWeights, adaptive_peak, prescribed_lr
+from prunecli.values.learning_rate import LRReport, PrescribedSchedule
 
 
 def peak(**changes: Any) -> float:
     # ||W|| = 5 and ||W_p|| = 4, so 3/5 of the norm left with a quarter of the parameters would be 0.6 / 0.5 > 1
-    given = {"peak": 0.1, "norm_dense": 5.0, "norm_pruned": 4.0, "sparsity": 0.25, "epochs": 10, "original_epochs": 200}
-    return adaptive_peak(**(given | changes))
+    cut = {"norm_dense": 5.0, "norm_pruned": 4.0, "sparsity": 0.25}
+    removed = RemovedWeights(**{key: changes.pop(key, value) for key, value in cut.items()})
+    return adaptive_peak(removed, **({"peak": 0.1, "epochs": 10, "original_epochs": 200} | changes))
 
 
 def test_adaptive_peak_by_hand() -> None:
@@ -37,18 +38,20 @@ def test_without_a_cut_there_is_no_adaptive_peak() -> None:
 
 def ask(name: str, *, epochs: int = 50, sparsity: float = 0.64, **original: Any) -> LRReport | None:
     settings = FinetuneSettings(schedule=name, original={"lr": 0.1, "epochs": 200, **original})
-    return prescribed_lr(settings, epochs=epochs, sparsity=sparsity, norm_dense=5.0, norm_pruned=4.0)
+    removed = RemovedWeights(sparsity=sparsity, norm_dense=5.0, norm_pruned=4.0)
+    return prescribed_lr(settings, epochs=epochs, removed=removed)
 
 
 def test_allr_says_its_numbers() -> None:
     found = ask("allr")
     assert found is not None
     assert found.recommended == pytest.approx(0.075)
-    assert {"norm_dense": 5.0, "norm_pruned": 4.0, "sparsity": 0.64, "norm_removed": 0.6}.items() <= (
-        found.evidence | {"norm_removed": round(found.evidence["norm_removed"], 12)}
-    ).items()
+    read = found.inputs
+    assert isinstance(read, PrescribedSchedule)
+    assert (read.norm_dense, read.norm_pruned, read.sparsity) == (5.0, 4.0, 0.64)
+    assert read.norm_removed == pytest.approx(0.6, abs=1e-12)
     assert "60.0%" in found.rule
-    assert [rule["name"] for rule in found.evidence["rules"]] == ["allr"]
+    assert [rule.name for rule in found.rules] == ["allr"]
     with pytest.raises(UsageError, match="only `compress` knows"):
         ask("allr", sparsity=0.0)
 
@@ -75,4 +78,5 @@ def test_slr_and_clr_climb_to_the_bases_peak_and_others_leave_it_to_the_rules() 
         assert found is not None
         assert found.recommended == 0.1
         assert "0.1" in found.rule
-    assert prescribed_lr(FinetuneSettings(), epochs=1, sparsity=0.5, norm_dense=1.0, norm_pruned=0.5) is None
+    removed = RemovedWeights(sparsity=0.5, norm_dense=1.0, norm_pruned=0.5)
+    assert prescribed_lr(FinetuneSettings(), epochs=1, removed=removed) is None

@@ -11,15 +11,15 @@ from torch import nn
 
 from prunecli.errors import UsageError
 from prunecli.recipe.settings import FinetuneSettings
-from prunecli.training.schedule import build_optimizer, build_schedule, optimizer_name
+from prunecli.training.optimizer import build_optimizer, optimizer_name
+from prunecli.training.schedule import build_schedule
 
 
 def rates(lr: float, *, epochs: int, steps: int, **settings: Any) -> list[float]:
     asked = FinetuneSettings(optimizer="sgd", **settings)
-    optimizer = build_optimizer(nn.Linear(2, 2), asked, lr=lr)
-    schedule = build_schedule(optimizer, asked, lr=lr, steps_per_epoch=steps, epochs=epochs)
-    forward = [schedule.set_(step) for step in range(epochs * steps)]
-    assert forward == [schedule.set_(step) for step in reversed(range(epochs * steps))][::-1]  # position is all
+    schedule = build_schedule(asked, lr=lr, steps_per_epoch=steps, epochs=epochs)
+    forward = [schedule(step) for step in range(epochs * steps)]
+    assert forward == [schedule(step) for step in reversed(range(epochs * steps))][::-1]  # position is all
     return forward
 
 
@@ -30,29 +30,29 @@ def test_papers_stepped_schedule() -> None:
 
 
 def test_steps_stop_at_the_last_rate_asked_for() -> None:
-    found = rates(1e-3, epochs=8, steps=1, schedule="step", milestones=(0.75, 0.5), min_lr=5e-5)
+    found = rates(1e-3, epochs=8, steps=1, schedule={"kind": "step", "milestones": (0.75, 0.5), "min_lr": 5e-5})
     assert found == pytest.approx([1e-3] * 4 + [1e-4] * 2 + [5e-5] * 2)
 
 
 def test_cosine_starts_at_the_peak_and_ends_at_min_lr() -> None:
-    found = rates(0.1, epochs=2, steps=5, schedule="cosine", min_lr=0.02)
+    found = rates(0.1, epochs=2, steps=5, schedule={"kind": "cosine", "min_lr": 0.02})
     assert found == pytest.approx([0.02 + 0.04 * (1 + math.cos(math.pi * t / 9)) for t in range(10)])
     assert found[-1] == 0.02
 
 
 def test_a_peak_below_min_lr_is_not_raised() -> None:
-    assert rates(1e-5, epochs=2, steps=2, schedule="cosine", min_lr=1e-4) == pytest.approx([1e-5] * 4)
+    assert rates(1e-5, epochs=2, steps=2, schedule={"kind": "cosine", "min_lr": 1e-4}) == pytest.approx([1e-5] * 4)
 
 
 def test_warmup_is_linear_and_the_first_step_counts() -> None:
-    found = rates(0.4, epochs=2, steps=4, schedule="constant", warmup_epochs=1.0)
+    found = rates(0.4, epochs=2, steps=4, schedule={"kind": "constant", "warmup_epochs": 1.0})
     assert found == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.4, 0.4])
-    cosine = rates(0.4, epochs=2, steps=4, schedule="cosine", warmup_epochs=1.0, min_lr=0.0)
+    cosine = rates(0.4, epochs=2, steps=4, schedule={"kind": "cosine", "warmup_epochs": 1.0, "min_lr": 0.0})
     assert cosine == pytest.approx([0.1, 0.175, 0.25, 0.325, 0.4, 0.3, 0.1, 0.0], abs=1e-12)
 
 
 def test_warmup_longer_than_the_run_leaves_one_step() -> None:
-    assert len(rates(0.4, epochs=1, steps=2, schedule="cosine", warmup_epochs=9.0)) == 2
+    assert len(rates(0.4, epochs=1, steps=2, schedule={"kind": "cosine", "warmup_epochs": 9.0})) == 2
 
 
 ORIGINAL = {"lr": 0.1, "epochs": 8, "milestones": [0.5, 0.75]}
@@ -136,7 +136,7 @@ def test_momentum_and_decay_are_as_asked() -> None:
         assert [decays[id(p)] for p in model.parameters()] == [0.01, 0.0, 0.0, 0.0]
         assert {group["nesterov"] for group in optimizer.param_groups} == {nesterov}
         assert {group["momentum"] for group in optimizer.param_groups} == {0.8}
-        papers = build_optimizer(model, settings.model_copy(update={"decay_norms": True}), lr=0.1)
+        papers = build_optimizer(model, settings.updated(decay_norms=True), lr=0.1)
         assert {group["weight_decay"] for group in papers.param_groups} == {0.01}
         assert sum(len(group["params"]) for group in papers.param_groups) == 4
     adamw = build_optimizer(model, FinetuneSettings(optimizer="adamw", momentum=0.8), lr=0.1)

@@ -1,4 +1,4 @@
-"""What Python-level torch calls say about sizes: which int argument sizes which dimension.
+"""Sizes in Python-level torch calls: which int argument sizes which dimension.
 
 The aten operators below see plain numbers. Here, one level up, the numbers still know their origin: each int that
 sizes a dimension becomes an equation (or, when it is a literal, freezes the dimension). Ints with no handler here are
@@ -30,6 +30,7 @@ READ_BY_RULE = words(
 
 
 def _argument(args: Args, kwargs: Kwargs, position: int, *names: str) -> Any:
+    """An argument by its name, if it is given by one of ``names``, else by position; ``None`` without."""
     for name in names:
         if name in kwargs:
             return kwargs[name]
@@ -88,7 +89,7 @@ def _chunk(record: Record, args: Args, kwargs: Kwargs, out: Any) -> None:
 def _narrow(record: Record, args: Args, kwargs: Kwargs, _out: Any) -> None:
     dim = untraced(_argument(args, kwargs, 1, "dim"))
     start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
-    _sliced(record, args[0], dim, start, start + length)
+    _size_slice(record, args[0], dim, start, start + length)
 
 
 def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
@@ -102,15 +103,15 @@ def _getitem(record: Record, args: Args, _kwargs: Kwargs, _out: Any) -> None:
             at += args[0].dim() - taken
         elif isinstance(i, slice):
             if i.step in {None, 1}:
-                _sliced(record, args[0], at, i.start, i.stop)
+                _size_slice(record, args[0], at, i.start, i.stop)
             at += 1
         elif i is not None:
             untraced(i, pin=True)
             at += 1
 
 
-def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
-    """``source[start:stop]`` along one dimension: each number sizes the blocks before it or, negative, behind it."""
+def _size_slice(record: Record, source: Tensor, at: int, start: int | None, stop: int | None) -> None:
+    """Read ``source[start:stop]`` along one dimension: a number sizes the blocks before it, a negative one behind."""
     dim = record.peek(source).dims[at]
     total = find(dim).size
     low, high = untraced(start) or 0, total if stop is None else untraced(stop)
@@ -122,13 +123,13 @@ def _sliced(record: Record, source: Tensor, at: int, start: int | None, stop: in
     except MisfitError:
         return  # the operator's rule has frozen it
     if start is not None and low > 0:
-        _sized(record, start, [before], [inside, after])
+        _size_end(record, start, [before], [inside, after])
     if stop is not None:
-        _sized(record, stop, [before, inside], [after])
+        _size_end(record, stop, [before, inside], [after])
 
 
-def _sized(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
-    """An end of a slice, counted from the front or, negative, from the back."""
+def _size_end(record: Record, end: int, front: Sequence[Atom], back: Sequence[Atom]) -> None:
+    """Equate an end of a slice with the blocks it counts, from the front or, where negative, from the back."""
     if untraced(end) < 0:
         record.equate(-end, back)
     else:

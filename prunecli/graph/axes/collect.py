@@ -31,7 +31,13 @@ class _Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """A graph with what its names stand for: the axis of each group, and terms as sizes."""
+    """A graph, with the axes behind its names.
+
+    Attributes:
+        graph: groups, costs, folds and the attribute solver.
+        axes: the axis of each group, by name.
+        sizes: terms as functions of kept widths.
+    """
 
     graph: Graph
     axes: Mapping[str, Atom]
@@ -39,7 +45,11 @@ class Inference:
 
 
 def infer(record: Record) -> Inference:
-    """Turn what a trace learnt into groups, costs, folds and the attribute solver."""
+    """Turn a trace into groups, costs, folds and the attribute solver.
+
+    Args:
+        record: the finished trace; axes that cannot be cut are frozen in it.
+    """
     freeze_statistics(record)
     freeze_rebuilt(record)
     freeze_numbers(record)
@@ -104,7 +114,7 @@ def _places(record: Record) -> list[_Place]:
 
 
 def _roles(record: Record) -> dict[tuple[str, int, int], Role]:
-    """What each axis does on each dimension of each weight: produced by it (out) or read by it (in)."""
+    """The role of each axis by tensor, dimension and identity of the axis: produced there (out) or read (in)."""
     roles: dict[tuple[str, int, int], Role] = {}
     for use in record.weights:
         terms = record.dims(record.homes[use.tensor])
@@ -136,7 +146,8 @@ def _groups(record: Record, places: Sequence[_Place]) -> tuple[tuple[Group, ...]
     for place in places:
         if id(place.leaf) in axes:
             members[id(place.leaf)].append(place.member)
-    kinds = _kinds(record)
+    kinds: dict[int, Kind] = {id(leaf): "head_dim" for term in record.head_dims for leaf in leaves(term)}
+    kinds.update((id(leaf), "heads") for term in record.heads for leaf in leaves(term))
     norms: dict[int, dict[str, None]] = defaultdict(dict)
     for path, dim in record.norms:
         for leaf in leaves(dim):
@@ -157,13 +168,8 @@ def _groups(record: Record, places: Sequence[_Place]) -> tuple[tuple[Group, ...]
     return groups, names
 
 
-def _kinds(record: Record) -> dict[int, Kind]:
-    kinds: dict[int, Kind] = {id(leaf): "head_dim" for term in record.head_dims for leaf in leaves(term)}
-    kinds.update((id(leaf), "heads") for term in record.heads for leaf in leaves(term))
-    return kinds
-
-
 def _producers(members: Sequence[Member]) -> list[Member]:
+    """The members that produce an axis; all of its members where none does."""
     return [m for m in members if m.role == "out"] or list(members)
 
 
@@ -219,6 +225,7 @@ def _tie(choices: Choices, names: Mapping[int, str]) -> Tie:
 
 
 def _solver(record: Record, system: System, sizes: Sizes) -> Solver:
+    """The attribute solver of a trace whose attributes are eliminated."""
     listed: dict[tuple[str, str], list[int]] = defaultdict(list)
     for attribute, value in record.attributes.items():
         if attribute.index is not None:
@@ -240,7 +247,7 @@ def _solver(record: Record, system: System, sizes: Sizes) -> Solver:
 
 
 def _checks(record: Record, sizes: Sizes, formulas: Mapping[Attribute, Formula]) -> Iterator[Check]:
-    """Everything learnt about sizes that some group has a part in."""
+    """The facts about sizes that depend on at least one group."""
     facts = {equation.fact: equation.place for equation in record.equations}
     facts |= dict.fromkeys([*record.ledger.facts, *record.ledger.pinned()], "the model")
     for fact, place in facts.items():

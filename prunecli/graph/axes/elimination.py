@@ -1,5 +1,5 @@
-"""What a trace learnt about sizes, with the attributes eliminated: each attribute as a formula over widths of axes,
-and what these widths owe to each other.
+"""Elimination of attributes from the equations of a trace: each attribute becomes a formula over widths of axes, and
+what remains are constraints between widths.
 
 Equations, comparisons and pinned values become polynomials. A floor division that was exact becomes a number of its
 own, ``quotient * divisor == dividend``; it has to stay exact. What is no polynomial (an inexact division) holds
@@ -23,9 +23,9 @@ class Constraint:
     """Products of widths that have to keep the same share of what they are in the dense model; ``()`` keeps all.
 
     Attributes:
-        terms: the products.
-        value: a number that shrinks by the same share and has to stay whole; 0 where there is none.
-        reason: why axes stay that cannot keep to this.
+        terms: the products of widths.
+        value: a number that shrinks by the same share and has to stay whole; 0 without one.
+        reason: reason for freezing axes that cannot meet the constraint.
     """
 
     terms: tuple[Monomial, ...]
@@ -35,7 +35,13 @@ class Constraint:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """Attributes as formulas over widths, and the constraints between widths; variables are numbers of ``axes``."""
+    """The solved equations of a trace; variables are the keys of ``axes``.
+
+    Attributes:
+        axes: the cuttable axes by number.
+        definitions: formulas over widths, for the attributes that follow a cut.
+        constraints: constraints between widths.
+    """
 
     axes: Mapping[int, Atom]
     definitions: Mapping[Attribute, Polynomial]
@@ -51,7 +57,13 @@ class _Quotient:
 
 @dataclass(frozen=True, kw_only=True)
 class _Relation:
-    """A difference that has to stay zero, or with ``slack``: whose sum with it has to stay positive."""
+    """A difference that has to stay zero.
+
+    Attributes:
+        difference: the polynomial.
+        reason: reason for freezing axes that cannot meet the relation.
+        slack: addend with which the difference has to stay positive instead; ``None`` for an equation.
+    """
 
     difference: Polynomial
     reason: str
@@ -59,7 +71,7 @@ class _Relation:
 
     @property
     def always(self) -> bool:
-        """Whether it holds whatever the cut: nothing is left, no term is negative, or what shrinks is only deducted."""
+        """Whether it holds for every cut: nothing is left, no term is negative, or only deducted terms shrink."""
         if self.slack is None:
             return not self.difference.terms
         terms = (self.difference + Polynomial.constant(self.slack)).terms
@@ -71,14 +83,16 @@ def eliminate(record: Record, cuttable: Mapping[int, Atom]) -> System:
     """The system of equations of a trace.
 
     Args:
-        record: what was learnt.
-        cuttable: the axes that may change, by identity; all others are numbers.
+        record: the finished trace.
+        cuttable: the axes that may change, by identity; the sizes of all others are numbers.
     """
     return _Elimination(record, cuttable).run()
 
 
 @dataclass
 class _Elimination:
+    """Elimination in progress: variables get numbers, relations wait, definitions grow until none is left to find."""
+
     record: Record
     cuttable: Mapping[int, Atom]
     numbers: dict[Atom | Attribute | _Quotient, int] = field(default_factory=dict)
@@ -92,14 +106,15 @@ class _Elimination:
     quotients: dict[frozenset[object], Polynomial] = field(default_factory=dict)
 
     def run(self) -> System:
+        """Read all that the trace recorded, then solve it."""
         for attribute in dict.fromkeys(a for e in self.record.ledger.pins for a in sorted(attributes_in(e), key=str)):
             self._hold(self._of(attribute), f"its size is given by {attribute}, which cannot change")
-        # Direct ones first: they say what an attribute is, the others what follows from it.
+        # Direct ones first: they define an attribute, the others follow from it.
         for equation in sorted(self.record.equations, key=lambda e: not isinstance(e.expression, Attribute)):
             difference = self._of(equation.fact.left) - self._of(equation.fact.right)
             self._relate(difference, _reason(equation.expression))
         for fact in self.record.ledger.facts:
-            self._read(fact)
+            self._read_fact(fact)
         self._solve()
         return self._result()
 
@@ -146,9 +161,9 @@ class _Elimination:
                         return a - b
                     case "mul":
                         return a * b
-                return self._divided(symbol, a, b, _reason(expression))
+                return self._divide(symbol, a, b, _reason(expression))
 
-    def _divided(self, symbol: str, dividend: Polynomial, divisor: Polynomial, reason: str) -> Polynomial:
+    def _divide(self, symbol: str, dividend: Polynomial, divisor: Polynomial, reason: str) -> Polynomial:
         """``dividend // divisor`` or ``dividend % divisor``."""
         a, b = int(dividend.evaluate(self.dense)), int(divisor.evaluate(self.dense))
         fixed = dividend.value is not None and divisor.value is not None
@@ -165,18 +180,19 @@ class _Elimination:
         return self.quotients[key] if symbol == "floordiv" else Polynomial.constant(0)
 
     def _relate(self, difference: Polynomial, reason: str) -> None:
-        """Zero it was, zero it has to stay; what was not zero is not understood and holds all in it."""
+        """Add a difference that has to stay zero; one that was not zero is not understood, and holds its variables."""
         if difference.evaluate(self.dense):
             self._hold(difference, reason)
         elif difference.terms:
             self.relations.append(_Relation(difference=difference, reason=reason))
 
     def _hold(self, polynomial: Polynomial, reason: str) -> None:
+        """Require every variable of a polynomial to keep its dense value."""
         for number in dict.fromkeys(polynomial.variables()):
             self._relate(Polynomial.variable(number) - Polynomial.constant(self.dense[number]), reason)
 
-    def _read(self, fact: Fact) -> None:
-        """A comparison: equal sizes stay equal; others keep what decides it at one share, so that it stays decided."""
+    def _read_fact(self, fact: Fact) -> None:
+        """Add a comparison: equal sizes stay equal; others shrink by one share, so that the outcome stays the same."""
         difference = self._of(fact.left) - self._of(fact.right)
         other = "a number in the code" if isinstance(fact.right, Number) else "another one"
         reason = f"its size is compared with {other}"
@@ -204,12 +220,13 @@ class _Elimination:
         rest = {v: Polynomial.constant(self.dense[v]) for v in self.numbers.values() if v not in self.axes}
         self.definitions = rest | self.definitions
 
-    def _now(self, relation: _Relation) -> _Relation:
+    def _substitute(self, relation: _Relation) -> _Relation:
+        """The relation with all definitions found so far."""
         return replace(relation, difference=relation.difference.substituted(self.definitions))
 
     def _use(self, relation: _Relation) -> bool:
-        """Whether a relation could be used up."""
-        now = self._now(relation)
+        """Turn a relation into a constraint or a definition; False where it has several unknowns left."""
+        now = self._substitute(relation)
         unknowns = self._unknowns(now.difference)
         if not unknowns:
             self.constraints.append(now)
@@ -220,8 +237,8 @@ class _Elimination:
         return solution is not None
 
     def _hold_some(self, waiting: Iterable[_Relation]) -> bool:
-        """Where several unknowns share one relation to axes, only the largest follows these; whether there was one."""
-        for relation in map(self._now, waiting):
+        """Where several unknowns share a relation to axes, fix all but the largest; False where no relation is such."""
+        for relation in map(self._substitute, waiting):
             unknowns = self._unknowns(relation.difference)
             if len(unknowns) < len(set(relation.difference.variables())):
                 unknowns.sort(key=lambda v: self.dense[v])
@@ -236,7 +253,7 @@ class _Elimination:
         equal = _equalities(self.constraints)
         constraints = [
             Constraint(terms=tuple(relation.difference.terms), value=0, reason=relation.reason)
-            for relation in _shortened([*self.constraints, *map(self._now, self.ordered)], equal)
+            for relation in _shorten([*self.constraints, *map(self._substitute, self.ordered)], equal)
             if not relation.always
         ]
         names = {number: what for what, number in self.numbers.items()}
@@ -260,6 +277,7 @@ class _Elimination:
 
 
 def _reason(expression: Expression) -> str:
+    """The reason for freezing axes whose size has to equal an expression that cannot change."""
     attributes = ", ".join(sorted(map(str, attributes_in(expression))))
     if attributes:
         return f"its size is given by {attributes}, which cannot change"
@@ -267,7 +285,10 @@ def _reason(expression: Expression) -> str:
 
 
 def _ordered(fact: Fact, difference: Polynomial, reason: str) -> _Relation:
-    """What is positive exactly where a comparison of whole numbers comes out as it did; for ``!=``, their distance."""
+    """A relation that is positive exactly while a comparison of whole numbers keeps its outcome.
+
+    For ``!=`` it is their distance.
+    """
     larger = {"gt": fact.outcome, "ge": fact.outcome, "lt": not fact.outcome, "le": not fact.outcome}
     strict = fact.comparison in {"eq", "ne"} or fact.outcome is (fact.comparison in {"gt", "lt"})
     sign = larger.get(fact.comparison, True)
@@ -275,7 +296,7 @@ def _ordered(fact: Fact, difference: Polynomial, reason: str) -> _Relation:
 
 
 def _equalities(relations: Iterable[_Relation]) -> dict[int, Polynomial]:
-    """Variables that are multiples of another one, by equations that say nothing else."""
+    """Variables as multiples of another one, from equations of exactly two linear terms."""
     equal: dict[int, Polynomial] = {}
     for relation in relations:
         difference = relation.difference.substituted(equal)
@@ -288,8 +309,8 @@ def _equalities(relations: Iterable[_Relation]) -> dict[int, Polynomial]:
     return equal
 
 
-def _shortened(relations: Iterable[_Relation], equal: Mapping[int, Polynomial]) -> Iterator[_Relation]:
-    """Sums without what is equal on both sides."""
+def _shorten(relations: Iterable[_Relation], equal: Mapping[int, Polynomial]) -> Iterator[_Relation]:
+    """The relations, with equal variables replaced in sums, so that terms on both sides cancel."""
     for relation in relations:
         if len(relation.difference.terms) > 2:
             yield replace(relation, difference=relation.difference.substituted(equal))

@@ -36,7 +36,7 @@ _BATCH_NORMS = words(
 
 
 class UnknownQueryError(Exception):
-    """The way from the query back to its weights is not one this module knows; the message says where it ends."""
+    """The way from the query back to its weights cannot be followed; the message names where it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,12 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Trail:
-    """The weight rows and bias entries that a query is linear in, and every tensor on the way from them to it."""
+    """The way from stored tensors to a query.
+
+    Attributes:
+        rows: weight rows and bias entries in which the query is linear.
+        tensors: every tensor on the way from these to the query.
+    """
 
     rows: tuple[Rows, ...]
     tensors: tuple[Tensor, ...]
@@ -69,6 +74,10 @@ class Trail:
 def trail(record: Record, query: Tensor) -> Trail:
     """The way from a query back to the rows that make it.
 
+    Args:
+        record: the finished trace.
+        query: output of a recorded call.
+
     Raises:
         UnknownQueryError: an operator on the way is not linear in the query, or its weights are no plain parameters.
     """
@@ -82,6 +91,7 @@ def trail(record: Record, query: Tensor) -> Trail:
 
 
 def _walk(record: Record, tensor: Tensor, path: list[_Step], tensors: list[Tensor]) -> list[Rows]:
+    """The rows behind a tensor; ``path`` leads from it to the query, and ``tensors`` collects those on the way."""
     tensors.append(tensor)
     if record.peek(tensor).origin is not None and tensor.dim() == 1:
         return _entries(record, tensor, 0, torch.arange(len(tensor)), path)
@@ -97,7 +107,7 @@ def _walk(record: Record, tensor: Tensor, path: list[_Step], tensors: list[Tenso
 
 
 def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple[Tensor, _Step]] | None:
-    """The tensors a linear operator's output is linear in, each with its way there; None for any other operator."""
+    """The tensors in which a linear operator's output is linear, each with its step; ``None`` for other operators."""
     call = made.call
     if call.name in _IDENTITY:
         return [(call.args[0], lambda index: index)]
@@ -119,6 +129,7 @@ def _linear_sources(record: Record, made: Made, shape: torch.Size) -> list[tuple
 
 
 def _replay(call: Call, position: int) -> _Step:
+    """A layout operator applied to a tensor of indices."""
     if call.name in _VIEWS:  # entries of the index tensor may lie elsewhere in memory, where a view is a copy
         return lambda index: index.reshape(call.out.shape)
 
@@ -149,7 +160,7 @@ def _expanded(shape: torch.Size) -> _Step:
 
 
 def _embedded(call: Call, position: int) -> _Step:
-    """One part of a concatenation; -1 marks what comes from the others."""
+    """One part of a concatenation; -1 marks entries of the other parts."""
 
     def step(index: Tensor) -> Tensor:
         parts = [torch.full(part.shape, -1) for part in call.args[0]]
@@ -202,7 +213,7 @@ def _affine_parameters(call: Call) -> tuple[tuple[Tensor, int], Tensor | None, i
 
 
 def reads_any(record: Record, tensor: Tensor, names: Collection[str]) -> bool:
-    """Whether one of the stored tensors ``names`` takes part in making ``tensor``, however far back."""
+    """Whether one of the stored tensors ``names`` takes part in making ``tensor``, through any number of calls."""
     queue, seen = [tensor], set()
     while queue:
         current = queue.pop()
@@ -227,9 +238,13 @@ class Readers:
                 self._calls.setdefault(id(tensor), []).append(step.call)
 
     def others(self, found: Trail, own: Call) -> str | None:
-        """The name of an operator beside ``own`` that reads what the rows of a trail make, if there is one.
+        """The name of another operator that reads what the rows of a trail make, if there is one.
 
-        Taking the other parts of a fused projection is none.
+        Operators that only take other parts of a fused projection do not count.
+
+        Args:
+            found: the way from the rows to the query.
+            own: the attention call of the query.
         """
         on_the_way = {id(tensor) for tensor in found.tensors}
         for tensor in found.tensors:

@@ -27,7 +27,13 @@ class Number:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int attribute of a module, or entry ``index`` of a tuple or list attribute."""
+    """An int attribute of a module.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute.
+        index: position in a tuple or list attribute; ``None`` for a plain int.
+    """
 
     module: str
     name: str
@@ -78,7 +84,13 @@ _MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "le": "ge", "gt": "lt", "ge": "
 
 
 def evaluate(expression: Expression, attributes: Mapping[Attribute, int], extent: Callable[[Atom], int]) -> int | None:
-    """The value of an expression, or None where it divides by zero."""
+    """The value of an expression, or ``None`` where it divides by zero.
+
+    Args:
+        expression: the expression.
+        attributes: value of each attribute.
+        extent: function from a term to its size.
+    """
     match expression:
         case Number(value):
             return value
@@ -115,7 +127,7 @@ def axes_in(expression: Expression) -> list[Atom]:
 
 @dataclass(frozen=True)
 class Fact:
-    """``left <comparison> right`` came out as ``outcome`` while tracing; the program took its path by that."""
+    """A comparison that decided the program's path while tracing: ``left <comparison> right`` was ``outcome``."""
 
     comparison: str
     left: Expression
@@ -125,14 +137,26 @@ class Fact:
 
 @dataclass(kw_only=True)
 class Ledger:
-    """What was learnt about traced integers: facts to keep true, and expressions whose very value was used."""
+    """Facts about traced integers.
+
+    Attributes:
+        facts: comparisons whose outcome has to stay, in order (the values are ``None``).
+        pins: expressions whose very value was used, with that value.
+    """
 
     facts: dict[Fact, None] = field(default_factory=dict)
     pins: dict[Expression, int] = field(default_factory=dict)
 
     def compare(self, comparison: str, left: Expression, right: Expression, outcome: bool) -> None:
-        """Record a comparison; equality with a literal pins the value, but for ``width % groups == 0``, which many
-        widths fulfil.
+        """Record a comparison.
+
+        Equality with a literal pins the value, but for ``width % groups == 0``, which many widths fulfil.
+
+        Args:
+            comparison: a key of `COMPARISONS`.
+            left: expression on the left side.
+            right: expression on the right side.
+            outcome: result of the comparison while tracing.
         """
         if left == right:
             return
@@ -164,7 +188,7 @@ class TracedInt(int):
 
     @classmethod
     def of(cls, value: int, expression: Expression, ledger: Ledger) -> TracedInt:
-        """``value``, known to be ``expression``."""
+        """A traced int of this value and expression, which records its uses in ``ledger``."""
         made = int.__new__(cls, value)
         made.expression, made.ledger = expression, ledger
         return made
@@ -230,7 +254,7 @@ class TracedInt(int):
         return self // (1 << untraced(bits, pin=True))
 
     def __itself(self, *_: Any) -> TracedInt:
-        """What rounding and the like make of an int."""
+        """The result of rounding and the like: the int itself."""
         return self
 
     __pos__ = __round__ = __floor__ = __ceil__ = __trunc__ = __itself  # type: ignore[assignment]
@@ -243,6 +267,7 @@ def expression_of(value: int) -> Expression:
 
 
 def _arithmetic(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
+    """A method for an operator of `ARITHMETIC` that keeps the expression."""
     name = f"__{'r' if reflected else ''}{symbol}__"
     plain_method = getattr(int, name)
 
@@ -260,6 +285,7 @@ def _arithmetic(symbol: str, reflected: bool) -> Callable[[TracedInt, Any], Any]
 
 
 def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
+    """A method for an operator of `COMPARISONS` that records the outcome."""
     plain_method = getattr(int, f"__{symbol}__")
 
     def method(self: TracedInt, other: Any) -> Any:
@@ -274,6 +300,7 @@ def _comparison(symbol: str) -> Callable[[TracedInt, Any], Any]:
 
 
 def _bits(name: str) -> Callable[..., Any]:
+    """A method for an operator that the trace does not follow, which pins the value."""
     plain_method = getattr(int, name)
 
     def method(self: TracedInt, *others: Any) -> Any:
@@ -298,8 +325,8 @@ def untraced(value: Any, *, pin: bool = False) -> Any:
     """``value`` with plain ints in place of traced ones, in tuples, lists, dicts and slices too.
 
     Args:
-        value: any argument of a torch call.
-        pin: record each traced int found as one that must keep its value.
+        value: an argument of a torch call, of any type.
+        pin: whether to record each traced int found as one that must keep its value.
     """
     kind = type(value)
     if kind is TracedInt:

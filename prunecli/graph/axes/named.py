@@ -28,7 +28,12 @@ _OF_CLASSIFIER = frozenset({"head_hidden_size"})
 
 
 def named_sizes(record: Record, size_of: Callable[[Atom], Size]) -> list[NamedSize]:
-    """The stated sizes of a model that follow one cuttable dimension each."""
+    """The stated sizes of a model that follow one cuttable dimension each.
+
+    Args:
+        record: the finished trace.
+        size_of: function from a term to its size over kept widths.
+    """
     read = _read_by_the_program(record)
     found = []
     for attribute, value in record.attributes.items():
@@ -40,7 +45,7 @@ def named_sizes(record: Record, size_of: Callable[[Atom], Size]) -> list[NamedSi
 
 
 def _read_by_the_program(record: Record) -> set[Attribute]:
-    """Attributes that size something or decide something (``if self.dim != self.dim_out``): the solver's business."""
+    """Attributes that size or decide something (``if self.dim != self.dim_out``), which the solver follows instead."""
     expressions = [equation.expression for equation in record.equations] + list(record.ledger.pins)
     expressions += [side for fact in record.ledger.facts for side in (fact.left, fact.right)]
     return {attribute for expression in expressions for attribute in attributes_in(expression)}
@@ -62,6 +67,7 @@ def _candidates(record: Record, attribute: Attribute) -> Sequence[Value]:
 
 
 def _classifier_inputs(record: Record) -> list[Value]:
+    """The tensors with which the classifier was called; empty without a classifier."""
     get = getattr(record.model, "get_classifier", None)
     classifier = get() if callable(get) else None
     if isinstance(classifier, tuple | list):
@@ -71,6 +77,7 @@ def _classifier_inputs(record: Record) -> list[Value]:
 
 
 def _feature_info(record: Record, size_of: Callable[[Atom], Size]) -> Iterator[NamedSize]:
+    """The channel counts in timm's ``feature_info``."""
     info = getattr(record.model, "feature_info", None)
     for i, entry in enumerate(info if isinstance(info, list) else ()):
         if isinstance(entry, Mapping) and isinstance(entry.get("num_chs"), int):
@@ -83,5 +90,6 @@ def _feature_info(record: Record, size_of: Callable[[Atom], Size]) -> Iterator[N
 
 
 def _only_term(values: Iterable[Value], size: int) -> Atom | None:
+    """The one cuttable term of this size among the dimensions of ``values``; ``None`` for no such term or several."""
     terms = {id(find(d)): find(d) for v in values for d in v.dims if find(d).size == size and not is_frozen(d)}
     return next(iter(terms.values())) if len(terms) == 1 else None

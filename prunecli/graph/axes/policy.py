@@ -13,7 +13,11 @@ from prunecli.graph.axes.terms import freeze, leaves
 
 
 def freeze_statistics(record: Record) -> None:
-    """A statistic over an axis is a norm where the module scales that axis by a parameter of its own; else freeze."""
+    """Freeze axes over which a statistic is taken, unless it is a norm: its module scales them by its own parameter.
+
+    Args:
+        record: the finished trace; its ``norms`` are reduced to those that stay cuttable.
+    """
     kept = []
     for path, dim in record.norms:
         module = record.modules[path]
@@ -34,6 +38,9 @@ def freeze_rebuilt(record: Record) -> None:
     """Freeze buffers that their module computes again when it is converted to another dtype: a cut would be undone.
 
     Rotary embeddings do so, with tables that have to stay in single precision. Found by trying it on a copy.
+
+    Args:
+        record: the finished trace.
     """
     for path, module in record.modules.items():
         if type(module)._apply is nn.Module._apply:  # noqa: SLF001 - what a module overrides to do that
@@ -47,6 +54,10 @@ def freeze_rebuilt(record: Record) -> None:
 
 
 def freeze_numbers(record: Record) -> None:
-    """Freeze axes whose very size is used: in a float, as an index, compared with a literal for equality."""
+    """Freeze axes whose very size is used: in a float, as an index, compared with a literal for equality.
+
+    Args:
+        record: the finished trace.
+    """
     for expression in record.ledger.pins:
         record.freeze(axes_in(expression), "its size enters a computation as a number")

@@ -1,4 +1,4 @@
-"""Sums of products of sizes with whole exponents, as plain values: what equations between sizes are made of."""
+"""Polynomials over sizes, as plain values: sums of products with whole exponents, the sides of equations."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ class Polynomial:
 
     @classmethod
     def constant(cls, value: int) -> Polynomial:
+        """A number."""
         return cls({(): Fraction(value)} if value else {})
 
     @classmethod
     def variable(cls, number: int) -> Polynomial:
+        """A single variable."""
         return cls({((number, 1),): Fraction(1)})
 
     @property
     def value(self) -> Fraction | None:
-        """The number it is, or None where it has a variable."""
+        """The number of a constant polynomial; ``None`` where it has a variable."""
         return self.terms.get((), Fraction(0)) if set(self.terms) <= {()} else None
 
     def variables(self) -> Iterator[int]:
@@ -55,7 +57,7 @@ class Polynomial:
         return _collected((_times(m, n), a * b) for m, a in self.terms.items() for n, b in other.terms.items())
 
     def solved_for(self, variable: int) -> Polynomial | None:
-        """What ``variable`` is where this polynomial is zero; None where it is no sum of products of the others."""
+        """``variable`` as a polynomial of the others, from setting this one to zero; ``None`` where that is not one."""
         own = [monomial for monomial in self.terms if variable in dict(monomial)]
         if len(own) != 1 or dict(own[0])[variable] != 1:
             return None
@@ -64,7 +66,11 @@ class Polynomial:
         return rest * Polynomial({others: -1 / self.terms[own[0]]})
 
     def substituted(self, definitions: Mapping[int, Polynomial]) -> Polynomial:
-        """With every defined variable replaced; one with a negative exponent needs a definition of one term."""
+        """The polynomial with every defined variable replaced.
+
+        Args:
+            definitions: polynomials by variable; one with a negative exponent needs a definition of one term.
+        """
         if definitions.keys().isdisjoint(self.variables()):
             return self
         total = Polynomial({})
@@ -76,7 +82,7 @@ class Polynomial:
         return total
 
     def evaluate(self, values: Mapping[int, int]) -> Fraction:
-        """The number it is with these values of its variables."""
+        """The value of the polynomial at these values of its variables."""
         total = Fraction(0)
         for monomial, factor in self.terms.items():
             total += factor * math.prod(Fraction(values[variable]) ** exponent for variable, exponent in monomial)

@@ -1,4 +1,4 @@
-"""The record of one trace: a value per tensor, equations, costs, attention calls. Rules and calls fill it."""
+"""The record of one trace: a value per tensor, equations, costs, attention calls. Rules and call handlers fill it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunecli.graph.axes.ints import Attribute, Expression, Extent, Fact, Ledger, Operation, TracedInt
 from prunecli.graph.axes.shapes import Shapes
 from prunecli.graph.axes.terms import Atom, find, freeze, is_frozen, leaves, unify
-from prunecli.values.groups import Role
+from prunecli.values.groups import Role, tensor_name
 
 CONSTANT = "it belongs to a tensor that is no parameter, buffer or attribute of a module"
 KERNEL = "it is a kernel axis"
@@ -29,30 +29,31 @@ class Entries:
     keep other channels than the queries, only equally many.
 
     Attributes:
-        over: the dimension, which stays as it is.
-        rows: for each entry along it, the terms of all dimensions; that of ``over`` itself is the same in all.
+        over: the dimension along which entries differ, which is not cut.
+        rows: terms of all dimensions, for each entry along ``over``; that of ``over`` itself is the same in all.
     """
 
     over: int
     rows: tuple[tuple[Atom, ...], ...]
 
     def reordered(self, order: Sequence[int]) -> Entries:
-        """The same with dimension ``order[i]`` in place ``i``."""
+        """The entries after a permutation that puts dimension ``order[i]`` in place ``i``."""
         rows = tuple(tuple(row[d] for d in order) for row in self.rows)
         return Entries(over=order.index(self.over), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """What is known about one tensor.
+    """The axes of one tensor, and where it comes from.
 
     Attributes:
-        dims: a term per dimension; of the first entry where ``entries`` differ.
-        silent: per dimension, whether entries of a channel are zero once the channel is zeroed in every parameter.
+        dims: term of each dimension; that of the first entry where ``entries`` differ.
+        silent: whether entries of a channel are zero once the channel is zeroed in every parameter, by dimension.
         data: whether the tensor depends on the network input.
-        sources: names of the parameters and buffers it is computed from, where it depends on nothing else.
-        origin: the one tensor it is a mere transposition of, with the dimension each dimension comes from.
-        entries: the terms of each entry along one dimension, where they differ.
+        sources: names of the parameters and buffers from which it is computed, if it depends on nothing else.
+        origin: name of the stored tensor that it transposes, with the dimension from which each dimension comes;
+            ``None`` for any other tensor.
+        entries: terms of each entry along one dimension; ``None`` where they are the same.
     """
 
     dims: tuple[Atom, ...]
@@ -65,7 +66,15 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One operator call as it reached a rule."""
+    """One operator call as it reached a rule.
+
+    Attributes:
+        name: name of the operator, without its overload.
+        function: the operator itself.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        out: outputs.
+    """
 
     name: str
     function: Any
@@ -81,16 +90,18 @@ class Call:
 
     @cached_property
     def outputs(self) -> list[Tensor]:
+        """The tensors among the outputs, in order."""
         return tensors_in(self.out)
 
     @cached_property
     def inputs(self) -> list[Tensor]:
+        """The tensors among the arguments, in order."""
         return tensors_in([*self.args, *self.kwargs.values()])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How a tensor came to be: output ``position`` of ``call``."""
+    """The origin of a tensor: output ``position`` of ``call``."""
 
     call: Call
     position: int
@@ -114,7 +125,7 @@ class Equation:
 
     @property
     def fact(self) -> Fact:
-        """The same as a comparison that comes out true."""
+        """The equation as a comparison that is true."""
         total: Expression = Extent(self.parts[0])
         for part in self.parts[1:]:
             total = Operation("add", total, Extent(part))
@@ -123,7 +134,14 @@ class Equation:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightUse:
-    """A parameter used as the weight of a contraction: dims (or, where it was reworked first, terms) in and out."""
+    """A parameter used as the weight of a contraction.
+
+    Attributes:
+        tensor: name of the parameter.
+        dims: role of each dimension; ``None`` where the parameter was reworked first, so that only terms are known.
+        produced: terms that the contraction produces.
+        contracted: terms that the contraction sums over.
+    """
 
     tensor: str
     dims: Mapping[int, Role] | None
@@ -142,7 +160,15 @@ class TermCost:
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultScale:
-    """A scaled_dot_product_attention call with ``scale=None``: its query and where it was made."""
+    """A scaled_dot_product_attention call with ``scale=None``.
+
+    Attributes:
+        module: path of the module that makes the call.
+        call: the call.
+        query: its queries ``[*batch, tokens, width]``.
+        key: its keys, of the same shape.
+        width: term of the head width, by whose root the call divides.
+    """
 
     module: str
     call: Call
@@ -153,14 +179,19 @@ class DefaultScale:
 
 @dataclass(kw_only=True)
 class ModuleCall:
-    """Terms of the tensors a module was first called with and returned."""
+    """The tensors that a module was first called with, and those that it returned then."""
 
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
 
 class Record:
-    """Everything one trace learns. Terms keep getting refined until the trace ends, so nothing is summed up before."""
+    """All that one trace records. Terms are refined until the trace ends, so groups are collected only then.
+
+    Args:
+        model: the model to be traced.
+        fake: whether the trace runs on torch's fake tensors instead of `Shapes`.
+    """
 
     def __init__(self, model: nn.Module, *, fake: bool = False) -> None:
         self.model = model
@@ -199,7 +230,7 @@ class Record:
             own = {**module._parameters, **module._buffers, **module.__dict__}  # noqa: SLF001
             for name, tensor in own.items():
                 if isinstance(tensor, Tensor):
-                    full = f"{path}.{name}" if path else name
+                    full = tensor_name(path, name)
                     self.homes[full] = tensor
                     if name in module._parameters:  # noqa: SLF001
                         self.parameters.add(full)
@@ -229,7 +260,7 @@ class Record:
     # -------------------------------------------------------------------------------------------- values
 
     def value(self, tensor: Tensor) -> Value:
-        """What is known about a tensor, in one term per dimension: entries that differ are made one."""
+        """The value of a tensor with one term per dimension: entries that differ are made one axis."""
         known = self.peek(tensor)
         if known.entries is not None:
             for row in known.entries.rows[1:]:
@@ -240,7 +271,7 @@ class Record:
         return known
 
     def peek(self, tensor: Tensor) -> Value:
-        """What is known about a tensor, entries apart where they differ; a constant nobody registered is frozen."""
+        """The value of a tensor, entries apart where they differ; a constant that is not registered is frozen."""
         known = self._values.get(id(tensor))
         if known is None:
             known = Value(dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim())
@@ -264,10 +295,18 @@ class Record:
         origin: tuple[str, tuple[int, ...]] | None = None,
         entries: Entries | None = None,
     ) -> None:
-        """Record an output of the current call; ``dims`` are those of the first of its ``entries``."""
+        """Record an output of the current call.
+
+        Args:
+            tensor: the output.
+            dims: term of each dimension; of the first entry where ``entries`` differ.
+            silent: whether silenced channels are zero, by dimension or for all.
+            origin: the stored tensor that the output transposes, as in `Value`.
+            entries: terms of each entry along one dimension, as in `Value`.
+        """
         sizes = [find(dim).size for dim in dims]
         assert sizes == list(tensor.shape), (self.operator, sizes, tensor.shape)
-        inputs = self._inputs_of_call()
+        inputs = [self.peek(t) for t in self._call.inputs] if self._call else []
         data = any(value.data for value in inputs)
         flags = (silent,) * len(dims) if isinstance(silent, bool) else tuple(silent)
         self._check_in_place(tensor, flags)
@@ -282,13 +321,10 @@ class Record:
         self._alive.append(tensor)
 
     def put_input(self, tensor: Tensor, reason: str) -> None:
-        """Record a tensor the network is fed with; its axes stay."""
+        """Record an input of the network, whose axes are frozen with ``reason``."""
         dims = tuple(Atom(size, reason) for size in tensor.shape)
         self._values[id(tensor)] = Value(dims=dims, silent=(False,) * len(dims), data=True)
         self._alive.append(tensor)
-
-    def _inputs_of_call(self) -> list[Value]:
-        return [self.peek(t) for t in self._call.inputs] if self._call else []
 
     def _check_in_place(self, tensor: Tensor, silent: tuple[bool, ...]) -> None:
         """An in-place op that makes channels non-zero is seen by every view of the same memory: freeze them there."""
@@ -302,7 +338,7 @@ class Record:
                     freeze(dim, f"a view of it is overwritten in place in {self.place}")
 
     def begin(self, call: Call) -> None:
-        """Everything put until the next call comes from ``call``."""
+        """Make ``call`` the current call, from which all tensors come that are put until the next one."""
         self._call = call
         self.operator = call.name
         self.steps.append(Step(place=self.place, call=call))
@@ -310,7 +346,7 @@ class Record:
             self._made[id(tensor)] = Made(call=call, position=position)
 
     def made(self, tensor: Tensor) -> Made | None:
-        """How a tensor came to be, if it is the output of a recorded call."""
+        """The call behind a tensor, if the tensor is the output of a recorded one."""
         return self._made.get(id(tensor))
 
     # -------------------------------------------------------------------------------------------- statements
@@ -321,7 +357,7 @@ class Record:
             freeze(dim, reason)
 
     def equate(self, size: int, parts: Sequence[Atom]) -> None:
-        """A Python int sizes consecutive ``parts``: an equation, or, for a literal, a reason to freeze them.
+        """Record that a Python int sizes consecutive ``parts``: an equation, or, for a literal, a reason to freeze.
 
         -1, wherever it comes from, leaves the size to torch.
         """
@@ -341,7 +377,7 @@ class Record:
         return axis
 
     def contract(self, left: Tensor, left_dim: int, right: Tensor, right_dim: int) -> None:
-        """Two dimensions are multiplied and summed over: they are one axis, and one side has to be silent."""
+        """Record that two dimensions are multiplied and summed over: they are one axis, and one has to be silent."""
         a, b = self.value(left), self.value(right)
         unify(a.dims[left_dim], b.dims[right_dim])
         if not (a.silent[left_dim] or b.silent[right_dim]):
@@ -349,7 +385,13 @@ class Record:
             freeze(b.dims[right_dim], f"{self.place} sums over it where silenced channels are not zero")
 
     def weigh(self, weight: Tensor, *, produced: Sequence[int], contracted: Sequence[int]) -> None:
-        """``weight`` is used in a contraction with data; its dims by what they do."""
+        """Record that a tensor is used as a weight in a contraction with data.
+
+        Args:
+            weight: the tensor; one that depends on data itself is ignored.
+            produced: its dimensions that the contraction produces.
+            contracted: its dimensions that the contraction sums over.
+        """
         value = self.value(weight)
         if value.data:
             return
@@ -369,11 +411,11 @@ class Record:
             )
 
     def normalise(self, dims: Iterable[Atom]) -> None:
-        """A statistic is taken over ``dims``; whether the running module is a norm there is decided at the end."""
+        """Record a statistic over ``dims``; whether the running module is a norm is decided after the trace."""
         self.norms.extend((self.module, dim) for dim in dims)
 
     def cost(self, op: str, terms: Sequence[Atom]) -> None:
-        """Count the multiply-adds of a call."""
+        """Record the multiply-adds of a call: the product of the extents of ``terms``."""
         self.costs.append(TermCost(module=self.module, op=op, terms=tuple(terms)))
 
     def traced_size(self, tensor: Tensor) -> torch.Size:
@@ -381,12 +423,12 @@ class Record:
         return torch.Size([TracedInt.of(find(dim).size, Extent(dim), self.ledger) for dim in self.peek(tensor).dims])
 
     def same_size(self, left: Tensor, right: Tensor) -> None:
-        """Two shapes are the same by construction (``view_as``): their extents are equal after a cut too."""
+        """Record two shapes as the same by construction (``view_as``): their extents stay equal after a cut."""
         for a, b in zip(self.peek(left).dims, self.peek(right).dims, strict=True):
             self.equal_sizes(a, b)
 
     def equal_sizes(self, left: Atom, right: Atom) -> None:
-        """Two extents stay equal."""
+        """Record that two extents have to stay equal."""
         if find(left) is not find(right) and not (is_frozen(left) and is_frozen(right)):
             self.equations[Equation(Extent(left), (right,), self.place)] = None
 

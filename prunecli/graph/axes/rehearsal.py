@@ -1,6 +1,6 @@
-"""The cut rehearsed without data: the pruned forward must take the traced path, with the sizes that were predicted.
+"""Rehearsal of the cut without data: the pruned forward must take the traced path, with the sizes that were predicted.
 
-A number can lose its origin: ``range(n)``, ``0.5 * n``, ``math.log2(n)`` read an int without asking (see
+A number can lose its origin: ``range(n)``, ``0.5 * n``, ``math.log2(n)`` read an int unnoticed (see
 `prunecli.graph.axes.ints`). Where such a number sizes a tensor the trace takes it for a literal and freezes; where it
 decides how often a loop runs, which layer comes next or what a tensor is multiplied by, nothing notices. So the forward
 is run again, without values, at half the widths, and every operator is held to the trace: which it is, the extents of
@@ -10,38 +10,42 @@ by halving, frozen with what was seen and where, and all is inferred again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunecli.graph.axes.collect import Inference, infer
-from prunecli.graph.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
-from prunecli.graph.axes.record import Call, Record, tensors_in
-from prunecli.graph.axes.rules import WHOLE_CALLS, run_whole
+from prunecli.graph.axes.dry import DryFunctions, DryOperators, dry
+from prunecli.graph.axes.record import Call, Record
 from prunecli.graph.axes.rules.registry import words
 from prunecli.graph.axes.terms import Atom, freeze, leaves
 from prunecli.values.groups import AttributeConflictError, AttributeEdit, Bundle, Graph, common_parts
 
-_ROUNDS = 3  # groups that exclude each other cannot all be cut at once
+_ROUNDS = 3  # most rehearsals of one graph: groups that exclude each other cannot all be cut at once
 #: Whether these are called depends on strides and on who runs the forward, not on the path it takes.
 _MOVES = words("clone contiguous detach alias lift_fresh expand as_strided_")
 _VIEWS = words("view _unsafe_view reshape _reshape_alias")
 #: Operators whose int arguments are values; those of others are sizes, dimensions and places.
 _FILLS = words("full fill_ full_like arange linspace")
 
-#: Kept widths of groups that are cut together.
+#: Kept width by name, for groups that are cut together.
 _Move: TypeAlias = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
-    """What one operator call looked like."""
+class _Observation:
+    """The traits of one operator call that have to agree between trace and rehearsal.
+
+    Attributes:
+        name: name of the operator, the same for all kinds of view.
+        shapes: shape of each output.
+        stored: names of the stored tensors among the inputs.
+        numbers: values among the arguments.
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -51,7 +55,12 @@ class _Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class _Difference:
-    """The first step at which a rehearsal left the trace, and how."""
+    """The point at which a rehearsal left the trace.
+
+    Attributes:
+        at: number of the first step that differs.
+        what: the difference, in words.
+    """
 
     at: int
     what: str
@@ -61,12 +70,12 @@ class _DifferentError(Exception):
     """Ends a rehearsal at its first difference."""
 
 
-def rehearsed(record: Record, input_size: tuple[int, int, int]) -> Graph:
+def rehearse(record: Record, input_size: tuple[int, int, int]) -> Graph:
     """The graph of a trace, with every group frozen whose size would make the forward leave the traced path.
 
     Args:
-        record: of the trace; more of its axes may be frozen.
-        input_size: channels, height, width.
+        record: the finished trace; more of its axes may be frozen.
+        input_size: channels, height, width of one image.
     """
     while True:
         inference = infer(record)
@@ -87,11 +96,11 @@ class _Rehearsal:
         self.input_size = input_size
         self.steps = [step for step in record.steps if step.call.name not in _MOVES]
         self.names = {key: names[0] for key, names in record.names.items()}
-        self.seen = [_seen(step.call, self.names) for step in self.steps]
+        self.seen = [_observe(step.call, self.names) for step in self.steps]
         self.terms = [[record.peek(out).dims for out in _results(step.call)] for step in self.steps]
 
     def culprit(self) -> tuple[str, str] | None:
-        """The name of a group that cannot be cut as the trace thinks, with the reason; None where all is well."""
+        """The name of a group that cannot be cut as the trace predicts, with the reason; ``None`` without one."""
         for moves in self._rounds():
             difference = self._difference(moves)
             if difference is not None and self._difference([]) is None:
@@ -105,7 +114,7 @@ class _Rehearsal:
         return None
 
     def _rounds(self) -> Iterator[list[_Move]]:
-        """Sets of groups to cut together, until each has been cut once or will not be."""
+        """Sets of groups to cut together, until each group has been cut once or never will be."""
         left = {group.name for group in self.graph.groups}
         for _ in range(_ROUNDS):
             moves: list[_Move] = []
@@ -116,16 +125,17 @@ class _Rehearsal:
                 names = {name for bundle in bundles for name in bundle.groups}
                 rivals = {other for pair in self.graph.exclusive if names & set(pair) for other in pair}
                 if names & left and (rivals - set(tie.groups)).isdisjoint(cut):
-                    moves.append(self._resized(bundles))
+                    moves.append(self._resize(bundles))
                     cut |= names
             if not moves:
                 return
             yield moves
             left.difference_update(cut)
 
-    def _resized(self, bundles: Sequence[Bundle]) -> _Move:
-        """About half of the groups of these bundles; but axes of one entry are no axes to torch (einsum drops them),
-        and no values are needed to rehearse with more.
+    def _resize(self, bundles: Sequence[Bundle]) -> _Move:
+        """Other widths for the groups of these bundles: half, or twice the width where half would leave one entry.
+
+        Axes of one entry are no axes to torch (einsum drops them), and a wider net costs nothing without values.
         """
         widths = {name: self.graph.group(name).width for bundle in bundles for name in bundle.groups}
         parts = common_parts(bundles)
@@ -134,8 +144,9 @@ class _Rehearsal:
         return {name: width * share // parts for name, width in widths.items()}
 
     def _responsible(self, moves: Sequence[_Move], difference: _Difference) -> tuple[str, _Difference]:
-        """One group without which the forward keeps to the trace for longer, and what it changes: groups at the place
-        of the difference first, halved until one is left.
+        """One group without which the forward follows the trace for longer, and the difference that the group makes.
+
+        Groups at the place of the difference are suspected first; they are halved until one is left.
         """
         here = self._groups_at(difference.at)
         suspects = [move for move in moves if not here.isdisjoint(move)]
@@ -171,7 +182,7 @@ class _Rehearsal:
 
 
 class _Expected:
-    """One rehearsal: the steps as they should be with these widths, and the run that is held to them."""
+    """One rehearsal: the steps as they should be with these widths, and the run that is compared with them."""
 
     def __init__(self, rehearsal: _Rehearsal, kept: Mapping[str, int], edits: Sequence[AttributeEdit]) -> None:
         self.rehearsal = rehearsal
@@ -184,12 +195,12 @@ class _Expected:
         self.at = 0
 
     def run(self) -> _Difference | None:
-        """The first difference, if there is any."""
+        """The first difference; ``None`` without one."""
         record = self.rehearsal.record
         try:
             with dry(self.model, self.rehearsal.input_size, record.shapes) as dry_run:
                 self._cut(dry_run.place)
-                with _Operators(self, dry_run.run) as operators, _Functions(operators, dry_run):
+                with DryOperators(dry_run.run, self.compare) as operators, DryFunctions(operators, dry_run):
                     self.model(dry_run.image)
         except _DifferentError as different:
             return _Difference(at=self.at, what=str(different))
@@ -199,7 +210,7 @@ class _Expected:
         return _Difference(at=self.at, what="it ends early") if self.at < len(self.rehearsal.steps) else None
 
     def _cut(self, place: torch.device) -> None:
-        """Give the model, for the time of a dry run, tensors without values in the new shapes, and the edits."""
+        """Put tensors of the new shapes without values, and the edits, into the model for the time of a dry run."""
         record, tensors = self.rehearsal.record, self.rehearsal.graph.tensors
         new: dict[int, Tensor] = {}
         for name, tensor in record.homes.items():
@@ -219,12 +230,12 @@ class _Expected:
                 own[edit.name] = type(own[edit.name])(edit.after)
 
     def compare(self, call: Call) -> None:
-        """Hold one call to its step. Raises _DifferentError."""
+        """Compare one call with its step. Raises _DifferentError."""
         if call.name in _MOVES:
             return
         if self.at == len(self.rehearsal.steps):
             raise _DifferentError("it goes on for longer")
-        found, before = _seen(call, self.names), self.rehearsal.seen[self.at]
+        found, before = _observe(call, self.names), self.rehearsal.seen[self.at]
         shapes = tuple(tuple(map(self._extent, dims)) for dims in self.rehearsal.terms[self.at])
         if found.name != before.name:
             raise _DifferentError(f"the operator {found.name!r} comes instead of {before.name!r}")
@@ -238,18 +249,19 @@ class _Expected:
         self.at += 1
 
     def _extent(self, term: Atom) -> int:
+        """The size of a term with the kept widths."""
         known = self.extents.get(id(term))
         if known is None:
             known = self.extents[id(term)] = self.rehearsal.inference.sizes.of(term).evaluate(self.kept)
         return known
 
 
-def _seen(call: Call, names: Mapping[int, str]) -> _Seen:
-    """What a call looks like; ``names`` of stored tensors by identity."""
+def _observe(call: Call, names: Mapping[int, str]) -> _Observation:
+    """The traits of a call to compare; ``names`` holds those of stored tensors by identity."""
     takes_ints = call.name in _FILLS or torch.Tag.pointwise in getattr(call.function, "tags", ())
     kinds = (int, float) if takes_ints else (float,)
     values = (*call.args, *call.kwargs.values())
-    return _Seen(
+    return _Observation(
         name="view" if call.name in _VIEWS else call.name,
         shapes=tuple(tuple(out.shape) for out in _results(call)),
         stored=tuple(names[id(t)] for t in call.inputs if id(t) in names),
@@ -272,49 +284,3 @@ def _substitute(store: dict[Any, Any] | list[Any], new: Mapping[int, Tensor]) ->
         store.update({key: new[id(value)] for key, value in store.items() if id(value) in new})
     else:
         store[:] = [new.get(id(value), value) for value in store]
-
-
-class _Operators(TorchDispatchMode):
-    """Runs every operator without values, then compares it."""
-
-    def __init__(self, expected: _Expected, run: Runner) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.expected = expected
-        self.run = run
-        self.paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = self.run(func, args, kwargs)
-        name = func.overloadpacket.__name__
-        if not self.paused and name not in SILENT_OPERATORS and tensors_in(out):
-            self.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
-        return out
-
-
-class _Functions(TorchFunctionMode):
-    """Calls that the trace records as one, and properties that tell the device."""
-
-    def __init__(self, operators: _Operators, dry_run: Dry) -> None:
-        super().__init__()
-        self.operators = operators
-        self.dry = dry_run
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            return self.dry.property_of(func, args[0])
-        if name not in WHOLE_CALLS:
-            return func(*args, **kwargs)
-        self.operators.paused = True
-        try:
-            out = run_whole(func, name, args, kwargs)
-        finally:
-            self.operators.paused = False
-        self.operators.expected.compare(Call(name=name, function=func, args=args, kwargs=kwargs, out=out))
-        return out

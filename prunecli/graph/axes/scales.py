@@ -1,4 +1,4 @@
-"""Default-scale attention: keeping ``1 / sqrt(head width)`` true when the head width is cut."""
+"""Default-scale attention: keeping the scale ``1 / sqrt(head width)`` of the dense net when the head width is cut."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from prunecli.values.groups import ScaleFold, Size
 
 @dataclass(frozen=True, kw_only=True)
 class FoldableScale:
-    """An attention whose query can take up a change of its head width: the axis cut, and the rows that make it."""
+    """An attention whose queries or keys can absorb the change of scale that a cut of the head width brings.
+
+    Attributes:
+        axis: the axis to which the head width is proportional.
+        rows: weight rows and bias entries to multiply.
+    """
 
     axis: Atom
     rows: tuple[Rows, ...]
 
 
 def foldable_scales(record: Record) -> tuple[FoldableScale, ...]:
-    """The default scales that can be kept true; the head widths of the others are frozen."""
+    """The default scales that can be kept; the head widths of the others are frozen.
+
+    Args:
+        record: the finished trace.
+    """
     found = []
     readers = Readers(record)
     for scale in record.default_scales:
@@ -45,7 +54,7 @@ def _rows(record: Record, scale: DefaultScale, readers: Readers) -> tuple[Rows, 
     """The rows behind the queries or, where these cannot be scaled alone, behind the keys.
 
     Raises:
-        UnknownQueryError: neither will do; says why the queries do not.
+        UnknownQueryError: neither can be scaled alone; names the reason for the queries.
     """
     ends = {end: _trail_or_error(record, tensor) for end, tensor in (("queries", scale.query), ("keys", scale.key))}
     problems = []
@@ -63,6 +72,7 @@ def _rows(record: Record, scale: DefaultScale, readers: Readers) -> tuple[Rows, 
 
 
 def _trail_or_error(record: Record, tensor: Tensor) -> Trail | UnknownQueryError:
+    """The trail of a tensor, or why there is none: one end of an attention may have no trail if the other has."""
     try:
         return trail(record, tensor)
     except UnknownQueryError as unknown:
@@ -70,7 +80,7 @@ def _trail_or_error(record: Record, tensor: Tensor) -> Trail | UnknownQueryError
 
 
 def _scaling_axis(width: Atom) -> Atom | None:
-    """The one axis that a head width is proportional to; None where there is none."""
+    """The one axis to which a head width is proportional; ``None`` without one."""
     free = {leaf for leaf in leaves(width) if leaf.reason is None}
     axis = next(iter(free), None)
     return axis if axis is not None and len(free) == 1 and _is_multiple(width, axis) else None
@@ -86,7 +96,12 @@ def _is_multiple(term: Atom, axis: Atom) -> bool:
 
 
 def scale_folds(scales: Iterable[FoldableScale], names: Mapping[int, str]) -> tuple[ScaleFold, ...]:
-    """The folds of the scales whose axis became a group; ``names`` by identity of the axis."""
+    """The folds of the scales whose axis became a group.
+
+    Args:
+        scales: default scales that can be kept.
+        names: name of each group, by identity of its axis.
+    """
     return tuple(
         ScaleFold(
             group=names[id(scale.axis)], tensor=rows.tensor, dim=rows.dim, positions=tuple(sorted(rows.positions))
@@ -101,6 +116,10 @@ def head_scales(record: Record, size_of: Callable[[Atom], Size]) -> list[HeadSca
     """Float attributes equal to ``head width ** -0.5`` of modules that let the attention operator compute it.
 
     Such a module uses its own number when the fused operator is switched off; both paths have to agree.
+
+    Args:
+        record: the finished trace.
+        size_of: function from a term to its size over kept widths.
     """
     found = {}
     for scale in record.default_scales:

@@ -1,4 +1,4 @@
-"""Operators without values: what comes back has the right shape, strides and dtype, and lies on the meta device.
+"""Operators without values: outputs have the right shape, strides and dtype, and lie on the meta device.
 
 Torch's own `FakeTensorMode` does this too and knows more (devices, operators without a meta kernel), for five to ten
 times the time. Here every tensor that is not on the meta device has a *stand-in* there, and an operator that gives new
@@ -23,7 +23,7 @@ _UNTAGGED = frozenset(
     | {"logical_not", "bitwise_and", "prelu", "_prelu_kernel", "dropout", "isnan", "leaky_relu", "elu", "celu", "selu"}
     | {"gelu", "hardtanh", "relu6", "threshold", "rrelu"}
 )
-#: What tells apart two calls of one operator whose outputs may differ; only ever compared.
+#: Key that differs for two calls of one operator whose outputs may differ in layout; only ever compared.
 _Key = Any
 #: Shape, strides and dtype of a tensor, or those of each output in a list.
 _Layout = Any
@@ -31,13 +31,13 @@ _Layout = Any
 
 @dataclass(frozen=True, kw_only=True)
 class _Traits:
-    """What an operator's schema says of its outputs.
+    """Properties of an operator's outputs, from its schema.
 
     Attributes:
-        returns_first: it writes to its first argument, element by element, and returns it.
-        fresh: all it returns are new tensors.
-        elementwise: fresh, and each output entry comes from the entries at the same place.
-        takes_device: it has a ``device`` argument.
+        returns_first: whether it writes to its first argument, element by element, and returns that.
+        fresh: whether all its outputs are new tensors.
+        elementwise: whether it is fresh, and each output entry comes from the entries at the same place.
+        takes_device: whether it has a ``device`` argument.
     """
 
     returns_first: bool
@@ -51,7 +51,7 @@ class Shapes:
 
     Args:
         stored: ids of the tensors that live as long as this object (parameters, buffers): each gets one stand-in, so
-            that what is written to them is seen by all who read them.
+            that all readers see what is written to it.
     """
 
     def __init__(self, stored: Container[int]) -> None:
@@ -61,7 +61,13 @@ class Shapes:
         self._layouts: dict[_Key, _Layout] = {}
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What ``function(*args, **kwargs)`` gives, on the meta device."""
+        """The outputs of an operator on the meta device.
+
+        Args:
+            function: the aten operator, with its overload.
+            args: positional arguments; tensors on any device.
+            kwargs: keyword arguments.
+        """
         traits = self._traits.get(function)
         if traits is None:
             traits = self._traits[function] = _traits_of(function)
@@ -81,10 +87,10 @@ class Shapes:
                 out = self._compute(function, args, kwargs, traits)
             self._layouts[key] = _layout(out)
             return out
-        return _made(layout)
+        return _empty(layout)
 
     def _elementwise(self, function: Any, args: tuple[Any, ...], shape: torch.Size, traits: _Traits) -> Any:
-        """An elementwise operator on contiguous tensors of one shape gives another such tensor: the dtype is left."""
+        """An elementwise operator on contiguous tensors of one shape: only the output's dtype has to be found out."""
         key = (function, "elementwise", *(arg.dtype if isinstance(arg, Tensor) else _key(arg) for arg in args))
         dtype = self._layouts.get(key)
         if dtype is not None:
@@ -95,11 +101,13 @@ class Shapes:
         return out
 
     def _compute(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], traits: _Traits) -> Any:
+        """Run an operator on stand-ins."""
         if traits.takes_device:
             kwargs = {**kwargs, "device": _META}
         return function(*self._on_meta(args), **{name: self._on_meta(value) for name, value in kwargs.items()})
 
     def _on_meta(self, value: Any) -> Any:
+        """An argument with stand-ins in place of tensors."""
         if isinstance(value, Tensor):
             return value if value.is_meta else self._stand_in(value)
         if isinstance(value, list | tuple):
@@ -107,12 +115,13 @@ class Shapes:
         return value
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same layout on the meta device; always the same one for a stored tensor."""
         if tensor.is_meta:
             return tensor
         if id(tensor) not in self._stored:
-            return _made(_layout(tensor))
+            return _empty(_layout(tensor))
         if id(tensor) not in self._stand_ins:
-            self._stand_ins[id(tensor)] = _made(_layout(tensor))
+            self._stand_ins[id(tensor)] = _empty(_layout(tensor))
         return self._stand_ins[id(tensor)]
 
 
@@ -122,7 +131,8 @@ def is_elementwise(function: Any) -> bool:
 
 
 def _traits_of(function: Any) -> _Traits:
-    schema = function._schema  # noqa: SLF001 - what an operator says of itself has no other name
+    """The traits of an aten operator."""
+    schema = function._schema  # noqa: SLF001 - an operator's schema has no public name
     first = schema.arguments[0].alias_info if schema.arguments else None
     elementwise = is_elementwise(function)
     gives_tensors = bool(schema.returns) and all(str(given.type) == "Tensor" for given in schema.returns)
@@ -137,7 +147,7 @@ def _traits_of(function: Any) -> _Traits:
 
 
 def _common_shape(args: Sequence[Any]) -> torch.Size | None:
-    """The shape of all tensors among ``args`` where they have one, with a dimension at least, and are contiguous."""
+    """The shape that all tensors among ``args`` share, if all are contiguous and it has a dimension at least."""
     shape = None
     for arg in args:
         if isinstance(arg, Tensor):
@@ -148,7 +158,7 @@ def _common_shape(args: Sequence[Any]) -> torch.Size | None:
 
 
 def _key(value: Any) -> _Key:
-    """What of an argument decides over the layout of the outputs."""
+    """The part of an argument that decides the layout of the outputs."""
     if isinstance(value, Tensor):
         return _layout(value)
     if isinstance(value, list | tuple):
@@ -157,17 +167,20 @@ def _key(value: Any) -> _Key:
 
 
 def _layout(out: Any) -> _Layout:
+    """The layout of a tensor or of each tensor in a list."""
     return (out.shape, out.stride(), out.dtype) if isinstance(out, Tensor) else [_layout(item) for item in out]
 
 
-def _made(layout: _Layout) -> Any:
+def _empty(layout: _Layout) -> Any:
+    """Tensors of this layout on the meta device."""
     if isinstance(layout, list):
-        return tuple([_made(item) for item in layout])
+        return tuple([_empty(item) for item in layout])
     shape, strides, dtype = layout
     return torch.empty_strided(shape, strides, dtype=dtype, device=_META)
 
 
 def _batch_norm(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """Outputs of a batch norm in evaluation mode, whose saved statistics are empty; ``None`` for any other."""
     x, training = args[0], args[5]
     if training or not x.is_contiguous():
         return None
@@ -175,6 +188,7 @@ def _batch_norm(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
 
 
 def _layer_norm(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
+    """Outputs of a layer norm: the result, then mean and reciprocal spread of each row; ``None`` if not contiguous."""
     x, inner = args[0], len(args[1])
     if not x.is_contiguous():
         return None

@@ -18,7 +18,14 @@ from prunecli.values.groups import AttributeConflictError, AttributeEdit, Size
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSize:
-    """An attribute that no operator reads but that states a size: ``in_features``, ``feature_info.0.num_chs``."""
+    """An attribute that no operator reads but that states a size: ``in_features``, ``feature_info.0.num_chs``.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute, with dots inside containers.
+        before: value in the dense model.
+        size: value as a function of kept widths.
+    """
 
     module: str
     name: str
@@ -28,7 +35,14 @@ class NamedSize:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScale:
-    """A float attribute that is ``head width ** -0.5`` beside an attention that computes this root itself."""
+    """A float attribute that is ``head width ** -0.5`` beside an attention that computes this root itself.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute.
+        before: value in the dense model.
+        size: the head width as a function of kept widths.
+    """
 
     module: str
     name: str
@@ -38,7 +52,7 @@ class HeadScale:
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """What an attribute has to be: a polynomial over widths, and the groups these belong to."""
+    """The value of an attribute as a polynomial over widths, with the groups of these widths."""
 
     value: Polynomial
     groups: frozenset[str]
@@ -46,7 +60,13 @@ class Formula:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What has to come out as it did while tracing, where the program says so, and the groups it depends on."""
+    """A comparison that has to keep its outcome.
+
+    Attributes:
+        fact: the comparison.
+        place: the module that makes the comparison, in words.
+        groups: names of the groups on which it depends.
+    """
 
     fact: Fact
     place: str
@@ -58,14 +78,14 @@ class Solver:
     """Kept widths → attribute edits. Implements `prunecli.values.groups.AttributeSolver`.
 
     Attributes:
-        attributes: every int attribute with its value in the dense model.
-        listed: tuple and list attributes, to be replaced whole: (module, name) → values.
-        formulas: the attributes that follow a cut.
-        widths: the variables of the formulas as functions of kept widths.
-        checks: what was learnt about sizes.
-        size_of: the extent of a term as a function of kept widths.
-        named: sizes that are only stated.
-        scales: head scales to keep true.
+        attributes: value of every int attribute in the dense model.
+        listed: values of tuple and list attributes, which are replaced whole, by module and name.
+        formulas: formulas of the attributes that follow a cut.
+        widths: variables of the formulas as functions of kept widths.
+        checks: comparisons whose outcome has to stay.
+        size_of: function from a term to its size over kept widths.
+        named: attributes that state a size that nothing computes with.
+        scales: head scales to adjust.
     """
 
     attributes: Mapping[Attribute, int]
@@ -78,7 +98,14 @@ class Solver:
     scales: Sequence[HeadScale]
 
     def __call__(self, kept: Mapping[str, int]) -> tuple[AttributeEdit, ...]:
-        """The edits for these widths. Raises AttributeConflictError."""
+        """The edits for these kept widths.
+
+        Args:
+            kept: kept width of each cut group, by name.
+
+        Raises:
+            AttributeConflictError: an attribute would be no whole number, or a comparison would change its outcome.
+        """
         values = self._values(kept)
         self._check(kept, values)
         edits = self._int_edits({a: value for a, value in values.items() if value != self.attributes[a]})
@@ -96,7 +123,7 @@ class Solver:
         return tuple(edits)
 
     def _values(self, kept: Mapping[str, int]) -> dict[Attribute, int]:
-        """The attributes that depend on one of the groups, as their formulas say."""
+        """The attributes that depend on one of the groups, by their formulas."""
         widths = {number: size.evaluate(kept) for number, size in self.widths.items()}
         values = {}
         for attribute, formula in self.formulas.items():
@@ -108,6 +135,7 @@ class Solver:
         return values
 
     def _check(self, kept: Mapping[str, int], values: Mapping[Attribute, int]) -> None:
+        """Make every comparison again that depends on one of the groups. Raises AttributeConflictError."""
         all_values = {**self.attributes, **values}
         extents: dict[int, int] = {}
 
@@ -131,6 +159,7 @@ class Solver:
                     )
 
     def _int_edits(self, changed: Mapping[Attribute, int]) -> list[AttributeEdit]:
+        """Edits of plain attributes, then of tuples and lists as a whole."""
         edits = []
         for attribute, value in changed.items():
             if attribute.index is None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Form = Literal["leaf", "product", "concat"]
@@ -29,7 +29,15 @@ class MisfitError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Atom:
-    """A node of the union-find forest; read it through the functions of this module, which follow ``parent``."""
+    """A node of the union-find forest; read it through the functions of this module, which follow ``parent``.
+
+    Attributes:
+        size: number of entries.
+        reason: why a leaf may not be cut; ``None`` where it may.
+        form: whether it is a leaf, a product or a concatenation.
+        kids: factors or blocks, in order.
+        parent: the atom that this one was merged into; ``None`` for a representative.
+    """
 
     size: int
     reason: str | None = None
@@ -238,9 +246,9 @@ def _regroup(queue: list[Atom], sizes: list[int]) -> list[Atom]:
 
 
 def unify(first: Atom, second: Atom) -> None:
-    """State that two dimensions keep the same indices. No common refinement: both are frozen.
+    """Record that two dimensions keep the same indices; without a common refinement both are frozen.
 
-    A size-1 side is a broadcast and says nothing.
+    A side of size 1 is a broadcast, which relates nothing.
     """
     first, second = find(first), find(second)
     if first is second or 1 in {first.size, second.size}:
@@ -337,7 +345,14 @@ def merge_frozen_runs(parts: Sequence[Atom]) -> list[Atom]:
 
 @dataclass(frozen=True, kw_only=True)
 class Occurrence:
-    """Where channel ``j`` of ``leaf`` lies on a dimension: ``offset + j * stride + sum(i_k * stride_k)``."""
+    """The positions of channel ``j`` of an axis on a dimension: ``offset + j * stride + sum(i_k * stride_k)``.
+
+    Attributes:
+        leaf: the axis.
+        offset: position of channel 0.
+        stride: distance between two channels.
+        loops: count and stride of each further loop ``i_k``.
+    """
 
     leaf: Atom
     offset: int
@@ -354,7 +369,7 @@ def occurrences(atom: Atom) -> list[Occurrence]:
     if atom.form == "concat":
         offset = 0
         for kid in map(find, atom.kids):
-            found += [_moved(place, offset) for place in occurrences(kid)]
+            found += [replace(place, offset=place.offset + offset) for place in occurrences(kid)]
             offset += kid.size
         return found
     parts = factors(atom)
@@ -365,11 +380,8 @@ def occurrences(atom: Atom) -> list[Occurrence]:
     return found
 
 
-def _moved(place: Occurrence, offset: int) -> Occurrence:
-    return Occurrence(leaf=place.leaf, offset=place.offset + offset, stride=place.stride, loops=place.loops)
-
-
 def _scaled(place: Occurrence, scale: int, others: list[tuple[int, int]]) -> Occurrence:
+    """The occurrence seen from a product in which its factor has stride ``scale`` beside loops of ``others``."""
     loops = [*others, *((count, stride * scale) for count, stride in place.loops)]
     merged: list[tuple[int, int]] = []
     for count, stride in sorted(loops, key=lambda loop: -loop[1]):

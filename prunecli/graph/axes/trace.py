@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunecli.errors import UnsupportedError
 from prunecli.graph.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
-from prunecli.graph.axes.dry import SILENT_OPERATORS, Dry, Runner, dry
+from prunecli.graph.axes.dry import Dry, DryFunctions, DryOperators, dry
 from prunecli.graph.axes.ints import Attribute, TracedInt, untraced
-from prunecli.graph.axes.record import Call, ModuleCall, Record, Value, tensors_in
-from prunecli.graph.axes.rules import WHOLE_CALLS, apply_rule, run_whole
+from prunecli.graph.axes.record import ModuleCall, Record, Value, tensors_in
+from prunecli.graph.axes.rules import WHOLE_CALLS, apply_rule
 from prunecli.models.outputs import tensors_of
 
 INPUT = "it is an axis of the network's input"
@@ -35,72 +34,39 @@ _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NOT_OWN = frozenset({"training", "_version", "call_super_init", "dump_patches"})
 
 
-class _Operators(TorchDispatchMode):
-    """Applies the rule of every aten operator."""
-
-    def __init__(self, record: Record, run: Runner) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.record = record
-        self.run = run
-        self.paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        self.record.operator = name
-        out = self.run(func, args, kwargs)
-        if self.paused or name in SILENT_OPERATORS or not tensors_in(out):
-            return out
-        call = Call(name=name, function=func, args=args, kwargs=kwargs, out=out)
-        apply_rule(self.record, call)
-        return out
-
-
-class _Functions(TorchFunctionMode):
+class _Functions(DryFunctions):
     """Reads the int arguments of Python-level calls, and hands out shapes that know their axes."""
 
-    def __init__(self, record: Record, operators: _Operators, dry_run: Dry) -> None:
-        super().__init__()
+    def __init__(self, record: Record, operators: DryOperators, dry_run: Dry) -> None:
+        super().__init__(operators, dry_run)
         self.record = record
-        self.operators = operators
-        self.dry = dry_run
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func == _GET_SHAPE:
             return self.record.traced_size(args[0])
         if name == "size":
-            return self._size(args, kwargs)
+            dim = untraced(args[1] if len(args) > 1 else (kwargs or {}).get("dim"))
+            shape = self.record.traced_size(args[0])
+            return shape if dim is None else shape[dim]
         if name in {"numel", "nelement"}:
             return math.prod(self.record.traced_size(args[0]))
         if name == "__len__":
             return self.record.traced_size(args[0])[0].pinned()  # type: ignore[attr-defined]
-        if name == "__get__":
-            return self.dry.property_of(func, args[0])
-        return self._call(func, name, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
-    def _size(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        dim = untraced(args[1] if len(args) > 1 else kwargs.get("dim"))
-        shape = self.record.traced_size(args[0])
-        return shape if dim is None else shape[dim]
-
-    def _call(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one call on plain ints, and read from the traced ones what they size."""
         known = name in HANDLERS or name in READ_BY_RULE
-        plain_args = untraced(list(args), pin=not known)
+        plain_args = tuple(untraced(list(args), pin=not known))
         plain_kwargs = untraced(dict(kwargs), pin=not known)
         if not known and name not in WHOLE_CALLS and _hides_sizes(func, name):
             self._distrust(name, tensors_in([args, kwargs]))
         self.record.request = (name, args, kwargs)
         try:
-            if name in WHOLE_CALLS:
-                out = self._whole(func, name, plain_args, plain_kwargs)
-            else:
-                out = func(*plain_args, **plain_kwargs)
+            out = super().call(func, name, plain_args, plain_kwargs)
             handler = HANDLERS.get(name)
             if handler is not None:
                 handler(self.record, args, kwargs, out)
@@ -108,19 +74,8 @@ class _Functions(TorchFunctionMode):
             self.record.request = ("", (), {})
         return out
 
-    def _whole(self, func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        self.operators.paused = True
-        try:
-            out = run_whole(func, name, args, kwargs)
-        finally:
-            self.operators.paused = False
-        call = Call(name=name, function=func, args=tuple(args), kwargs=kwargs, out=out)
-        self.record.begin(call)
-        WHOLE_CALLS[name](self.record, call)
-        return out
-
     def _distrust(self, name: str, tensors: list[Tensor]) -> None:
-        """A Python function whose inner sizes are out of sight: its inputs stay as they are."""
+        """Freeze the inputs of a Python function that may size tensors out of sight."""
         for tensor in tensors:
             self.record.freeze(
                 self.record.dims(tensor), f"{self.record.place} calls {name!r}, whose inside is not followed"
@@ -128,7 +83,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _hides_sizes(func: Any, name: str) -> bool:
-    """A function written in Python whose body may size tensors by ints it computes itself.
+    """Whether a call is a Python function whose body may size tensors by ints that it computes itself.
 
     The methods of torch's own tensor class are thin wrappers, and the functions of `TRANSPARENT` are known.
     """
@@ -136,25 +91,26 @@ def _hides_sizes(func: Any, name: str) -> bool:
 
 
 def _trace_attributes(record: Record) -> None:
-    """Replace every int (and tuple or list of ints) attribute by one that remembers its name."""
+    """Replace every int (and tuple or list of ints) attribute of a module by one that remembers its name."""
     for path, module in record.modules.items():
         for name, value in list(module.__dict__.items()):
             if name in _NOT_OWN:
                 continue
             if type(value) is int:
-                module.__dict__[name] = _traced(record, Attribute(path, name), value)
+                module.__dict__[name] = _trace_int(record, Attribute(path, name), value)
             elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-                items = [_traced(record, Attribute(path, name, i), item) for i, item in enumerate(value)]
+                items = [_trace_int(record, Attribute(path, name, i), item) for i, item in enumerate(value)]
                 module.__dict__[name] = type(value)(items)
 
 
-def _traced(record: Record, attribute: Attribute, value: int) -> TracedInt:
+def _trace_int(record: Record, attribute: Attribute, value: int) -> TracedInt:
+    """A traced int for an attribute, whose value is recorded."""
     record.attributes[attribute] = value
     return TracedInt.of(value, attribute, record.ledger)
 
 
 def _watch_features(model: nn.Module, record: Record) -> None:
-    """Keep what ``forward_features`` returns, where the model has that method."""
+    """Record the outputs of ``forward_features``, where the model has that method."""
     method = getattr(model, "forward_features", None)
     if not callable(method):
         return
@@ -168,13 +124,14 @@ def _watch_features(model: nn.Module, record: Record) -> None:
 
 
 def _values_of(record: Record, tensors: Any) -> list[Value]:
+    """The values of all tensors in nested containers."""
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - shapes read by the record are no part of the program
         return [record.peek(t) for t in tensors_in(tensors)]
 
 
 @contextmanager
 def _module_stack(record: Record) -> Iterator[None]:
-    """Keep the path of the running module, and what each module got and gave at its first call."""
+    """Record the path of the running module, and inputs and outputs of each module's first call."""
     paths = {id(module): path for path, module in record.modules.items()}
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -198,11 +155,11 @@ def _module_stack(record: Record) -> Iterator[None]:
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
-    """Run the model on one image without data and record what its axes are.
+    """Run a model on one image without data and record its axes.
 
     Args:
-        model: on any device, meta included, in any dtype; traced in eval mode and left as it was.
-        input_size: channels, height, width.
+        model: the model, on any device, meta included, in any dtype; traced in eval mode and left as it was.
+        input_size: channels, height, width of the image.
 
     Raises:
         UnsupportedError: the forward does not run without data (its path depends on it); names module and op.
@@ -214,12 +171,18 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Record:
 
 
 def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) -> Record:
+    """One trace, on meta tensors or on torch's ``fake`` tensors. Raises UnsupportedError."""
     record = Record(model, fake=fake)
     with dry(model, input_size, record.shapes) as dry_run:
+
+        def run(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            record.operator = function.overloadpacket.__name__  # an error has to name the operator that raised it
+            return dry_run.run(function, args, kwargs)
+
         _trace_attributes(record)
         _watch_features(model, record)
         record.put_input(dry_run.image, INPUT)
-        operators = _Operators(record, dry_run.run)
+        operators = DryOperators(run, partial(apply_rule, record))
         with operators, _Functions(record, operators, dry_run), _module_stack(record):
             outputs = _forward(model, dry_run.image, record)
     for tensor in outputs:
@@ -228,9 +191,10 @@ def _attempt(model: nn.Module, input_size: tuple[int, int, int], *, fake: bool) 
 
 
 def _forward(model: nn.Module, image: Tensor, record: Record) -> list[Tensor]:
+    """The outputs of the model. Raises UnsupportedError, with the place, for whatever the forward raises."""
     try:
         return tensors_of(model(image))
-    except Exception as error:  # a model's forward may raise anything; whatever it is, it names the place
+    except Exception as error:  # a model's forward may raise anything
         reason = str(error).strip().splitlines()
         raise UnsupportedError(
             f"{record.place} cannot be traced: operator {record.operator!r} failed"

@@ -87,7 +87,7 @@ def _convolution(record: Record, call: Call) -> None:
         silent = silent and record.value(bias).silent[0]
     record.freeze(w.dims[2:], KERNEL)
     if _is_pointwise(call):
-        # Every position on its own: what these axes are is for others to say. CoaT mixes tokens so, channel by channel.
+        # Every position on its own, so nothing here fixes these axes. CoaT mixes tokens so, channel by channel.
         spatial = list(x.dims[2:])
         kept = [flag and bias is None for flag in x.silent[2:]]
     else:
@@ -103,6 +103,7 @@ def _convolution(record: Record, call: Call) -> None:
 
 
 def _is_pointwise(call: Call) -> bool:
+    """Whether a convolution maps each position by itself: kernel and stride 1, no padding, not transposed."""
     weight, stride, padding = call.args[1], call.args[3], call.args[4]
     alone = all(size == 1 for size in weight.shape[2:]) and not any(padding)
     return alone and all(step == 1 for step in stride) and not call.args[6]

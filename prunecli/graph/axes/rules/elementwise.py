@@ -67,7 +67,13 @@ _SPECIAL: dict[str, Callable[[Call, list[bool]], bool]] = {
 
 
 def broadcast(record: Record, inputs: Iterable[Tensor], out: Tensor) -> list[Atom]:
-    """The terms of ``out``, its inputs' dimensions unified as broadcasting lines them up."""
+    """The terms of an elementwise operator's output.
+
+    Args:
+        record: the trace so far.
+        inputs: the operands, whose dimensions are unified as broadcasting lines them up.
+        out: the output.
+    """
     dims: list[Atom | None] = [None] * out.dim()
     for tensor in inputs:
         for back, dim in enumerate(reversed(record.dims(tensor)), start=1):
@@ -82,7 +88,12 @@ def broadcast(record: Record, inputs: Iterable[Tensor], out: Tensor) -> list[Ato
 
 
 def pointwise(record: Record, call: Call) -> None:
-    """Any elementwise operator."""
+    """The rule of every elementwise operator without one of its own.
+
+    Args:
+        record: the trace so far.
+        call: the call, after it ran.
+    """
     for out in call.outputs:
         dims = broadcast(record, call.inputs, out)
         record.put(out, dims, [_keeps_silence(record, call, out, d) for d in range(out.dim())])

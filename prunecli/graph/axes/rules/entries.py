@@ -25,14 +25,26 @@ _Group = tuple[list[int], list[int]]
 
 
 def put_view(record: Record, source: Tensor, out: Tensor) -> bool:
-    """Record a view with its entries apart; False, and nothing recorded, where it has none.
+    """Record a view with its entries apart, if it has any.
+
+    Args:
+        record: the trace so far.
+        source: the tensor that is viewed.
+        out: the view.
+
+    Returns:
+        False where no entries are apart, with nothing recorded.
 
     Raises:
         MisfitError: the parts of a dimension do not line up with the new sizes.
     """
     value = record.peek(source)
     groups = _aligned(source.shape, out.shape)
-    apart = _made(record, value, groups, out) if value.entries is None else _kept(value.entries, groups, out.shape)
+    apart = (
+        _split_entries(record, value, groups, out)
+        if value.entries is None
+        else _regroup_entries(value.entries, groups, out.shape)
+    )
     if apart is None:
         return False
     over, found = apart
@@ -90,7 +102,7 @@ def _aligned(old: Sequence[int], new: Sequence[int]) -> list[_Group]:
 
 
 def _literals(record: Record, out: Tensor) -> set[int]:
-    """The dimensions of a view whose sizes are numbers in the code."""
+    """The dimensions of a view whose sizes are numbers written in the code."""
     name, args, kwargs = record.request
     if name in {"view", "reshape"}:
         asked, first = flat_sizes(args[1:]) or kwargs.get("shape", kwargs.get("size", ())), 0
@@ -102,8 +114,11 @@ def _literals(record: Record, out: Tensor) -> set[int]:
     return {d for d in plain if d < out.dim() and asked[d - first] == out.shape[d]}
 
 
-def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -> tuple[int, _Rows] | None:
-    """The entries that this view makes, by its first dimension of a literal size that others follow in its group."""
+def _split_entries(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -> tuple[int, _Rows] | None:
+    """The entries that this view makes along its first dimension of a literal size with others behind it.
+
+    ``None`` where it makes none.
+    """
     literals = _literals(record, out)
     for at, (ins, outs) in enumerate(groups):
         source = [value.dims[d] for d in ins if find(value.dims[d]).size > 1]
@@ -111,7 +126,7 @@ def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -
         over = next((d for d in long[:-1] if d in literals and out.shape[d] <= _MOST), None)
         if over is None or len(source) != 1 or is_frozen(source[0]):
             continue
-        rows = _parted(record, source[0], outs, over, out.shape)
+        rows = _split_dim(record, source[0], outs, over, out.shape)
         if all(find(row[d]) is find(rows[0][d]) for row in rows[1:] for d in outs):
             return None
         for others_in, others_out in (*groups[:at], *groups[at + 1 :]):
@@ -120,8 +135,8 @@ def _made(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -
     return None
 
 
-def _parted(record: Record, dim: Atom, outs: Sequence[int], over: int, shape: Sequence[int]) -> _Rows:
-    """One dimension as ``before x entries x after``, what comes after in terms of its own for each entry."""
+def _split_dim(record: Record, dim: Atom, outs: Sequence[int], over: int, shape: Sequence[int]) -> _Rows:
+    """One dimension as ``before x entries x after``, where each entry has terms of its own for ``after``."""
     before, after = [d for d in outs if d < over], [d for d in outs if d > over]
     front, inside = split_front(dim, math.prod(shape[d] for d in before))
     count = shape[over]
@@ -134,14 +149,17 @@ def _parted(record: Record, dim: Atom, outs: Sequence[int], over: int, shape: Se
 def _regroup_into(
     rows: _Rows, sources: Sequence[Sequence[Atom]], ins: Sequence[int], outs: Sequence[int], shape: Sequence[int]
 ) -> None:
+    """Add the dimensions ``outs`` to each row, regrouped from the dimensions ``ins`` of its source."""
     for row, source in zip(rows, sources, strict=True):
         row.update(zip(outs, regroup([source[d] for d in ins], [shape[d] for d in outs]), strict=True))
 
 
-def _kept(entries: Entries, groups: Sequence[_Group], shape: Sequence[int]) -> tuple[int | None, _Rows] | None:
-    """The entries after another view; None where it cuts through the dimension they lie along.
+def _regroup_entries(
+    entries: Entries, groups: Sequence[_Group], shape: Sequence[int]
+) -> tuple[int | None, _Rows] | None:
+    """The entries after another view; ``None`` where it cuts through the dimension along which they lie.
 
-    The first result is where they now lie, or None where they were joined to consecutive blocks.
+    The first result is the dimension along which they lie now, ``None`` where they were joined to consecutive blocks.
     """
     rows: _Rows = [{} for _ in entries.rows]
     over = None
@@ -155,14 +173,14 @@ def _kept(entries: Entries, groups: Sequence[_Group], shape: Sequence[int]) -> t
             return None
         if long_in == [entries.over]:
             over = long_out[0]
-        joined = _joined(entries, long_in)
+        joined = _join_dims(entries, long_in)
         for row in rows:
             row.update({d: joined if d == long_out[0] else Atom(1) for d in outs})
     return over, rows
 
 
-def _joined(entries: Entries, dims: Sequence[int]) -> Atom:
-    """Dimensions merged into one, that of the entries among them: ``before x [first after | second after | …]``."""
+def _join_dims(entries: Entries, dims: Sequence[int]) -> Atom:
+    """Dimensions merged into one, with that of the entries: ``before x [first after | second after | …]``."""
     before, after = [d for d in dims if d < entries.over], [d for d in dims if d > entries.over]
     first = entries.rows[0]
     for row in entries.rows[1:]:

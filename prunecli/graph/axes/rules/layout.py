@@ -20,7 +20,7 @@ _BROADCASTING = words("matmul __matmul__ __rmatmul__ einsum normalize")
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape")
 def _view(record: Record, call: Call) -> None:
     source, out = call.args[0], call.out
-    with suppress(MisfitError):  # then all entries are one, and if even that does not fit, what follows says why
+    with suppress(MisfitError):  # then all entries are one axis; if even that misfits, the reason is recorded below
         if put_view(record, source, out):
             return
     value = record.value(source)
@@ -34,7 +34,7 @@ def _view(record: Record, call: Call) -> None:
 
 
 def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """A view that only drops or adds size-1 dimensions at the end keeps the origin (a 1x1 kernel used by a matmul)."""
+    """The origin of a view that only drops size-1 dimensions at the end, as of a 1x1 kernel; ``None`` for others."""
     rank = min(source.dim(), out.dim())
     same = source.shape[:rank] == out.shape[:rank]
     if value.origin is None or not same or out.dim() > source.dim():
@@ -42,7 +42,7 @@ def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tupl
     return value.origin[0], value.origin[1][:rank]
 
 
-def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
+def _reorder(record: Record, call: Call, order: Sequence[int]) -> None:
     value = record.peek(call.args[0])
     order = [d % len(value.dims) for d in order]
     origin = value.origin and (value.origin[0], tuple(value.origin[1][d] for d in order))
@@ -53,7 +53,7 @@ def _reordered(record: Record, call: Call, order: Sequence[int]) -> None:
 
 @rule("t", "numpy_T")
 def _t(record: Record, call: Call) -> None:
-    _reordered(record, call, list(range(call.args[0].dim()))[::-1])
+    _reorder(record, call, list(range(call.args[0].dim()))[::-1])
 
 
 @rule("transpose", "swapaxes")
@@ -61,19 +61,19 @@ def _transpose(record: Record, call: Call) -> None:
     order = list(range(call.args[0].dim()))
     first, second = call.args[1:3]
     order[first], order[second] = order[second], order[first]
-    _reordered(record, call, order)
+    _reorder(record, call, order)
 
 
 @rule("permute")
 def _permute(record: Record, call: Call) -> None:
-    _reordered(record, call, call.args[1])
+    _reorder(record, call, call.args[1])
 
 
 @rule("squeeze")
 def _squeeze(record: Record, call: Call) -> None:
     shape = call.args[0].shape
     dropped = {d for d in wrap(call.get(1, "dim"), len(shape)) if shape[d] == 1}
-    _reordered(record, call, [d for d in range(len(shape)) if d not in dropped])
+    _reorder(record, call, [d for d in range(len(shape)) if d not in dropped])
 
 
 @rule("unsqueeze")
@@ -101,6 +101,7 @@ def _expand(record: Record, call: Call) -> None:
 
 
 def _broadcast_axis(record: Record, size: int, asked: int | None) -> Atom:
+    """The axis of a dimension that ``expand`` makes, with the size that the Python-level call gave, if it did."""
     if asked is not None:
         return record.sized(asked)
     return Atom(size) if record.request[0] in _BROADCASTING else Atom(size, ONE_LENGTH)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunecli.graph.axes.record import Call, Record
-from prunecli.graph.axes.rules.registry import opaque, rows
+from prunecli.graph.axes.rules.registry import opaque, rows, rule
 from prunecli.graph.axes.terms import Atom, concat, freeze, unify
 
 #: Calls of ``torch`` by the rows of weights that one hidden channel has.
@@ -21,9 +21,13 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def recurrent_outputs(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
-    """What a call gives, without values: (output, last hidden state, for an LSTM the last cell state).
+    """The outputs of a call without values: output, last hidden state, for an LSTM the last cell state.
 
-    None for packed sequences, whose call is another one.
+    Args:
+        args: positional arguments of the call.
+
+    Returns:
+        ``None`` for packed sequences, whose call is another one.
     """
     if len(args) != 9:
         return None
@@ -33,16 +37,24 @@ def recurrent_outputs(args: Sequence[Any]) -> tuple[Tensor, ...] | None:
 
 
 def _states(args: Sequence[Any]) -> list[Tensor]:
+    """The initial states of a call: hidden, and for an LSTM cell."""
     return list(args[1]) if isinstance(args[1], tuple | list) else [args[1]]
 
 
 def _is_plain(args: Sequence[Any]) -> bool:
-    """Neither packed sequences nor, which takes one weight more, projected hidden states."""
+    """Whether a call has neither packed sequences nor projected hidden states, which take one weight more."""
     return len(args) == 9 and len(args[2]) == args[4] * (2 if args[7] else 1) * (4 if args[3] else 2)
 
 
+@rule(*GATES)
 def recurrent(record: Record, call: Call) -> None:
-    """``(x, states, weights, has_biases, layers, dropout, train, bidirectional, batch_first)``."""
+    """The rule of recurrent calls.
+
+    Args:
+        record: the trace so far.
+        call: the call, with arguments ``(x, states, weights, has_biases, layers, dropout, train, bidirectional,
+            batch_first)``.
+    """
     if not _is_plain(call.args):
         opaque(record, call)
         return
@@ -76,7 +88,7 @@ def recurrent(record: Record, call: Call) -> None:
 
 
 def _reads(record: Record, call: Call, weight: Tensor, read: Atom, *, silent: bool) -> None:
-    """A weight [gates * hidden, read] takes part in every step of every sequence."""
+    """Record the use of a weight ``[gates * hidden, read]`` in every step of every sequence."""
     value = record.value(weight)
     unify(value.dims[1], read)
     if not (silent or value.silent[1]):

@@ -1,4 +1,4 @@
-"""The table of rules, and what rules share. A rule turns the terms of an operator's inputs into its outputs'."""
+"""The table of rules, and helpers of rules. A rule turns the terms of an operator's inputs into its outputs'."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BY_PRODUCT = "it is a by-product of a norm"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the names of its operators."""
+    """Register a rule under the names of its operators (a decorator)."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -40,19 +40,30 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def words(*lines: str) -> frozenset[str]:
-    """The words of some lines, as a set of names."""
+    """The names in some lines, separated by spaces, as a set."""
     return frozenset(word for line in lines for word in line.split())
 
 
 def wrap(dims: int | Sequence[int] | None, rank: int) -> list[int]:
-    """Dimension arguments as non-negative indices; None or empty means all."""
+    """Dimension arguments as non-negative indices.
+
+    Args:
+        dims: one dimension or several, counted from either end; ``None`` or empty for all.
+        rank: number of dimensions of the tensor.
+    """
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         return list(range(rank))
     return [d % max(rank, 1) for d in ([dims] if isinstance(dims, int) else dims)]
 
 
 def cut(record: Record, dim: Atom, sizes: Sequence[int]) -> list[Atom]:
-    """Consecutive blocks of a dimension; where they do not line up, the dimension is frozen."""
+    """Consecutive blocks of a dimension; where they do not line up with its parts, the dimension is frozen.
+
+    Args:
+        record: the trace so far, for the place in the reason.
+        dim: the dimension.
+        sizes: size of each block.
+    """
     try:
         return blocks(dim, sizes)
     except MisfitError as misfit:
@@ -62,7 +73,13 @@ def cut(record: Record, dim: Atom, sizes: Sequence[int]) -> list[Atom]:
 
 
 def rows(record: Record, dim: Atom, count: int) -> tuple[Atom, Atom]:
-    """A dimension as ``count`` rows x inside; where that does not line up, the dimension is frozen."""
+    """A dimension as rows x inside; where that does not line up with its parts, the dimension is frozen.
+
+    Args:
+        record: the trace so far, for the place in the reason.
+        dim: the dimension.
+        count: number of rows.
+    """
     try:
         return split_front(dim, count)
     except MisfitError as misfit:
@@ -72,7 +89,7 @@ def rows(record: Record, dim: Atom, count: int) -> tuple[Atom, Atom]:
 
 
 def flat_sizes(args: Sequence[Any]) -> list[int]:
-    """``f(*sizes)`` or ``f(sizes)`` as a list."""
+    """The sizes of a call ``f(*sizes)`` or ``f(sizes)`` as a list."""
     return list(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else list(args)
 
 
@@ -87,12 +104,13 @@ def regroup(dims: Iterable[Atom], sizes: Iterable[int]) -> list[Atom]:
 
 
 def _open(dim: Atom) -> list[Atom]:
+    """The factors of a dimension, those of size 1 included."""
     dim = find(dim)
     return [factor for kid in dim.kids for factor in _open(kid)] if dim.form == "product" else [dim]
 
 
 def regrouped_silence(value: Value, dims: Sequence[Atom]) -> list[bool]:
-    """Silence of regrouped dimensions: each axis keeps what it had."""
+    """The silence of regrouped dimensions ``dims``, from that of the axes they are made of."""
     rows = (value.dims,) if value.entries is None else value.entries.rows
     known = [(dim, silent) for row in rows for dim, silent in zip(row, value.silent, strict=True)]
     loud = {leaf for dim, silent in known if not silent for leaf in leaves(dim)}
@@ -105,7 +123,14 @@ def unrelated(out: Tensor, reason: str) -> list[Atom]:
 
 
 def silent_at(record: Record, tensor: Any, out: Tensor, dim: int) -> bool:
-    """Whether an operand, broadcast to ``out``, is zero in silenced channels of ``out``'s dimension ``dim``."""
+    """Whether an operand is zero in silenced channels of an output's dimension.
+
+    Args:
+        record: the trace so far.
+        tensor: the operand, a tensor or a number.
+        out: the output, to which the operand is broadcast.
+        dim: dimension of the output.
+    """
     if not isinstance(tensor, Tensor):
         return isinstance(tensor, int | float) and tensor == 0
     own = dim - (out.dim() - tensor.dim())
@@ -115,7 +140,7 @@ def silent_at(record: Record, tensor: Any, out: Tensor, dim: int) -> bool:
 
 
 def opaque(record: Record, call: Call) -> None:
-    """An operator that cannot be followed: all its axes stay, and it is counted."""
+    """Freeze all axes of an operator that cannot be followed, and count it among the unknown ones."""
     reason = f"{record.place} calls the operator {call.name!r}, for which there is no rule"
     for tensor in call.inputs:
         record.freeze(record.dims(tensor), reason)

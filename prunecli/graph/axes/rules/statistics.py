@@ -13,7 +13,7 @@ from prunecli.graph.axes.terms import Atom, find, freeze, is_frozen, unify
 
 
 def _affine_silent(record: Record, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """A norm's output is zero in silenced channels when its scale and its shift are (no shift will do)."""
+    """Whether a norm's output is zero in silenced channels: if its scale is, and its shift is or does not exist."""
     return weight is not None and all(record.value(weight).silent) and (bias is None or all(record.value(bias).silent))
 
 

@@ -1,4 +1,4 @@
-"""A new start before training: what the recipe's ``init`` makes of a net, and what the report says of it."""
+"""Initialisation before training: the recipe's ``init`` applied to a net, with the report's row about it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ from torch import nn
 from prunecli.errors import listed
 from prunecli.methods import sao
 from prunecli.models.layers import activation_gain
-from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.methods import SaoInit
 from prunecli.values.report import RecoveryStep
 
 _SPARSITY = 0.5
-_NAMED = 3  # layers that a sentence lists
+_NAMED = 3  # most layers that a sentence lists
 
 
-def start_anew_(model: nn.Module, recipe: Recipe, input_size: tuple[int, int, int]) -> RecoveryStep:
-    """Give ``model``, on the CPU, its start in place; the row of the report.
+def initialise_(model: nn.Module, asked: SaoInit, input_size: tuple[int, int, int], *, seed: int) -> RecoveryStep:
+    """Initialise a net in place, as the section ``init`` of the recipe asks.
 
-    Raises UsageError where a layer cannot be as sparse as asked; nothing has been changed then.
+    Args:
+        model: the net, on the CPU.
+        asked: the settings of the initialisation.
+        input_size: channels, height, width of one image.
+        seed: of the random weights.
+
+    Returns:
+        The row of the report.
+
+    Raises:
+        UsageError: a layer cannot be as sparse as the settings ask; nothing has been changed then.
     """
     began = time.perf_counter()
-    asked = recipe.sao
     pattern = asked.activation
     if pattern == "auto":
         gain = activation_gain(model, torch.zeros(1, *input_size))
         pattern = "relu" if math.isclose(gain, nn.init.calculate_gain("relu")) else "tanh"
     sparsity = _SPARSITY if asked.sparsity is None and asked.degree is None else asked.sparsity
-    found = sao.initialise_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=recipe.seed)
+    found = sao.initialise_sao_(model, sparsity=sparsity, degree=asked.degree, pattern=pattern, seed=seed)
     return RecoveryStep(
         name="init sao",
         kept=True,

@@ -1,4 +1,4 @@
-"""Units: what is cut as one, and in which steps. The budget decides how far each unit shrinks.
+"""Cut units: groups that are cut as one, and the widths they may have. The budget decides how far each unit shrinks.
 
 A unit is a group by itself, or the groups that a tie cuts together: these keep one share of their channels. Of the
 factors of a product (heads, head_dim) one is cut, else its ratio would apply twice: the one ``prune.attention`` names,
@@ -38,11 +38,12 @@ class Unit:
     """Groups that keep the same share of their channels, counted in channels of the widest one.
 
     Attributes:
-        order: each group's channels, least important first.
-        width: of the widest group.
-        costs: what its r-th loss costs: the mean over the groups of the score at that share, ascending.
-        allowed: its kept widths, largest first; all other groups then keep a whole number of channels.
-        shape: what makes two units isomorphic.
+        order: channels of each group by name, least important first.
+        width: number of channels of the widest group.
+        costs: cost of each lost channel of the widest group, ascending: the mean over the groups of the score at that
+            share of their channels.
+        allowed: kept widths that the widest group may have, largest first; the other groups then keep a whole number.
+        shape: key that is equal for isomorphic units.
     """
 
     order: Mapping[str, tuple[int, ...]]
@@ -53,21 +54,21 @@ class Unit:
 
     @property
     def most(self) -> int:
-        """Most channels that may leave."""
+        """Largest number of channels of the widest group that may leave."""
         return self.width - self.allowed[-1]
 
     def widths(self, kept: int) -> dict[str, int]:
-        """The kept width of each group where the widest keeps ``kept``."""
+        """The kept width of each group by name, where the widest group keeps ``kept``."""
         return {name: kept * len(order) // self.width for name, order in self.order.items()}
 
     def nearest(self, kept: int) -> int:
-        """The allowed width nearest to ``kept``, the larger of two."""
+        """The allowed width nearest to ``kept``; of two equally near ones the larger."""
         at = bisect_left(self.allowed, -kept, key=lambda width: -width)
         around = self.allowed[max(at - 1, 0) : at + 1]
         return min(around, key=lambda width: (abs(width - kept), -width))
 
     def step(self, kept: int, by: int) -> int | None:
-        """The next smaller (``by`` 1) or larger (-1) allowed width, if there is one."""
+        """The next smaller (``by`` 1) or larger (``by`` -1) allowed width; ``None`` at the end."""
         at = self.allowed.index(kept) + by
         return self.allowed[at] if 0 <= at < len(self.allowed) else None
 
@@ -75,23 +76,23 @@ class Unit:
 def find_units(
     graph: Graph, scores: Mapping[str, Tensor], settings: PruneSettings, locked: Mapping[str, str]
 ) -> tuple[list[Unit], list[str]]:
-    """What may be cut, in network order, and notes on what may not.
+    """The units that may be cut, in network order, and notes on the groups that may not.
 
     Args:
         graph: groups and ties.
-        scores: importance ``[width]`` by group name, low leaves first.
-        settings: patterns, rounding, limits, which factor of a product to cut.
-        locked: groups to leave whole, each with a note.
+        scores: importance ``[width]`` by group name; low leaves first.
+        settings: name patterns, rounding, limits, and which factor of a product to cut.
+        locked: notes by the name of each group to leave whole.
 
     Raises:
         ValueError: scores of another width than their group.
     """
     notes = list(locked.values())
-    free = [g for g in _selected(graph.groups, settings, notes) if g.name not in locked and g.width > 1]
+    free = [g for g in _select_groups(graph.groups, settings, notes) if g.name not in locked and g.width > 1]
     unscored = [g.name for g in free if g.name not in scores]
     if unscored:
         notes.append(f"{len(unscored)} groups have no {settings.criterion} score and stay: {', '.join(unscored)}")
-    chosen = _chosen(graph, {g.name: g for g in free if g.name in scores}, settings, notes)
+    chosen = _choose_bundles(graph, {g.name: g for g in free if g.name in scores}, settings, notes)
     units = (_unit(graph, bundles, scores, settings, notes) for bundles in chosen)
     return [unit for unit in units if unit.most > 0], notes
 
@@ -99,8 +100,8 @@ def find_units(
 # ---------------------------------------------------------------------------------------------- which groups
 
 
-def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]) -> list[Group]:
-    """Groups with a producing layer (or name) that ``select`` matches and none that ``exclude`` matches."""
+def _select_groups(groups: Iterable[Group], settings: PruneSettings, notes: list[str]) -> list[Group]:
+    """The groups that ``select`` matches and ``exclude`` does not, by their name or a producing layer's."""
     used: set[str] = set()
 
     def matches(group: Group, patterns: Sequence[str]) -> bool:
@@ -115,10 +116,10 @@ def _selected(groups: Iterable[Group], settings: PruneSettings, notes: list[str]
     return [group for group, wanted, unwanted in selected if wanted and not unwanted]
 
 
-def _chosen(
+def _choose_bundles(
     graph: Graph, free: Mapping[str, Group], settings: PruneSettings, notes: list[str]
 ) -> list[tuple[Bundle, ...]]:
-    """What is cut together, in network order: at most one factor of each product, one bundle of each choice of a tie.
+    """The bundles cut together, in network order: at most one factor of each product, one bundle a choice of a tie.
 
     Ties that hold more than factors of products come first, as nothing else could stand in for them; then what
     ``settings.attention`` names, then the widest, then the earliest. A factor that is no candidate (a single head)
@@ -151,7 +152,7 @@ def _chosen(
 
 
 def _rivals(tie: Tie, exclusive: Iterable[tuple[str, ...]]) -> dict[str, set[str]]:
-    """The groups outside a tie that each of its groups is a factor of one product with."""
+    """By each group of a tie, the groups outside the tie that share a product with it."""
     names = set(tie.groups)
     products = [product for product in exclusive if not names.isdisjoint(product)]
     return {name: {other for p in products if name in p for other in p} - names for name in names}
@@ -163,6 +164,7 @@ def _rivals(tie: Tie, exclusive: Iterable[tuple[str, ...]]) -> dict[str, set[str
 def _unit(
     graph: Graph, bundles: Sequence[Bundle], scores: Mapping[str, Tensor], settings: PruneSettings, notes: list[str]
 ) -> Unit:
+    """The unit of bundles that are cut together. Raises ValueError where scores and width differ."""
     groups = [graph.group(name) for bundle in bundles for name in bundle.groups]
     width, parts = max(group.width for group in groups), common_parts(bundles)
     order, costs = {}, []
@@ -185,7 +187,7 @@ def _unit(
 
 
 def _allowed_parts(groups: Sequence[Group], parts: int, settings: PruneSettings, notes: list[str]) -> list[int]:
-    """How many of ``parts`` equal parts the groups may keep, short of all, largest first."""
+    """The numbers of ``parts`` equal parts, below all of them, that the groups may keep, largest first."""
 
     def widths(kept: int) -> list[int]:
         return [group.width * kept // parts for group in groups]
@@ -208,7 +210,7 @@ def _allowed_parts(groups: Sequence[Group], parts: int, settings: PruneSettings,
 
 
 def _rounding(group: Group, settings: PruneSettings) -> int:
-    """What the kept widths of a group by itself are multiples of."""
+    """The number of which the kept widths of a group by itself are multiples."""
     step = 1 if group.kind == "heads" else settings.round_to
     while step > 1 and group.width < _FEWEST_STEPS * step:
         step //= 2
@@ -216,7 +218,7 @@ def _rounding(group: Group, settings: PruneSettings) -> int:
 
 
 def _shape(graph: Graph, group: Group) -> tuple[object, ...]:
-    """What makes two groups isomorphic: kind, and how the axis runs through which kinds of tensors, sizes aside."""
+    """A key that is equal for isomorphic groups: kind, and how the axis runs through tensors, whatever their sizes."""
     members = sorted(
         (m.role, m.dim, len(graph.tensors.get(m.tensor, ())), m.tensor.rpartition(".")[2]) for m in group.members
     )
