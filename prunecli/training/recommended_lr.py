@@ -2,8 +2,8 @@
 
 Rules in force:
 
-* **short**: small images and few optimiser steps (SGD 10,000, AdamW 1,000), about what ``benchmarks/lr_regret.py``
-  measured. SGD: 3e-2, less where the steps are too few to anneal it:
+* **short**: small images and few optimiser steps (SGD 10,000, AdamW 1,000), about what
+  ``benchmarks/accuracy/lr_regret.py`` measured. SGD: 3e-2, less where the steps are too few to anneal it:
   ``3e-2 * min(1, sqrt(steps / (1000 * share of channels kept)))``, divided by ``sqrt(1 - a + a T)`` where a share a of
   the loss is distillation at temperature T. AdamW: ``1e-3 * share of top-1 lost / sqrt(share of channels kept)``,
   whatever the steps, times ``sqrt(1 - a + a T)`` with a teacher: it divides gradients by their own size, so it moves
@@ -60,7 +60,7 @@ class MeasuredRegret:
     fixed: Mapping[float, tuple[float, float]]
 
 
-# By the kind of fine-tuning, see ``kind_of`` (measured by benchmarks/lr_regret.py).
+# By the kind of fine-tuning, see ``kind_of`` (measured by benchmarks/accuracy/lr_regret.py).
 MEASURED_REGRETS: Final = {
     "SGD": MeasuredRegret(
         cases=32,
@@ -236,7 +236,7 @@ def short_peak(steps: int, removed: float, *, peak: float = SHORT_PEAK, annealin
     """``peak * min(1, sqrt(steps / (annealing * (1 - removed))))``: few steps cannot anneal the noise of a large rate.
 
     A net that lost much has more to gain from the rate than to fear from its noise. Form and both constants are fitted
-    to the cases of ``benchmarks/lr_regret.py``; no paper states it.
+    to the cases of ``benchmarks/accuracy/lr_regret.py``; no paper states it.
     """
     return peak * min(1.0, math.sqrt(steps / (annealing * max(1 - removed, 1e-9))))
 
@@ -246,8 +246,8 @@ def short_peak_adamw(removed: float, lost_top1: float, *, peak: float = SHORT_PE
 
     SGD's steps shrink by themselves near a good place, AdamW's do not. Less than 3 % of the accuracy counts as 3 %
     (validation images tell no less), more than nine tenths removed as nine tenths (the largest cut that was measured).
-    Form and constant are fitted to the cases of ``benchmarks/lr_regret.py``, in which the best rate did not follow the
-    number of steps; no paper states it.
+    Form and constant are fitted to the cases of ``benchmarks/accuracy/lr_regret.py``, in which the best rate did not
+    follow the number of steps; no paper states it.
     """
     return peak * max(lost_top1, LEAST_LOST) / math.sqrt(max(1 - removed, LEAST_KEPT))
 
@@ -312,7 +312,7 @@ def _short_adamw(removed: float, lost_top1: float, gain: float) -> tuple[float, 
 def _source(optimizer: OptimizerName) -> str:
     measured = (MEASURED_REGRETS[kind_of(optimizer, taught=taught)] for taught in (False, True))
     cases = (f"{regrets.cases} cases of {regrets.scope}" for regrets in measured)
-    return "benchmarks/lr_regret.py: " + "; with a teacher ".join(cases)
+    return "benchmarks/accuracy/lr_regret.py: " + "; with a teacher ".join(cases)
 
 
 def _sgd_peak(base_peak_lr: float | None) -> Rule:

@@ -277,6 +277,7 @@ def test_an_arm_switches_off_what_it_says_and_nothing_else(arm: str, lr: Any, st
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+@pytest.mark.slow
 def test_the_peer_s_cut_of_a_transformer_runs_near_half_of_its_multiply_adds() -> None:
     dense = load_model("test_vit", pretrained=False, model_args={"img_size": 32, "num_classes": 10}).model
     net = defaults.halved(dense, (3, 32, 32))

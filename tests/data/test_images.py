@@ -478,6 +478,7 @@ def correct(shared_data: Path, cifar: Path, *, images: int) -> int:
     raise AssertionError(f"only {seen} images")
 
 
+@pytest.mark.slow
 def test_published_checkpoint_on_the_first_thousand_test_images(shared_data: Path, cifar: Path) -> None:
     assert correct(shared_data, cifar, images=1000) == 926
 

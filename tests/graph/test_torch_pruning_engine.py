@@ -202,7 +202,7 @@ def _compare(name: str) -> tuple[list[Group], list[Group], int]:
         ("mobilenetv3_small_100", 27),
         ("convnext_atto", 16),
         ("vgg11_bn", 10),
-        ("efficientnet_b0", 40),
+        pytest.param("efficientnet_b0", 40, marks=pytest.mark.slow),
         pytest.param("densenet121", 120, marks=pytest.mark.slow),
     ],
 )

@@ -1,6 +1,6 @@
 """Plans under random rankings: whatever is chosen, the attributes follow, the cut is exact and no group is left out.
 
-``PRUNECLI_FUZZ`` sets the number of small nets times ten, as it does for random cuts.
+``PRUNECLI_FUZZ`` sets the number of small nets of the slow test times ten, as it does for random cuts.
 """
 
 from __future__ import annotations
@@ -139,29 +139,33 @@ def small_net(blocks: tuple[type[nn.Module], ...]) -> Stack:
     return Stack(blocks, [4] * len(blocks))
 
 
-@given(
-    blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=2).map(tuple),
-    target=st.sampled_from(TARGETS),
-    ranking=st.sampled_from(["local", "global", "isomorphic"]),
-    round_to=st.sampled_from([1, 2, 3, 8]),
-    attention=st.sampled_from(["heads", "head_dim"]),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=NETWORKS, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_random_plans_of_small_nets(
-    blocks: tuple[type[nn.Module], ...], target: str, ranking: str, round_to: int, attention: str, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    model, graph = small_net(blocks).eval(), small_graph(blocks)
-    options = {"ranking": ranking, "round_to": round_to, "attention": attention}
-    try:
-        choice = random_choice(model, graph, INPUT, target, seed, **options)
-    except (NothingPrunedError, TargetError):  # steps of a small net may be too coarse
-        assert not target.startswith("ratio")
-        return
-    if target == "ratio=0.5" and ranking == "local":
-        assert_none_left_out(graph, choice)
-    assert_right(model, graph, choice, INPUT)
+@pytest.mark.parametrize("networks", [8, pytest.param(NETWORKS, marks=pytest.mark.slow)])
+def test_random_plans_of_small_nets(networks: int) -> None:
+    @given(
+        blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=2).map(tuple),
+        target=st.sampled_from(TARGETS),
+        ranking=st.sampled_from(["local", "global", "isomorphic"]),
+        round_to=st.sampled_from([1, 2, 3, 8]),
+        attention=st.sampled_from(["heads", "head_dim"]),
+        seed=st.integers(0, 2**16),
+    )
+    @settings(max_examples=networks, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    def plan_one(
+        blocks: tuple[type[nn.Module], ...], target: str, ranking: str, round_to: int, attention: str, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        model, graph = small_net(blocks).eval(), small_graph(blocks)
+        options = {"ranking": ranking, "round_to": round_to, "attention": attention}
+        try:
+            choice = random_choice(model, graph, INPUT, target, seed, **options)
+        except (NothingPrunedError, TargetError):  # steps of a small net may be too coarse
+            assert not target.startswith("ratio")
+            return
+        if target == "ratio=0.5" and ranking == "local":
+            assert_none_left_out(graph, choice)
+        assert_right(model, graph, choice, INPUT)
+
+    plan_one()
 
 
 @pytest.mark.parametrize("name", [*MODELS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][1:]])

@@ -204,7 +204,7 @@ def test_the_losses_that_learn_from_the_net_itself_train_it(settings: FinetuneSe
 
 @pytest.mark.parametrize(
     ("name", "settings", "moment", "resumed_at"),
-    [("sgd", SGD, "18", (1, 4)), ("adamw", ADAMW, "in-write", (1, 0))],
+    [("sgd", SGD, "18", (1, 4)), pytest.param("adamw", ADAMW, "in-write", (1, 0), marks=pytest.mark.slow)],
 )
 def test_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, name: str, settings: FinetuneSettings, moment: str, resumed_at: tuple[int, int]
