@@ -135,11 +135,11 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and loss on the validation split."""
     with reported():
+        from prunecli.measure.accuracy import evaluate as measure_accuracy
         from prunecli.models.device import resolve_device
         from prunecli.recipe.reading import layered
         from prunecli.run.source import load_source, open_images
         from prunecli.show import tables
-        from prunecli.training import finetune as finetuning
 
         flags = flags_of(
             weights=weights,
@@ -157,7 +157,7 @@ def evaluate(
         images = open_images(resolved, source)
         assert images is not None
         where = resolve_device(resolved.device)
-        found = finetuning.evaluate(source.model.to(where), images.val_loader(), device=where)
+        found = measure_accuracy(source.model.to(where), images.val_loader(), device=where)
         name = resolved.data.name
         document = {"model": source.ref.name, "data": name, **found.model_dump(mode="json")}
         show(document, tables.accuracy_table(source.ref.name, name, found, source.notes), as_json=as_json)
