@@ -22,7 +22,7 @@ from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.folder import RunFolder, held, locate, prepare_
-from prunecli.run.progress import Command, History, Progress
+from prunecli.run.progress import Command, FinishedStages, History
 from prunecli.run.source import load_source, open_images, run_of
 from prunecli.training import retraining_rates
 from prunecli.values.plan import Plan
@@ -50,7 +50,7 @@ class Job:
     images: Images | None
     device: torch.device
     notify: Notify
-    progress: Progress
+    progress: FinishedStages
     resume: bool
     force: bool
     begun: bool = False
@@ -81,7 +81,7 @@ class Job:
             self.folder.log(**event)
         self.notify(event)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: FinishedStages) -> None:
         """Make the progress of a finished stage durable."""
         self.progress = progress
         write_json(self.folder.progress_file, progress.model_dump(mode="json"))
@@ -123,7 +123,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
         images=images,
         device=device,
         notify=notify,
-        progress=earlier or Progress(command=command, recipe_sha256=recipe.sha256(), source_digest=source.digest),
+        progress=earlier or FinishedStages(command=command, recipe_sha256=recipe.sha256(), source_digest=source.digest),
         resume=resume,
         force=force,
     )
@@ -158,7 +158,7 @@ def _require_start(command: Command, recipe: Recipe, images: Images | None, init
         )
 
 
-def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> Progress | None:
+def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> FinishedStages | None:
     """The progress of an earlier start, None where it was killed before any. Raises where it was another job."""
     if folder.recipe().sha256() != recipe.sha256():
         raise UsageError(
@@ -167,7 +167,7 @@ def _earlier(folder: RunFolder, recipe: Recipe, command: Command) -> Progress | 
         )
     if not folder.progress_file.is_file():
         return None
-    progress = read_value(Progress, folder.progress_file)
+    progress = read_value(FinishedStages, folder.progress_file)
     if progress.command != command:
         raise UsageError(
             f"{folder.path} was started with `prunecli {progress.command}`.",

@@ -15,7 +15,7 @@ from prunecli.values.value import Value
 Command = Literal["compress", "finetune"]
 
 
-class Progress(Value):
+class FinishedStages(Value):
     """What finished stages measured: ``checkpoints/progress.json``."""
 
     command: Command
@@ -32,7 +32,7 @@ class Progress(Value):
     dense_spectra: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> Progress:
+    def with_stage(self, stage: Stage, jacobian: tuple[float, ...] | None = None, **changes: object) -> FinishedStages:
         """The progress after one more stage."""
         jacobians = self.jacobians | ({str(stage.name): jacobian} if jacobian else {})
         return self.model_copy(update={"stages": (*self.stages, stage), "jacobians": jacobians, **changes})

@@ -16,7 +16,7 @@ from prunecli.measure.stage_spectrum import jacobian_effort
 from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
 from prunecli.run.job import Job
-from prunecli.run.progress import Progress
+from prunecli.run.progress import FinishedStages
 from prunecli.values.plan import Cost
 from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
 
@@ -46,7 +46,7 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
     )
 
 
-def _total_epochs(progress: Progress) -> float | None:
+def _total_epochs(progress: FinishedStages) -> float | None:
     epochs = [phase.epochs for phase in progress.phases]
     if progress.finetune:
         epochs.append(progress.finetune.epochs)

@@ -26,7 +26,7 @@ logger = logging.getLogger("prunecli")
 _KEY = "prunecli_finetune"
 
 
-class Progress(Value):
+class TrainingPosition(Value):
     """How far a training is, and what it measured so far."""
 
     model_config = ConfigDict(populate_by_name=True)
@@ -42,7 +42,7 @@ class Progress(Value):
     history: tuple[dict[str, float], ...] = ()
 
 
-def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
+def save(folder: Path, progress: TrainingPosition, tensors: Mapping[str, Tensor]) -> Path:
     """Write one checkpoint durably, then remove the older ones.
 
     Args:
@@ -66,7 +66,7 @@ def save(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> Pat
     return path
 
 
-def newest(folder: Path, *, digest: str) -> tuple[Progress, dict[str, Tensor]] | None:
+def newest(folder: Path, *, digest: str) -> tuple[TrainingPosition, dict[str, Tensor]] | None:
     """The latest checkpoint of the training with this digest, tensors on the CPU; ``None`` where there is none.
 
     A file that is truncated, or belongs to another training, is passed over and logged.
@@ -74,7 +74,7 @@ def newest(folder: Path, *, digest: str) -> tuple[Progress, dict[str, Tensor]] |
     for path in sorted(folder.glob("state-*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as file:
-                progress = Progress.model_validate_json((file.metadata() or {})[_KEY])
+                progress = TrainingPosition.model_validate_json((file.metadata() or {})[_KEY])
                 if progress.digest == digest:
                     return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValidationError) as error:

@@ -26,7 +26,7 @@ from prunecli.interrupts import Stopped, stop_if_asked, stop_requests, until
 from prunecli.models.tensors import state_digest
 from prunecli.randomness import own_randomness
 from prunecli.training import checkpoint
-from prunecli.training.checkpoint import Progress
+from prunecli.training.checkpoint import TrainingPosition
 from prunecli.training.objective import Objective
 from prunecli.training.penalty import Penalty
 from prunecli.training.step import Trainer, TrainingImages, TrainingPlan, build_trainer
@@ -77,7 +77,7 @@ class Loop(ABC, Generic[Report]):
     images: TrainingImages
     run: TrainingRun
     stop: threading.Event
-    progress: Progress
+    progress: TrainingPosition
     unread: list[tuple[Tensor, float, int]] = field(default_factory=list)
     start: str = field(init=False)
 
@@ -298,7 +298,7 @@ def train_(
             make_objective=make_objective,
             make_penalty=make_penalty,
         )
-        loop = make_loop(trainer=trainer, images=images, run=run, stop=stop, progress=Progress(digest=digest))
+        loop = make_loop(trainer=trainer, images=images, run=run, stop=stop, progress=TrainingPosition(digest=digest))
         try:
             loop.train()
             return loop.finished()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from prunecli.graph.axes.ints import Attribute, attributes_in
-from prunecli.graph.axes.record import ModuleCall, Record, Value
+from prunecli.graph.axes.record import ModuleCall, Record, TensorAxes
 from prunecli.graph.axes.solve import NamedSize
 from prunecli.graph.axes.terms import Atom, find, is_frozen
 from prunecli.values.groups import Size
@@ -51,7 +51,7 @@ def _read_by_the_program(record: Record) -> set[Attribute]:
     return {attribute for expression in expressions for attribute in attributes_in(expression)}
 
 
-def _candidates(record: Record, attribute: Attribute) -> Sequence[Value]:
+def _candidates(record: Record, attribute: Attribute) -> Sequence[TensorAxes]:
     """The tensors among whose dimensions an attribute's size is looked for."""
     name = attribute.name
     if not attribute.module:
@@ -66,7 +66,7 @@ def _candidates(record: Record, attribute: Attribute) -> Sequence[Value]:
     return [*call.inputs, *call.outputs] if name in _OF_BOTH else ()
 
 
-def _classifier_inputs(record: Record) -> list[Value]:
+def _classifier_inputs(record: Record) -> list[TensorAxes]:
     """The tensors with which the classifier was called; empty without a classifier."""
     get = getattr(record.model, "get_classifier", None)
     classifier = get() if callable(get) else None
@@ -89,7 +89,7 @@ def _feature_info(record: Record, size_of: Callable[[Atom], Size]) -> Iterator[N
                 )
 
 
-def _only_term(values: Iterable[Value], size: int) -> Atom | None:
+def _only_term(values: Iterable[TensorAxes], size: int) -> Atom | None:
     """The one cuttable term of this size among the dimensions of ``values``; ``None`` for no such term or several."""
     terms = {id(find(d)): find(d) for v in values for d in v.dims if find(d).size == size and not is_frozen(d)}
     return next(iter(terms.values())) if len(terms) == 1 else None

@@ -43,7 +43,7 @@ class Entries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Value:
+class TensorAxes:
     """The axes of one tensor, and where it comes from.
 
     Attributes:
@@ -181,8 +181,8 @@ class DefaultScale:
 class ModuleCall:
     """The tensors that a module was first called with, and those that it returned then."""
 
-    inputs: list[Value] = field(default_factory=list)
-    outputs: list[Value] = field(default_factory=list)
+    inputs: list[TensorAxes] = field(default_factory=list)
+    outputs: list[TensorAxes] = field(default_factory=list)
 
 
 class Record:
@@ -212,11 +212,11 @@ class Record:
         self.default_scales: list[DefaultScale] = []
         self.unknown: Counter[str] = Counter()
         self.module_calls: dict[str, ModuleCall] = {}
-        self.features: list[Value] = []
+        self.features: list[TensorAxes] = []
         self.stack: list[str] = []
         self.operator = ""
         self.request: tuple[str, tuple[Any, ...], Mapping[str, Any]] = ("", (), {})
-        self._values: dict[int, Value] = {}
+        self._values: dict[int, TensorAxes] = {}
         self._made: dict[int, Made] = {}
         self._alive: list[Any] = []
         self._views: Counter[int] = Counter()
@@ -238,7 +238,7 @@ class Record:
                     if id(tensor) not in self._values:
                         dims = tuple(Atom(size) for size in tensor.shape)
                         silent = id(tensor) in parameters or _holds_zeros(tensor)
-                        self._values[id(tensor)] = Value(
+                        self._values[id(tensor)] = TensorAxes(
                             dims=dims,
                             silent=(silent,) * len(dims),
                             sources=frozenset({full}),
@@ -259,7 +259,7 @@ class Record:
 
     # -------------------------------------------------------------------------------------------- values
 
-    def value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> TensorAxes:
         """The value of a tensor with one term per dimension: entries that differ are made one axis."""
         known = self.peek(tensor)
         if known.entries is not None:
@@ -270,11 +270,13 @@ class Record:
             self._values[id(tensor)] = known
         return known
 
-    def peek(self, tensor: Tensor) -> Value:
+    def peek(self, tensor: Tensor) -> TensorAxes:
         """The value of a tensor, entries apart where they differ; a constant that is not registered is frozen."""
         known = self._values.get(id(tensor))
         if known is None:
-            known = Value(dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim())
+            known = TensorAxes(
+                dims=tuple(Atom(size, CONSTANT) for size in tensor.shape), silent=(False,) * tensor.dim()
+            )
             self._values[id(tensor)] = known
             self._alive.append(tensor)
         names = self.names.get(id(tensor))
@@ -301,8 +303,8 @@ class Record:
             tensor: the output.
             dims: term of each dimension; of the first entry where ``entries`` differ.
             silent: whether silenced channels are zero, by dimension or for all.
-            origin: the stored tensor that the output transposes, as in `Value`.
-            entries: terms of each entry along one dimension, as in `Value`.
+            origin: the stored tensor that the output transposes, as in `TensorAxes`.
+            entries: terms of each entry along one dimension, as in `TensorAxes`.
         """
         sizes = [find(dim).size for dim in dims]
         assert sizes == list(tensor.shape), (self.operator, sizes, tensor.shape)
@@ -310,7 +312,7 @@ class Record:
         data = any(value.data for value in inputs)
         flags = (silent,) * len(dims) if isinstance(silent, bool) else tuple(silent)
         self._check_in_place(tensor, flags)
-        self._values[id(tensor)] = Value(
+        self._values[id(tensor)] = TensorAxes(
             dims=tuple(dims),
             silent=flags,
             data=data,
@@ -323,7 +325,7 @@ class Record:
     def put_input(self, tensor: Tensor, reason: str) -> None:
         """Record an input of the network, whose axes are frozen with ``reason``."""
         dims = tuple(Atom(size, reason) for size in tensor.shape)
-        self._values[id(tensor)] = Value(dims=dims, silent=(False,) * len(dims), data=True)
+        self._values[id(tensor)] = TensorAxes(dims=dims, silent=(False,) * len(dims), data=True)
         self._alive.append(tensor)
 
     def _check_in_place(self, tensor: Tensor, silent: tuple[bool, ...]) -> None:

@@ -22,7 +22,7 @@ from prunecli.errors import UnsupportedError
 from prunecli.graph.axes.calls import HANDLERS, READ_BY_RULE, TRANSPARENT
 from prunecli.graph.axes.dry import Dry, DryFunctions, DryOperators, dry
 from prunecli.graph.axes.ints import Attribute, TracedInt, untraced
-from prunecli.graph.axes.record import ModuleCall, Record, Value, tensors_in
+from prunecli.graph.axes.record import ModuleCall, Record, TensorAxes, tensors_in
 from prunecli.graph.axes.rules import WHOLE_CALLS, apply_rule
 from prunecli.models.outputs import tensors_of
 
@@ -123,7 +123,7 @@ def _watch_features(model: nn.Module, record: Record) -> None:
     model.__dict__["forward_features"] = watched
 
 
-def _values_of(record: Record, tensors: Any) -> list[Value]:
+def _values_of(record: Record, tensors: Any) -> list[TensorAxes]:
     """The values of all tensors in nested containers."""
     with torch._C.DisableTorchFunction():  # noqa: SLF001 - shapes read by the record are no part of the program
         return [record.peek(t) for t in tensors_in(tensors)]

@@ -2,7 +2,7 @@
 
 A rule reads the terms of the inputs, unites those that are the same axis (`unify`), freezes what it cannot follow, and
 records the terms of the outputs. It also records on which output dimensions silenced channels are still zero
-(`Value.silent`): only then may a later contraction or sum run over them, and the cut net equal the silenced one.
+(`TensorAxes.silent`): only then may a later contraction or sum run over them, and the cut net equal the silenced one.
 """
 
 from __future__ import annotations

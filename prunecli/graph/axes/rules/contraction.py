@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunecli.graph.axes.record import KERNEL, Call, DefaultScale, Record, Value
+from prunecli.graph.axes.record import KERNEL, Call, DefaultScale, Record, TensorAxes
 from prunecli.graph.axes.rules.registry import SPATIAL, rows, rule, silent_at
 from prunecli.graph.axes.terms import Atom, freeze, is_frozen, product, unify
 
@@ -109,7 +109,7 @@ def _is_pointwise(call: Call) -> bool:
     return alone and all(step == 1 for step in stride) and not call.args[6]
 
 
-def _grouped(record: Record, x: Value, w: Value, groups: int, *, transposed: bool) -> tuple[Atom, bool]:
+def _grouped(record: Record, x: TensorAxes, w: TensorAxes, groups: int, *, transposed: bool) -> tuple[Atom, bool]:
     """A grouped convolution: its output channels are groups x what each group writes.
 
     Depthwise convolution is the case of one input channel per group. A convolution's weight is [groups * out, in, …],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunecli.graph.axes.record import Entries, Record, Value
+from prunecli.graph.axes.record import Entries, Record, TensorAxes
 from prunecli.graph.axes.rules.registry import flat_sizes, regroup, regrouped_silence
 from prunecli.graph.axes.terms import Atom, blocks, concat, find, is_frozen, product, split_front, unify
 
@@ -57,7 +57,7 @@ def put_view(record: Record, source: Tensor, out: Tensor) -> bool:
     return True
 
 
-def put_entry(record: Record, value: Value, out: Tensor, index: int) -> None:
+def put_entry(record: Record, value: TensorAxes, out: Tensor, index: int) -> None:
     """Record one picked entry of a tensor whose entries are apart."""
     assert value.entries is not None
     over = value.entries.over
@@ -65,7 +65,7 @@ def put_entry(record: Record, value: Value, out: Tensor, index: int) -> None:
     record.put(out, [*row[:over], *row[over + 1 :]], [*value.silent[:over], *value.silent[over + 1 :]])
 
 
-def put_entries(record: Record, value: Value, out: Tensor, start: int) -> None:
+def put_entries(record: Record, value: TensorAxes, out: Tensor, start: int) -> None:
     """Record a slice of a tensor along the dimension whose entries are apart."""
     assert value.entries is not None
     over = value.entries.over
@@ -114,7 +114,9 @@ def _literals(record: Record, out: Tensor) -> set[int]:
     return {d for d in plain if d < out.dim() and asked[d - first] == out.shape[d]}
 
 
-def _split_entries(record: Record, value: Value, groups: Sequence[_Group], out: Tensor) -> tuple[int, _Rows] | None:
+def _split_entries(
+    record: Record, value: TensorAxes, groups: Sequence[_Group], out: Tensor
+) -> tuple[int, _Rows] | None:
     """The entries that this view makes along its first dimension of a literal size with others behind it.
 
     ``None`` where it makes none.

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from prunecli.graph.axes.record import Call, Record, Value
+from prunecli.graph.axes.record import Call, Record, TensorAxes
 from prunecli.graph.axes.rules.entries import put_view
 from prunecli.graph.axes.rules.registry import flat_sizes, regroup, regrouped_silence, rule, unrelated, words, wrap
 from prunecli.graph.axes.terms import Atom, MisfitError, product
@@ -33,7 +33,7 @@ def _view(record: Record, call: Call) -> None:
     record.put(out, dims, regrouped_silence(value, dims), origin=_viewed_origin(value, source, out))
 
 
-def _viewed_origin(value: Value, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
+def _viewed_origin(value: TensorAxes, source: Tensor, out: Tensor) -> tuple[str, tuple[int, ...]] | None:
     """The origin of a view that only drops size-1 dimensions at the end, as of a 1x1 kernel; ``None`` for others."""
     rank = min(source.dim(), out.dim())
     same = source.shape[:rank] == out.shape[:rank]

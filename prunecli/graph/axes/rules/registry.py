@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunecli.graph.axes.record import Call, Record, Value
+from prunecli.graph.axes.record import Call, Record, TensorAxes
 from prunecli.graph.axes.terms import (
     Atom,
     MisfitError,
@@ -109,7 +109,7 @@ def _open(dim: Atom) -> list[Atom]:
     return [factor for kid in dim.kids for factor in _open(kid)] if dim.form == "product" else [dim]
 
 
-def regrouped_silence(value: Value, dims: Sequence[Atom]) -> list[bool]:
+def regrouped_silence(value: TensorAxes, dims: Sequence[Atom]) -> list[bool]:
     """The silence of regrouped dimensions ``dims``, from that of the axes they are made of."""
     rows = (value.dims,) if value.entries is None else value.entries.rows
     known = [(dim, silent) for row in rows for dim, silent in zip(row, value.silent, strict=True)]
