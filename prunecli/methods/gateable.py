@@ -58,7 +58,7 @@ def gateable(source: Source, graph: Graph, target: Target | None, settings: Prun
     graph, notes = without_norms(graph)
     scores = score_model(source.model, graph.groups, criterion="random", seed=seed)
     half = Target(metric="ratio", value=0.5)
-    trial = settings.model_copy(update={"criterion": "random", "ranking": "local"})
+    trial = settings.updated(criterion="random", ranking="local")
     while True:
         gated = make_plan(source, graph, scores, half, trial).plan.cut_groups
         wrong = _wrong(source, gated, seed=seed)

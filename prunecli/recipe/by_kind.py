@@ -58,8 +58,9 @@ class Tagged:
         """The section, with its tag required in all choices but the default one, or the short form."""
         section = handler(schema)
         section.pop("discriminator", None)  # of OpenAPI; it cannot express a default
-        choices = [_definition(choice, handler) for choice in _leaves(section)]
-        values = [_tag_schema_values(choice["properties"][self.tag]) for choice in choices]
+        choices = [handler.resolve_ref_schema(choice) for choice in _leaves(section)]
+        fields = [choice["properties"][self.tag] for choice in choices]
+        values = [field["enum"] if "enum" in field else [field["const"]] for field in fields]
         for choice, tags in zip(choices, values, strict=True):
             required = choice.setdefault("required", [])
             if tags[0] != values[0][0] and self.tag not in required:
@@ -75,14 +76,6 @@ def _leaves(section: JsonSchemaValue) -> list[JsonSchemaValue]:
     if "oneOf" not in section:
         return [section]
     return [leaf for choice in section["oneOf"] for leaf in _leaves(choice)]
-
-
-def _definition(choice: JsonSchemaValue, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-    return handler.resolve_ref_schema(choice)
-
-
-def _tag_schema_values(field: JsonSchemaValue) -> list[Any]:
-    return list(field["enum"]) if "enum" in field else [field["const"]]
 
 
 def choices_of(annotation: Any) -> tuple[type[BaseModel], ...]:

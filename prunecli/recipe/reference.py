@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,14 +58,9 @@ def recipe_keys(prefix: str = "") -> tuple[Key, ...]:
     every = tuple(_keys_of(Recipe, ""))
     found = tuple(key for key in every if not prefix or f"{key.name}.".startswith(f"{prefix}."))
     if not found:
-        sections = {name[:end] for name in (key.name for key in every) for end in _ends(name)}
-        raise UsageError(f"There is no recipe key {prefix!r}.", hint=nearest(prefix, sections))
+        prefixes = {known for key in every for known in accumulate(key.name.split("."), "{}.{}".format)}
+        raise UsageError(f"There is no recipe key {prefix!r}.", hint=nearest(prefix, prefixes))
     return found
-
-
-def _ends(name: str) -> list[int]:
-    """Where a full key's prefixes end, the whole key included."""
-    return [place for place, letter in enumerate(name) if letter == "."] + [len(name)]
 
 
 def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
@@ -80,7 +76,7 @@ def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
             continue
         sections = [choice for choice in choices if issubclass(choice, Section)]
         if sections:
-            kinds = list(dict.fromkeys(kind for choice in sections for kind in tag_values(choice, KIND)))
+            kinds = [str(kind) for kind in _values(sections, KIND)]
             yield _key(full, field, " | ".join(kinds if field.default else [*kinds, "null"]))
             yield from _keys_by_kind(sections, f"{full}.")
             continue
@@ -117,7 +113,7 @@ def _where(holders: Sequence[type[Section]], choices: Sequence[type[Section]]) -
     for tag in holders[0].tags:
         values = _values(holders, tag)
         named = [choice for choice in choices if set(values) & set(tag_values(choice, tag))]
-        if len(holders) < len(choices) and named == list(holders):
+        if len(named) == len(holders) < len(choices):
             return [f"{tag} {' or '.join(str(value) for value in values)}"]
     return []
 
