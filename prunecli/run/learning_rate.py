@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from pydantic import ValidationError
 from torch import nn
 
 from prunecli.data.images import Images
 from prunecli.errors import PruneError
 from prunecli.measure import accuracy
 from prunecli.models.source import Source
+from prunecli.recipe.reading import read_yaml
 from prunecli.recipe.recipe import Recipe
-from prunecli.recipe.schedules import CosineSchedule, StepSchedule
+from prunecli.recipe.schedules import CosineSchedule, OriginalSchedule, StepSchedule
 from prunecli.recipe.settings import FinetuneSettings
 from prunecli.run.folder import RunFolder
 from prunecli.run.job import DEFAULT_EPOCHS, Job
@@ -217,9 +219,12 @@ def history_of(recipe: Recipe) -> History:
 
 
 def _base_peak_lr(run: RunFolder) -> float | None:
-    """The rate the run's base was trained at, by the run's recipe; ``None`` for a recipe of another version."""
+    """The rate that the run's base was trained at, if the run's recipe names it.
+
+    The key alone is read: the recipe of an earlier version may have another shape.
+    """
     try:
-        original = run.recipe().finetune.original
-    except PruneError:
+        finetune = read_yaml(run.recipe_file)["finetune"]
+        return OriginalSchedule.model_validate(finetune["original"]).lr
+    except (PruneError, KeyError, TypeError, ValidationError):
         return None
-    return original.lr if original else None

@@ -40,9 +40,10 @@ def test_its_accuracy_is_what_its_report_says() -> None:
     assert json.loads(done.stdout)["top1"] == json.loads((OLD / "report.json").read_text())["final"]["top1"]
 
 
-def test_a_rate_is_recommended_without_its_recipe() -> None:
+def test_a_rate_is_recommended_from_what_it_records() -> None:
     done = call("lr", str(OLD), "--data=digits", "--epochs=1", "--json")
     assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["evidence"]["base_peak_lr"] == 0.4
 
 
 def test_resuming_it_or_using_its_recipe_names_the_new_key_of_each_old_one(tmp_path: Path) -> None:
