@@ -22,7 +22,7 @@ GIVEN = {
     "limit": (7, 7),
     "batch_size": (16, 16),
     "target": ("macs=50%", "macs=50%"),
-    "method": ("oneshot", "oneshot"),
+    "method": ("oneshot", {"kind": "oneshot"}),
     "graph": ("torch_pruning", "torch_pruning"),
     "criterion": ("l2", "l2"),
     "round_to": (1, 1),

@@ -9,7 +9,8 @@ import pytest
 
 from prunecli.show import plots
 from prunecli.show.page import report_page
-from prunecli.values.report import LatencyReport, LayerReport, LRReport, Report, VerifyReport
+from prunecli.values.learning_rate import Candidate, FinetuneSituation, LRReport, Rule
+from prunecli.values.report import LatencyReport, LayerReport, Report, VerifyReport
 from toys import sample_report as sample
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -114,11 +115,9 @@ def test_every_text_of_a_report_is_escaped():
     lr = LRReport(
         recommended=0.01,
         rule=bad,
-        evidence={
-            bad: bad,
-            "rules": [{"name": bad, "lr": 0.01, "source": bad}],
-            "candidates": [{"name": bad, "lr": 0.1, "taken": True, "says": bad}],
-        },
+        inputs=FinetuneSituation.model_construct(optimizer=bad),
+        rules=(Rule(name=bad, lr=0.01, reason=bad, source=bad),),
+        candidates=(Candidate(name=bad, lr=0.1, taken=True, reason=bad),),
     )
     hostile = sample.report(
         model=bad,
@@ -132,7 +131,7 @@ def test_every_text_of_a_report_is_escaped():
     html = page(hostile, recipe=bad)
     found = parsed(html)
     assert "script" not in found.tags
-    shown = {"title": 2, "note": 1, "recovery": 1, "rate": 7, "latency": 1, "warning": 1, "versions": 2, "recipe": 1}
+    shown = {"title": 2, "note": 1, "recovery": 1, "rate": 6, "latency": 1, "warning": 1, "versions": 2, "recipe": 1}
     assert "\n".join(found.text).count(bad) == sum(shown.values())
 
 

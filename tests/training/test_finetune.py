@@ -195,7 +195,7 @@ def test_the_losses_that_learn_from_the_net_itself_train_it(settings: FinetuneSe
     report = tune(model, images, settings, **(RUN | {"epochs": 6}))
     assert report.last_top1 > 60
     plain = toy_net()
-    tune(plain, images, settings.model_copy(update={"loss": "ce"}), **(RUN | {"epochs": 6}))
+    tune(plain, images, settings.updated(loss="ce"), **(RUN | {"epochs": 6}))
     assert not same(weights(plain), weights(model))
 
 
