@@ -70,7 +70,7 @@ def test_the_run_reloads_bit_equal_and_verifies(run):
     assert not model.training
     for name, tensor in load_file(run / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
-    result = call("verify", str(run), "--json", full=True)
+    result = call("verify", str(run), "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["ok"] is True
 

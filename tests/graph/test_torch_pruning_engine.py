@@ -201,7 +201,7 @@ def _compare(name: str) -> tuple[list[Group], list[Group], int]:
         ("resnet18", 12),
         ("mobilenetv3_small_100", 27),
         ("convnext_atto", 16),
-        ("vgg11_bn", 10),
+        pytest.param("vgg11_bn", 10, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0", 40, marks=pytest.mark.slow),
         pytest.param("densenet121", 120, marks=pytest.mark.slow),
     ],

@@ -417,6 +417,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_hub_model_its_failures_and_the_cache(hub: tuple[str, Path], tmp_path: Path) -> None:
     endpoint, folder = hub
     state = plain_state(num_classes=7)

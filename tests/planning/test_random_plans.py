@@ -168,7 +168,8 @@ def test_random_plans_of_small_nets(networks: int) -> None:
     plan_one()
 
 
-@pytest.mark.parametrize("name", [*MODELS][:1] + [pytest.param(name, marks=pytest.mark.slow) for name in [*MODELS][1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_plans_of_architectures_with_ties_meet_their_target(name: str) -> None:
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")

@@ -30,7 +30,7 @@ from prunecli.run.learning_rate import learning_rate_at
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune
 from prunecli.values.report import Report
-from toys.jobs import JOB, call, sentence
+from toys.jobs import JOB, call, sentence, without_extras
 
 ROOT = Path(__file__).parents[2]
 SAVING = "finetune.checkpoint_every=3"
@@ -447,6 +447,7 @@ def test_python_callers_get_the_same_errors(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_fine_tuned_alone_does_not_teach_itself(tmp_path, monkeypatch):
+    without_extras(monkeypatch)
     taught = []
     real = finetune.finetune
 
