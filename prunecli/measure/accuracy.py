@@ -1,4 +1,4 @@
-"""Accuracy: what a model gets right on labelled images, and how much of it a cut has lost."""
+"""Accuracy: what a model gets right on labelled images, and how much of that a cut has lost."""
 
 from __future__ import annotations
 

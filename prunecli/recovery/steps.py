@@ -40,7 +40,7 @@ class RecoveryContext:
         images: training and validation images; ``None`` without data.
         spec: size of the model's input.
         settings: the recipe's recovery settings.
-        finetune: settings of the fine-tuning to come; a probe takes a few steps of it.
+        finetune: settings of the fine-tuning to come; a probe takes a few of its steps.
         finetune_steps: length of the fine-tuning to come, in optimiser steps; 0 where nothing will be fine-tuned.
         batch_size: number of calibration images in a forward pass.
         device: the device to compute on.

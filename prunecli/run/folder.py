@@ -1,6 +1,6 @@
-"""The run folder: what lands on disk, written atomically, loaded strictly, verified in a fresh process.
+"""The run folder: the names of its files, who may work in it, and what may be replaced there.
 
-Nothing here is a pickle; writes are atomic (``prunecli.files``).
+Nothing in a run folder is a pickle; writes are atomic (``prunecli.files``).
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """The report is written last, so its presence means that every gate was passed."""
+        """True if the run has ended well: the report is written last."""
         return self.report_file.is_file()
 
     @property
     def begun(self) -> bool:
-        """The recipe is written first."""
+        """True if a run was started here: the recipe is written first."""
         return self.recipe_file.is_file()
 
     def log(self, event: str, **values: object) -> None:
@@ -135,15 +135,27 @@ class RunFolder:
             handle.write(line + "\n")
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of this run. Raises UsageError where the folder holds none."""
+        """The resolved recipe of this run.
+
+        Raises:
+            UsageError: the folder holds none, or one of another version.
+        """
         return Recipe.from_file(self.recipe_file)
 
     def plan(self) -> Plan:
-        """Raises PruneError where plan.json is missing or wrong."""
+        """The plan of this run.
+
+        Raises:
+            PruneError: plan.json is missing or wrong.
+        """
         return read_value(Plan, self.plan_file)
 
     def report(self) -> Report:
-        """Raises PruneError where report.json is missing or wrong."""
+        """The report of this run.
+
+        Raises:
+            PruneError: report.json is missing or wrong.
+        """
         return read_value(Report, self.report_file)
 
     def clear(self) -> None:
@@ -176,7 +188,7 @@ class RunFolder:
 
     @property
     def foreign(self) -> bool:
-        """Whether the folder holds something and is no run: all but what a start that was killed early leaves."""
+        """True if the folder holds files that prunecli did not write. Leftovers of a killed start do not count."""
         if self.begun or not self.path.is_dir():
             return False
         return any(
@@ -189,10 +201,10 @@ def locate(out: Path | None, *, model: str, resume: bool, force: bool) -> RunFol
     """The folder of a new or continued run; nothing is written yet (see ``prepare_``).
 
     Args:
-        out: what the user named; none picks ``runs/NAME-N`` (with ``resume`` the newest unfinished one).
-        model: names the folder.
-        resume: continue what is there.
-        force: replace a run that is there. Files that no run writes are never touched.
+        out: the folder that the user named; ``None`` picks ``runs/NAME-N`` (with ``resume`` the newest unfinished one).
+        model: the model of the recipe, from which NAME is made.
+        resume: whether to continue the run that is there.
+        force: whether to replace the run that is there. Files that no run writes are never touched.
 
     Raises:
         UsageError: the folder holds a run and neither ``resume`` nor ``force`` was given, or holds something else.
@@ -275,7 +287,9 @@ def _locked(handle: int) -> bool:
 def prepare_(folder: RunFolder, recipe: Recipe, *, resume: bool, force: bool) -> None:
     """Make the folder, with ``force`` without what an earlier run left there, and write the recipe.
 
-    Raises as ``locate``, whose answer may have changed since.
+    Raises:
+        UsageError: as for ``locate``; the folder is checked again because it may have changed.
+        PruneError: nothing can be written there.
     """
     with explained(folder.path):
         _require_usable(folder, resume=resume, force=force)

@@ -42,7 +42,22 @@ _NEEDS_IMAGES: Final = {
 
 @dataclass
 class Job:
-    """One run under way: what is fixed for all its stages, and the progress so far."""
+    """One run under way: what is fixed for all its stages, and the progress so far.
+
+    Attributes:
+        recipe: the resolved recipe.
+        folder: the run folder.
+        source: the dense model.
+        images: training and validation images; ``None`` without data.
+        device: where models are measured and trained.
+        notify: called with every event.
+        progress: what the finished stages measured.
+        resume: whether an earlier start of the same run is continued.
+        force: whether a run that is there is replaced.
+        begun: whether the folder was made and locked.
+        closing: releases the folder.
+        started: time at which the job was opened, in seconds of ``time.perf_counter``.
+    """
 
     recipe: Recipe
     folder: RunFolder
@@ -87,16 +102,21 @@ class Job:
         write_json(self.folder.progress_file, progress.model_dump(mode="json"))
 
     def history(self, plan: Plan, now: Stage | None) -> History:
-        """What this job did to its model so far."""
+        """The history of the model in this job up to the stage ``now``."""
         return History(plan=plan, dense=self.progress.stage("dense"), now=now)
 
     @property
     def epochs(self) -> int:
+        """The fine-tuning budget in epochs."""
         return planned_epochs(self.recipe, has_data=self.images is not None)
 
 
 def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
-    """The fine-tuning budget: what was asked, else 10 where there is data. Raises UsageError."""
+    """The fine-tuning budget in epochs: the recipe's, else 10 where there is data and 0 where there is none.
+
+    Raises:
+        UsageError: the recipe asks for epochs without data.
+    """
     asked = recipe.finetune.epochs
     if asked and not has_data:
         raise UsageError(f"Fine-tuning for {asked} epochs needs data.", hint="Give --data, or --epochs 0.")
@@ -104,7 +124,12 @@ def planned_epochs(recipe: Recipe, *, has_data: bool) -> int:
 
 
 def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool, force: bool, notify: Notify) -> Job:
-    """Load the model, open the data, choose the folder. Nothing is written yet: ``Job.begin`` does that."""
+    """Load the model, open the data, choose the folder. Nothing is written yet: ``Job.begin`` does that.
+
+    Raises:
+        UsageError: the recipe, the data or the folder does not allow this command.
+        PruneError: weights, images or an earlier start cannot be read.
+    """
     device = resolve_device(recipe.device)
     folder = locate(out, model=recipe.model or "", resume=resume, force=force)
     earlier = _earlier(folder, recipe, command) if resume else None

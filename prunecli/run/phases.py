@@ -57,7 +57,7 @@ def _through(job: Job, plan: Plan, *, before: bool) -> nn.Module:
 
 
 def _train_(job: Job, model: nn.Module, phase: Phase, plan: Plan) -> None:
-    """One phase, or what an earlier start kept of it."""
+    """Train through one phase, in place; a phase that an earlier start finished is reloaded."""
     weights = job.folder.weights_after(phase.name)
     if any(done.name == phase.name for done in job.progress.phases):
         reload_(model, weights)

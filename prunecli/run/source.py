@@ -1,6 +1,6 @@
-"""The stages of a job, each a function from value to value: load, plan, prove, cut. ``pipeline`` composes them.
+"""What a recipe names, loaded: the model and the images.
 
-Nothing here writes a file or knows of a run folder.
+Nothing here writes a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prunecli.run.folder import RunFolder, is_run
 
 
 def run_of(recipe: Recipe) -> RunFolder | None:
-    """The run folder whose model a recipe starts from; none where it names a model of another kind."""
+    """The run folder whose model a recipe starts from; ``None`` where it names a model of another kind."""
     if recipe.model is None:
         return None
     folder = RunFolder(path=Path(recipe.model.removeprefix("local-dir:")))

@@ -51,7 +51,7 @@ class Work:
     """What a stage did to its model, as far as the frame has to know.
 
     Attributes:
-        record: from the measured stage to what else the progress keeps of it.
+        record: the further entries of the progress, as a function of the measured stage.
         notes: remarks for the report.
         seconds: time that was spent before the frame began to count.
         unchanged_since: stage whose measurement still holds, because the model is the same; ``None``: measure it.
@@ -66,7 +66,7 @@ class Work:
 def stage_(
     job: Job, name: StageName, model: nn.Module, work: Callable[[], Work], *, weights: Path | None = None
 ) -> None:
-    """Run one stage, or take up what an earlier start finished of it: work, measure, write the weights, save.
+    """Run one stage: work, measure, write the weights, save. A stage that an earlier start finished is reloaded.
 
     Args:
         job: the run; its progress gains the stage.

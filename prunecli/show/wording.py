@@ -197,7 +197,7 @@ def evidence_rows(found: LRReport) -> list[tuple[str, str]]:
 
 
 def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
-    """The rates that were weighed up: name, rate, whether it was taken, what is known of it."""
+    """The rates that were weighed up, a row each: name, rate, whether it was taken, reason."""
     return [
         (candidate.name, _text(candidate.lr), "taken" if candidate.taken else "", candidate.reason)
         for candidate in found.candidates

@@ -101,7 +101,7 @@ class Candidate(Value):
         name: a short name.
         lr: the rate; ``None`` where its rule does not apply.
         taken: whether it is the recommended one.
-        reason: what is known of it, or why its rule does not apply.
+        reason: what was measured of this rate, or why its rule does not apply.
     """
 
     name: str
@@ -119,7 +119,7 @@ class LRReport(Value):
         inputs: what the rules have read.
         final_lr: the rate that the schedule should end at; ``None`` where the schedule itself prescribes it.
         rules: the applied rules, in their order.
-        candidates: the rates that were weighed up; none where the schedule prescribes its rate.
+        candidates: the rates that were weighed up; empty where the schedule prescribes its rate.
     """
 
     recommended: float
