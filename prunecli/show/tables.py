@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -349,13 +350,18 @@ def recipe_list(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def recipe_keys(keys: Sequence[Key]) -> Table:
-    """Recipe keys with type, default and description, in sections by kind with the kinds that have the key too."""
-    table = _table(None, "key", "type", "default", "what it sets")
+def recipe_keys(keys: Sequence[Key]) -> RenderableType:
+    """Recipe keys, two lines or more each: the key with type and default, then what it sets. Names are never broken.
+
+    In sections by kind the kinds that have the key stand behind that.
+    """
+    parts: list[RenderableType] = []
     for key in keys:
         kinds = f" ({', '.join(key.kinds)})" if key.kinds else ""
-        _row(table, key.name, key.type, key.default or "required", f"{key.description}{kinds}")
-    return table
+        default = f"default {key.default}" if key.default else "required"
+        parts.append(Text(f"{key.name}: {key.type}; {default}", style="bold"))
+        parts.append(Padding(Text(f"{key.description}{kinds}"), (0, 0, 0, 4)))
+    return Group(*parts)
 
 
 # ---------------------------------------------------------------------------------------------- support matrix
