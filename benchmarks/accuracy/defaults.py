@@ -81,7 +81,7 @@ def recipe_of(plain: Recipe, arm: str, seed: int, rate: float) -> Recipe:
     if finetune.get("lr") == "published":
         finetune["lr"] = rate
     values = {
-        **plain.model_dump(exclude_defaults=True),
+        **plain.to_mapping(),
         **changes,
         "finetune": finetune,
         "target": f"macs={MACS_LEFT:.0%}",

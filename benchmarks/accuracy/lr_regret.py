@@ -401,9 +401,7 @@ def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
     """The runs of one case that the ledger lacks, one after the other."""
     plain = recipe_for(case.net, trained_base(case.net, asked), CIFAR_IMAGES, asked)
     prune = {"select": (CIFAR[case.net].select,), "round_to": 1}
-    recipe = Recipe.from_mapping(
-        {**plain.model_dump(exclude_defaults=True), "target": f"ratio={case.ratio}", "prune": prune}
-    )
+    recipe = Recipe.from_mapping({**plain.to_mapping(), "target": f"ratio={case.ratio}", "prune": prune})
     with opened(recipe) as job:
         assert job.images is not None
         images, dense = job.images, job.source.model
