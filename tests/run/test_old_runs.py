@@ -1,6 +1,6 @@
 """Runs of an earlier version: they load, and their recipe, of another shape, is answered with its new keys.
 
-``fixtures/old_run`` was made by the version before sections by kind (commit fd2bc48), without its checkpoints:
+``fixtures/old_run`` was made by the version before sections by kind (commit fd2bc48), without its checkpoints and page:
 ``prunecli compress lenet5_relu --no-pretrained --data digits data.train_limit=128 data.val_limit=64 --epochs 1
 --target ratio=0.5 --recover none spectrum.samples=2 'finetune.original={lr: 0.4, epochs: 200}'``.
 """
