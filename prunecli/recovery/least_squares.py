@@ -28,8 +28,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from prunecli.models.layers import evaluation_mode
-from prunecli.recovery.activations import (
+from prunecli.measure.activations import (
     Layer,
     See,
     call_order,
@@ -40,6 +39,7 @@ from prunecli.recovery.activations import (
     uncalled_once,
     watch,
 )
+from prunecli.models.layers import evaluation_mode
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import module_of, tensor_name
 from prunecli.values.plan import Plan, removed_positions

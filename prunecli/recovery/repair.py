@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli.models.layers import evaluation_mode
-from prunecli.recovery.activations import (
+from prunecli.measure.activations import (
     Layer,
     See,
     call_order,
@@ -35,6 +34,7 @@ from prunecli.recovery.activations import (
     uncalled_once,
     watch,
 )
+from prunecli.models.layers import evaluation_mode
 from prunecli.values.groups import tensor_name
 from prunecli.values.plan import Plan, removed_positions
 
