@@ -21,6 +21,11 @@ class DataSettings(Value):
 
     name: str | None = Field(default=None, description="an ImageFolder, a timm data set, or digits")
     dir: str | None = Field(default=None, description="folder where a named data set lies")
+    calibration: str | None = Field(
+        default=None,
+        description="folder of images, at any depth, without classes or labels: what is done without labels looks at "
+        "these; null: at the training images",
+    )
     train_split: str = Field(default="train", description="name of the training split")
     val_split: str = Field(default="validation", description="name of the validation split")
     batch_size: int = Field(default=128, gt=0, description="images in a batch")
