@@ -26,6 +26,12 @@ class DataSettings(Value):
         description="folder of images, at any depth, without classes or labels: what is done without labels looks at "
         "these; null: at the training images",
     )
+    calibration_images: int = Field(
+        default=256, gt=0, description="images without labels from which channels are chosen and layers are solved"
+    )
+    held_out_images: int = Field(
+        default=64, ge=0, description="further images without labels, on which such choices are judged"
+    )
     train_split: str = Field(default="train", description="name of the training split")
     val_split: str = Field(default="validation", description="name of the validation split")
     batch_size: int = Field(default=128, gt=0, description="images in a batch")
@@ -83,7 +89,6 @@ class RecoverSettings(Value):
     steps: tuple[RecoverStep, ...] = Field(
         default=("auto",), description="auto alone, or steps applied in this order; [] switches recovery off"
     )
-    lstsq_images: int = Field(default=256, gt=0, description="training images for lstsq and repair; no label is read")
     ridge: float = Field(
         default=1e-3, ge=0, description="lstsq: added to the diagonal, as a share of the kept inputs' mean variance"
     )
