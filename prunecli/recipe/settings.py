@@ -10,8 +10,8 @@ from prunecli.recipe.losses import CeLoss, Loss, NoRegulariser, Regulariser
 from prunecli.recipe.schedules import RETRAINING, CosineSchedule, OriginalSchedule, RetrainingSchedule, Schedule
 from prunecli.values.value import Value
 
-Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
-Ranking = Literal["local", "global", "isomorphic"]
+Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
+Ranking = Literal["local", "global", "isomorphic", "loss"]
 Count = Annotated[int, Field(gt=0)]
 RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
 
