@@ -34,6 +34,7 @@ from prunecli.measure.activations import (
     uncalled_once,
     watch,
 )
+from prunecli.measure.spread import Spread
 from prunecli.models.layers import evaluation_mode
 from prunecli.values.groups import tensor_name
 from prunecli.values.plan import Plan, removed_positions
@@ -56,27 +57,6 @@ class Repaired:
     norms: int
     dead: int
     left: Mapping[str, str]
-
-
-class Spread:
-    """Running mean and variance of channels over rows ``[n, C]``, in float64; nothing else is kept."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.square = torch.zeros(())  # summed squares of distances to the mean
-
-    def add(self, values: Tensor) -> None:
-        """Add one batch of rows ``[n, C]`` (Chan's update, exact where the mean is large against the spread)."""
-        count, mean = len(values), values.mean(0)
-        step, total = mean - self.mean, self.count + count
-        self.square = self.square + (values - mean).square().sum(0) + step.square() * self.count * count / total
-        self.mean, self.count = self.mean + step * count / total, total
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation ``[C]``, of the rows themselves (divided by n)."""
-        return (self.square / self.count).sqrt()
 
 
 @torch.no_grad()

@@ -16,16 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import kl_div
 
 from prunecli.measure.calibration import Calibration
 from prunecli.measure.layer_inputs import InputStatistics
-from prunecli.models.layers import evaluation_mode
-from prunecli.models.outputs import logits_of
+from prunecli.measure.replay import Replay
 from prunecli.models.source import Source
 from prunecli.planning.cut_units import Unit
 from prunecli.planning.losses import Curve
@@ -60,7 +61,14 @@ class MeasuredLosses:
     calibration: Calibration
     ridge: float
     _curves: dict[tuple[object, ...], Curve] = field(default_factory=dict)
-    _dense: Tensor | None = None
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(self.source.model, self.calibration.held_out.split(_PASS))
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        return log_probabilities(self._replay.logits(self.source.model))
 
     def __call__(self, unit: Unit) -> Curve:
         """The curve of a unit."""
@@ -109,9 +117,7 @@ class MeasuredLosses:
             return None
         pruned = cut(self.source.model, plan)
         reconstruct_(pruned, self.source.model, plan, self._statistics, ridge=self.ridge)
-        if self._dense is None:
-            self._dense = log_probabilities(self.source.model, self.calibration.held_out)
-        return divergence(self._dense, log_probabilities(pruned, self.calibration.held_out))
+        return divergence(self._dense, log_probabilities(self._replay.logits(pruned)))
 
 
 def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
@@ -133,7 +139,10 @@ def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> di
         return math.exp(float(np.interp(at, x, y)) + min(at - x[0], 0.0) + max(at - x[-1], 0.0))
 
     full = max(losses)
-    return {kept: 0.0 if kept == full else math.sqrt(loss * kl_at(loss)) for kept, loss in losses.items()}
+    found, largest = {full: 0.0}, 0.0
+    for kept in sorted(losses.keys() - {full}, reverse=True):
+        largest = found[kept] = max(largest, math.sqrt(losses[kept] * kl_at(losses[kept])))
+    return found
 
 
 def plan_of(source: Source, graph: Graph, keep: Mapping[str, Sequence[int]]) -> Plan:
@@ -168,14 +177,12 @@ def plan_of(source: Source, graph: Graph, keep: Mapping[str, Sequence[int]]) -> 
     )
 
 
-@torch.no_grad()
-def log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """Log-probabilities ``[N, K]`` of a net's answers in evaluation mode, float64 on the CPU."""
-    with evaluation_mode(model):
-        return torch.cat([logits_of(model(batch)).cpu() for batch in images.split(_PASS)]).double().log_softmax(1)
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-probabilities ``[N, K]`` of logits, float64 on the CPU."""
+    return logits.detach().cpu().double().log_softmax(1)
 
 
 def divergence(dense: Tensor, pruned: Tensor) -> float:
     """Mean KL(dense || pruned) in nats of log-probabilities ``[N, K]``; large where the pruned net's are not finite."""
-    found = nn.functional.kl_div(pruned, dense, log_target=True, reduction="batchmean")
+    found = kl_div(pruned, dense, log_target=True, reduction="batchmean")
     return max(0.0, float(found)) if bool(found.isfinite()) else _WORST
