@@ -35,8 +35,8 @@ class Calibration:
         self.description = source.description
         self.device = device
         self._source = source
-        self._held = min(held_out, source.size // 4)
-        self._start = max(self._held, min(judged, source.size - images))
+        self._held = max(1, min(held_out, source.size // 4))
+        self._start = min(max(self._held, min(judged, source.size - images)), source.size - 1)
         self._wanted = images
         self._read: Tensor | None = None
         self._held_out: Tensor | None = None
@@ -44,7 +44,7 @@ class Calibration:
 
     @property
     def held_out(self) -> Tensor:
-        """Images ``[N, C, H, W]`` that no statistic looks at; none of them where there are too few images."""
+        """Images ``[N, C, H, W]`` that no statistic looks at (but where there is only one image)."""
         if self._held_out is None:
             self._held_out = self._source.unlabelled(self._held, 0).to(self.device)
         return self._held_out

@@ -13,7 +13,7 @@ from prunecli.values.value import Value
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
 Ranking = Literal["local", "global", "isomorphic", "loss"]
 Count = Annotated[int, Field(gt=0)]
-RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
+RecoverStep = Literal["auto", "lstsq", "onepass", "repair", "orthp", "blend", "bn"]
 
 
 class DataSettings(Value):
@@ -30,7 +30,7 @@ class DataSettings(Value):
         default=256, gt=0, description="images without labels from which channels are chosen and layers are solved"
     )
     held_out_images: int = Field(
-        default=64, ge=0, description="further images without labels, on which such choices are judged"
+        default=64, gt=0, description="further images without labels, on which such choices are judged"
     )
     train_split: str = Field(default="train", description="name of the training split")
     val_split: str = Field(default="validation", description="name of the validation split")
@@ -101,7 +101,7 @@ class RecoverSettings(Value):
     gain: Literal["auto"] | float = Field(
         default="auto", description="orthp: singular value of the new weights; auto: by the activation"
     )
-    bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
+    bn_images: int = Field(default=512, gt=0, description="training images for BN re-estimation")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
 
     @model_validator(mode="after")
@@ -110,6 +110,10 @@ class RecoverSettings(Value):
             raise ValueError("auto chooses the steps itself, so it stands alone")
         if "lstsq" in self.steps[1:]:
             raise ValueError("lstsq starts from the dense weights and would undo what stands before it; put it first")
+        if "onepass" in self.steps[1:] and self.steps[:2] != ("lstsq", "onepass"):
+            raise ValueError(
+                "onepass starts from the dense weights: put it first, or right behind lstsq to meet it half way"
+            )
         return self
 
 

@@ -1,17 +1,20 @@
-"""Which recovery a net gets: the steps that the recipe names, or the sequence that a probe shows to help.
+"""Which recovery a net gets: the steps that the recipe names, or the sequence that is shown to help.
 
 ``auto`` tries sequences of steps (``CANDIDATES``), each in for a reason:
 
-* ``bn``: re-estimates BatchNorm statistics only. Costs no training; every other candidate ends with it.
-* ``lstsq``: keeps the features, which is worth most on residual nets and at small learning rates.
-* ``lstsq, blend``: the same, better conditioned, which lets large learning rates work.
-* ``blend``: conditions without new features; where few filters are left, least squares has little to work with.
-* ``orthp``: the isometry of the paper, right for linear and nearly linear nets.
+* ``bn``: re-estimates BatchNorm statistics only.
+* ``lstsq, bn``: keeps the features, each reader solved on the dense net's inputs. The best start on deep nets with
+  BatchNorm and after heavy cuts.
+* ``onepass``: each reader solved on what it is really given. The best on nets with LayerNorm; deep nets overfit.
+* ``lstsq, onepass``: half way between both.
+* ``lstsq, blend, bn`` and ``blend, bn``: better conditioned weights, which let large learning rates work.
+* ``orthp, bn``: the isometry of the paper, right for linear and nearly linear nets.
 
-The rule: a candidate must do better than plain pruning after the same short fine-tuning, by more than the probe's own
-noise. Two other measures are not used: the loss before any fine-tuning, which hardly predicts what comes after (arXiv
-2412.00143), and the uncalibrated loss, which a few steps lower most where the net has forgotten everything and guesses
-evenly.
+All are judged by the KL divergence from the dense net on held-out images, which needs no label and no training. Where
+the net will be fine-tuned, that is not enough: the best of them then go through a short fine-tuning, since after a
+heavy cut a net that answers better at once may train worse at a normal rate. Each candidate in turn, best first, is
+held to plain pruning on images that did not rank it, until one holds: so one unlucky favourite does not cost the
+runner-up its place.
 """
 
 from __future__ import annotations
@@ -26,14 +29,25 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.measure.accuracy import lost_top1
+from prunecli.measure.divergence import divergences, log_probabilities
 from prunecli.recovery.steps import RecoveryContext, RecoveryResult, apply_steps, has_batch_norm
 from prunecli.training.probe import ProbeResult, probe_loss
 from prunecli.values.report import RecoveryStep
 
-CANDIDATES: Final = (("bn",), ("lstsq", "bn"), ("lstsq", "blend", "bn"), ("blend", "bn"), ("orthp", "bn"))
+CANDIDATES: Final = (
+    ("bn",),
+    ("lstsq", "bn"),
+    ("onepass",),
+    ("lstsq", "onepass"),
+    ("lstsq", "blend", "bn"),
+    ("blend", "bn"),
+    ("orthp", "bn"),
+)
+_CONDITIONS: Final = frozenset({"blend", "orthp"})  # steps for training rather than for the answers at once
 _MARGIN: Final = 0.01  # share of the loss; a smaller gain is ignored, however certain
 _ERRORS: Final = 2.0  # standard errors that a gain must exceed
-_SHARE: Final = 0.25  # share of the fine-tuning's steps that all probes together may take
+_SHARE: Final = 0.25  # share of the fine-tuning's steps that all trials together may take
+_TRIED: Final = 3  # candidates that go through a trial, best first by KL; and one that conditions
 _WORST: Final = 1e4  # nats; the value of a loss that is not finite
 
 #: Learning rate of a net by the share of the dense top-1 that it lost; ``None`` where that share is unknown.
@@ -43,7 +57,7 @@ Rate = Callable[[float | None], float]
 def recover_stage(context: RecoveryContext, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Apply the recovery of the recipe.
 
-    Steps named in the recipe are applied without a probe. ``auto`` needs images: without them nothing is tried.
+    Steps named in the recipe are applied without a trial. ``auto`` needs images: without them nothing is tried.
 
     Args:
         context: images, settings and callables of the job.
@@ -56,27 +70,33 @@ def recover_stage(context: RecoveryContext, model: nn.Module, rate: Rate) -> tup
     Raises:
         PruneError: a layer with NaN or infinite weights.
     """
-    steps = context.settings.steps
-    if "auto" not in steps:
-        return _apply_named(context, model, steps)
-    if context.images is None:
+    if "auto" not in context.settings.steps:
+        return _apply_named(context, model, context.settings.steps)
+    if context.calibration is None:
         return model, ()
-    return _choose_candidate(context, model, rate)
+    chosen, rows = _choose(context, model, rate)
+    rows = tuple(_with_spectra(context, row, model, chosen) if row.kept else row for row in rows)
+    for row in rows:
+        context.tell(row)
+    return chosen, rows
 
 
 def _apply_named(
     context: RecoveryContext, model: nn.Module, steps: tuple[str, ...]
 ) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
     """Apply each step on its own, so that its row shows its own effect."""
-    rows = []
+    rows: list[RecoveryStep] = []
+    measure = None if context.calibration is None else _Measure(context, labels=context.images is not None)
+    before = None if measure is None else measure(model)
     for name in steps:
         began = time.perf_counter()
-        result = apply_steps(context, model, (name,))
+        result = apply_steps(context, model, (name,), after=rows[-1].name if rows else None)
         rule = "asked for in the recipe" + (f": {result.summary}" if result.summary else "")
         row = RecoveryStep(name=name, kept=True, rule=rule, residual=result.residual, shrinkage=result.shrinkage)
         row = _with_spectra(context, row, model, result.model)
-        if context.images is not None:
-            row = _with_effect(row, _at_once(context, model), _at_once(context, result.model))
+        if measure is not None and before is not None:
+            after = measure(result.model)
+            row, before = _with_effect(row, before, after), after
         rows.append(row.model_copy(update={"seconds": round(time.perf_counter() - began, 3)}))
         model = result.model
     for row in rows:
@@ -84,53 +104,48 @@ def _apply_named(
     return model, tuple(rows)
 
 
-# ---------------------------------------------------------------------------------------------- auto
+# ---------------------------------------------------------------------------------------------- measures
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Probe:
-    """The short fine-tuning by which candidates are compared, each at the rate that fits its own start.
+class _State:
+    """What a net does as it is.
 
     Attributes:
-        context: images, settings and callables of the job.
-        steps: optimiser steps of one probe; 0 judges a net as it is.
-        rate: learning rate by the share of the dense top-1 that was lost.
-        dense_top1: accuracy of the dense net on the same held-out images.
+        kl: KL divergence from the dense net of each held-out image, in nats.
+        labelled: losses and accuracy on labelled held-out images; ``None`` without labels.
     """
 
-    context: RecoveryContext
-    steps: int
-    rate: Rate
-    dense_top1: float
+    kl: tuple[float, ...]
+    labelled: ProbeResult | None
 
-    def __call__(self, model: nn.Module, at_once: ProbeResult, *, again: bool = False) -> ProbeResult:
-        """Probe one starting point.
-
-        Args:
-            model: the starting point; it is not changed.
-            at_once: the result of ``model`` without any fine-tuning.
-            again: train on another order of the training images.
-        """
-        if not self.steps:
-            return at_once
-        images = self.context.images
-        assert images is not None
-        lost = lost_top1(self.dense_top1, at_once.val_top1, classes=images.num_classes)
-        return _probe_net(self.context, model, steps=self.steps, lr=self.rate(lost), again=again)
-
-    def conditions(self, result: ProbeResult) -> str:
-        """Length and learning rate of the fine-tuning behind a result, in words."""
-        return f"after {self.steps} optimiser steps at LR {result.lr:g}" if self.steps else "without fine-tuning"
+    @property
+    def mean_kl(self) -> float:
+        """The mean divergence in nats."""
+        return math.fsum(self.kl) / len(self.kl)
 
 
-def _at_once(context: RecoveryContext, model: nn.Module) -> ProbeResult:
-    """The losses of a net without any fine-tuning."""
-    return _probe_net(context, model, steps=0, lr=0.0)
+class _Measure:
+    """The measure of nets against one dense net, whose answers are taken once.
+
+    Args:
+        context: images, settings and callables of the job, with calibration images.
+        labels: whether losses on labelled images are taken too.
+    """
+
+    def __init__(self, context: RecoveryContext, *, labels: bool) -> None:
+        assert context.calibration is not None
+        self._context, self._images, self._labels = context, context.calibration.held_out, labels
+        self._dense = log_probabilities(context.dense.to(context.device), self._images)
+
+    def __call__(self, model: nn.Module) -> _State:
+        """The state of a net, which is moved to the job's device."""
+        kl = divergences(self._dense, log_probabilities(model.to(self._context.device), self._images))
+        labelled = _trial(self._context, model, steps=0, lr=0.0) if self._labels else None
+        return _State(kl=tuple(kl.tolist()), labelled=labelled)
 
 
-def _probe_net(
-    context: RecoveryContext, model: nn.Module, *, steps: int, lr: float, again: bool = False
-) -> ProbeResult:
+def _trial(context: RecoveryContext, model: nn.Module, *, steps: int, lr: float, again: bool = False) -> ProbeResult:
     """Fine-tune a copy for a few steps, on the images and with the settings of the fine-tuning to come."""
     assert context.images is not None
     return probe_loss(
@@ -142,28 +157,6 @@ def _probe_net(
         device=context.device,
         seed=context.seed + again,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ProbedCandidate:
-    """A candidate after its first probe.
-
-    Attributes:
-        recovered: the net with the candidate's steps applied.
-        row: the candidate's row of the report, without the decision.
-        at_once: losses without any fine-tuning.
-        probed: losses after the probe's fine-tuning.
-    """
-
-    recovered: RecoveryResult
-    row: RecoveryStep
-    at_once: ProbeResult
-    probed: ProbeResult
-
-    @property
-    def rank(self) -> float:
-        """Mean loss on the half of the images that selects; the other half confirms."""
-        return float(_finite(self.probed.calibrated[::2]).mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +176,16 @@ class Comparison:
     @property
     def better(self) -> bool:
         """Whether the loss falls by more than two standard errors and by more than 1 %."""
-        return self.without - self.with_it > max(_ERRORS * self.error, _MARGIN * self.without)
+        return self.without - self.with_it > self._noise
+
+    @property
+    def worse(self) -> bool:
+        """Whether the loss rises by as much."""
+        return self.with_it - self.without > self._noise
+
+    @property
+    def _noise(self) -> float:
+        return max(_ERRORS * self.error, _MARGIN * self.without)
 
 
 def compare(without: Sequence[float], with_it: Sequence[float]) -> Comparison:
@@ -203,43 +205,51 @@ def _finite(losses: Sequence[float]) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64).nan_to_num(nan=_WORST).clamp(max=_WORST)
 
 
-def _choose_candidate(
-    context: RecoveryContext, model: nn.Module, rate: Rate
-) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
-    """Probe every candidate, confirm the best, keep it or the plain pruned net.
+# ---------------------------------------------------------------------------------------------- auto
 
-    A probe is a short fine-tuning on labels, at the learning rate that this net would get without a teacher. It is
-    judged by the loss on held-out training images, image by image, each net at its own best temperature. The best of
-    the first round, by one half of these images, is probed once more against plain pruning with another order of the
-    training images, and judged on the other half: the luck that made it the best does not count there. It is kept if
-    ``Comparison.better``. Probes take ``probe_steps`` steps each, or fewer, so that all together stay within a quarter
-    of the fine-tuning.
 
-    New BatchNorm statistics alone are no starting point of their own, since training never reads them. They remain
-    where nothing else is kept, if they make the loss without any fine-tuning better. Where nothing will be fine-tuned,
-    all candidates are judged as they are.
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A candidate that was applied and measured; plain pruning is the one without steps.
+
+    Attributes:
+        steps: names of the steps.
+        recovered: the net with these steps applied.
+        state: the net as it is.
+        seconds: time that applying and measuring took.
+        trial: losses after the trial's fine-tuning; ``None`` before, or where it does not take part.
     """
-    candidates = candidates_for(model)
-    at_once, dense = _at_once(context, model), _at_once(context, context.dense)
-    steps = _probe_steps(context, len(candidates))
-    probe = _Probe(context=context, steps=steps, rate=rate, dense_top1=dense.val_top1)
-    plain = probe(model, at_once)
-    starts = [names for names in candidates if names != ("bn",) or not steps]
-    best, rows = _first_round(probe, model, starts, at_once)
-    pair = (probe(model, at_once, again=True), probe(best.recovered.model, best.at_once, again=True))
-    found = compare(*(result.calibrated[1::2] for result in pair))  # [::2] chose the best, see ``rank``
-    how = "probed again, in another order, on other images" if steps else "on other images"
-    rows = [_with_decision(row, plain, best.row.name, found, how) for row in rows]
-    chosen = best.recovered.model if found.better else model
-    if not found.better and len(starts) < len(candidates):
-        statistics = _probe_candidate(replace(probe, steps=0), model, ("bn",), at_once)
-        found = compare(at_once.calibrated, statistics.probed.calibrated)
-        rows.append(_with_decision(statistics.row, at_once, "bn", found, "image by image"))
-        chosen = statistics.recovered.model if found.better else model
-    rows = [_with_spectra(context, row, model, chosen) if row.kept else row for row in rows]
-    for row in rows:
-        context.tell(row)
-    return chosen, tuple(rows)
+
+    steps: tuple[str, ...]
+    recovered: RecoveryResult
+    state: _State
+    seconds: float = 0.0
+    trial: ProbeResult | None = None
+
+    @property
+    def name(self) -> str:
+        """The steps in one word."""
+        return "+".join(self.steps)
+
+    @property
+    def rank(self) -> float:
+        """Mean loss on the half of the images that ranks; the other half confirms."""
+        losses = self.trial.calibrated if self.trial else self.state.kl
+        return float(_finite(losses[::2] if len(losses) > 1 else losses).mean())
+
+
+def _choose(context: RecoveryContext, model: nn.Module, rate: Rate) -> tuple[nn.Module, tuple[RecoveryStep, ...]]:
+    """Try every candidate, and keep the best that holds against plain pruning, or else the plain pruned net."""
+    steps = _trial_steps(context)
+    measure = _Measure(context, labels=steps > 0)
+    plain = _Candidate(steps=(), recovered=RecoveryResult(model=model), state=measure(model))
+    found = [_tried(context, measure, model, names) for names in candidates_for(model)]
+    if steps:
+        trial = _Trial(context=context, steps=steps, rate=rate, dense=measure(context.dense))
+        found, kept, verdicts = _by_trial(trial, plain, found)
+    else:
+        kept, verdicts = _first_that_holds(plain, found, lambda one: _answers_better(plain, one, half=True))
+    return kept.recovered.model, tuple(_row(plain, one, kept, verdicts) for one in found)
 
 
 def candidates_for(model: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -250,79 +260,140 @@ def candidates_for(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(steps for steps in bare if steps)
 
 
-def _probe_steps(context: RecoveryContext, candidates: int) -> int:
-    """Optimiser steps of one probe.
+def _tried(context: RecoveryContext, measure: _Measure, model: nn.Module, steps: tuple[str, ...]) -> _Candidate:
+    """Apply a candidate and measure what it gives."""
+    began = time.perf_counter()
+    recovered = apply_steps(context, model, steps)
+    state = measure(recovered.model)
+    return _Candidate(steps=steps, recovered=recovered, state=state, seconds=time.perf_counter() - began)
 
-    There are at most three more probes than candidates: plain pruning, and both nets again to confirm the best.
+
+#: Names of the candidates that were held to plain pruning, each with what came of it.
+_Verdicts = dict[str, str]
+
+
+def _first_that_holds(
+    plain: _Candidate, ranked: Sequence[_Candidate], held: Callable[[_Candidate], tuple[bool, str]]
+) -> tuple[_Candidate, _Verdicts]:
+    """The first candidate, best first, that ``held`` finds better than plain pruning; else plain pruning itself."""
+    verdicts: _Verdicts = {}
+    for one in sorted(ranked, key=lambda candidate: candidate.rank):
+        holds, verdicts[one.name] = held(one)
+        if holds:
+            return one, verdicts
+    return plain, verdicts
+
+
+def _answers_better(plain: _Candidate, one: _Candidate, *, half: bool) -> tuple[bool, str]:
+    """Whether a candidate's answers are nearer to the dense net's; on the ``half`` of the images that did not rank."""
+    without, with_it = (c.state.kl[1::2] if half and len(c.state.kl) > 1 else c.state.kl for c in (plain, one))
+    found = compare(without, with_it)
+    return found.better, f"KL from the dense model {_against(found)}"
+
+
+def _against(comparison: Comparison) -> str:
+    return f"{comparison.with_it:.3g} against {comparison.without:.3g} (+-{comparison.error:.2g})"
+
+
+# ---------------------------------------------------------------------------------------------- trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """The short fine-tuning by which candidates are compared, each at the rate that fits its own start.
+
+    Attributes:
+        context: images, settings and callables of the job.
+        steps: optimiser steps of one trial.
+        rate: learning rate by the share of the dense top-1 that was lost.
+        dense: state of the dense net.
     """
-    fair = math.ceil(_SHARE * context.finetune_steps / (candidates + 3))
+
+    context: RecoveryContext
+    steps: int
+    rate: Rate
+    dense: _State
+
+    def __call__(self, candidate: _Candidate, *, again: bool = False) -> ProbeResult:
+        """The losses of a candidate after the trial; ``again`` in another order of the training images."""
+        assert self.context.images is not None
+        assert self.dense.labelled is not None
+        assert candidate.state.labelled is not None
+        top1 = candidate.state.labelled.val_top1
+        lost = lost_top1(self.dense.labelled.val_top1, top1, classes=self.context.images.num_classes)
+        return _trial(self.context, candidate.recovered.model, steps=self.steps, lr=self.rate(lost), again=again)
+
+
+def _trial_steps(context: RecoveryContext) -> int:
+    """Optimiser steps of one trial; 0 where nothing will be fine-tuned, or nothing has labels.
+
+    Plain pruning and the shortlist are tried, then plain pruning and the best once more, perhaps the next one too.
+    """
+    if context.images is None:
+        return 0
+    fair = math.ceil(_SHARE * context.finetune_steps / (_TRIED + 5))
     return min(context.settings.probe_steps, fair)
 
 
-def _first_round(
-    probe: _Probe, model: nn.Module, starts: Sequence[tuple[str, ...]], at_once: ProbeResult
-) -> tuple[_ProbedCandidate, list[RecoveryStep]]:
-    """The best candidate and every row; only the best so far is held in memory."""
-    best: _ProbedCandidate | None = None
-    rows = []
-    for steps in starts:
-        candidate = _probe_candidate(probe, model, steps, at_once)
-        rows.append(candidate.row)
-        if best is None or candidate.rank < best.rank:
-            best = candidate
-    assert best is not None
-    return best, rows
+def _by_trial(
+    trial: _Trial, plain: _Candidate, found: Sequence[_Candidate]
+) -> tuple[list[_Candidate], _Candidate, _Verdicts]:
+    """The candidates with the losses of their trials, the one that is kept, and what was found on the way.
 
+    Only some go through a trial: the best by their answers, and the best that conditions weights. New BatchNorm
+    statistics alone are no starting point of their own, since training never reads them. One that trains better is
+    kept; so is one that trains as well, within noise, and answers better at once.
+    """
+    by_kl = sorted((c for c in found if c.steps != ("bn",)), key=lambda candidate: candidate.rank)
+    keeping = [candidate.name for candidate in by_kl if _CONDITIONS.isdisjoint(candidate.steps)]
+    conditioning = [candidate.name for candidate in by_kl if not _CONDITIONS.isdisjoint(candidate.steps)]
+    shortlist = {*keeping[:_TRIED], *conditioning[:1]}
+    found = [replace(c, trial=trial(c)) if c.name in shortlist else c for c in found]
+    plain = replace(plain, trial=trial(plain))
+    once_more = trial(plain, again=True)
 
-def _probe_candidate(probe: _Probe, model: nn.Module, steps: tuple[str, ...], before: ProbeResult) -> _ProbedCandidate:
-    """Apply a candidate and probe it; its row compares it with ``before``, the pruned net, without fine-tuning."""
-    began = time.perf_counter()
-    recovered = apply_steps(probe.context, model, steps)
-    at_once = _at_once(probe.context, recovered.model)
-    probed = probe(recovered.model, at_once)
-    rule = f"{recovered.summary}; " if recovered.summary else ""
-    loss = float(_finite(probed.calibrated).mean())
-    rule += f"calibrated held-out loss {probe.conditions(probed)} is {loss:.4g} with it"
-    row = RecoveryStep(
-        name="+".join(steps),
-        kept=False,
-        rule=rule,
-        residual=recovered.residual,
-        shrinkage=recovered.shrinkage,
-        seconds=round(time.perf_counter() - began, 3),
-    )
-    return _ProbedCandidate(recovered=recovered, row=_with_effect(row, before, at_once), at_once=at_once, probed=probed)
+    def held(one: _Candidate) -> tuple[bool, str]:
+        result = trial(one, again=True)
+        trained = compare(once_more.calibrated[1::2], result.calibrated[1::2])
+        answers, words = _answers_better(plain, one, half=False)
+        said = f"loss after {trial.steps} optimiser steps at LR {result.lr:g} {_against(trained)}, {words}"
+        return trained.better or (answers and not trained.worse), said
 
-
-def _with_decision(row: RecoveryStep, plain: ProbeResult, best: str, comparison: Comparison, how: str) -> RecoveryStep:
-    """The row completed by what it was compared with, and why it was kept or left out."""
-    rule = f"{row.rule}, {float(_finite(plain.calibrated).mean()):.4g} without it"
-    if plain.lr is not None:
-        rule += f" at LR {plain.lr:g}"
-    if row.name != best:
-        return row.model_copy(update={"rule": f"left out: {rule}; {best} did better"})
-    rule += (
-        f"; {how} {comparison.with_it:.4g} against {comparison.without:.4g}, "
-        f"standard error of the difference {comparison.error:.2g} (kept if lower by more than {_ERRORS:g} of these and "
-        f"by more than {_MARGIN:.0%})"
-    )
-    kept = comparison.better
-    return row.model_copy(update={"kept": kept, "rule": f"{'kept' if kept else 'left out'}: {rule}"})
+    kept, verdicts = _first_that_holds(plain, [c for c in found if c.trial], held)
+    statistics = next((c for c in found if c.steps == ("bn",)), None)
+    if kept is plain and statistics is not None:
+        answers, verdicts["bn"] = _answers_better(plain, statistics, half=False)
+        kept = statistics if answers else plain
+    return found, kept, verdicts
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _with_effect(row: RecoveryStep, before: ProbeResult, after: ProbeResult) -> RecoveryStep:
-    """The row with loss (nats) and top-1 on the held-out images before and after the step, without fine-tuning."""
-    return row.model_copy(
-        update={
-            "loss_before": before.val_loss,
-            "loss_after": after.val_loss,
-            "top1_before": before.val_top1,
-            "top1_after": after.val_top1,
-        }
+def _row(plain: _Candidate, one: _Candidate, kept: _Candidate, verdicts: _Verdicts) -> RecoveryStep:
+    """The row of a candidate, with why it was kept or left out."""
+    why = verdicts.get(one.name) or f"{kept.name or 'plain pruning'} did better"
+    if one.name not in verdicts and one.trial:
+        why = f"loss after the trial {float(_finite(one.trial.calibrated).mean()):.3g} at LR {one.trial.lr:g}; {why}"
+    summary = f"; {one.recovered.summary}" if one.recovered.summary else ""
+    row = RecoveryStep(
+        name=one.name,
+        kept=one is kept,
+        rule=f"{'kept' if one is kept else 'left out'}: {why}{summary}",
+        residual=one.recovered.residual,
+        shrinkage=one.recovered.shrinkage,
+        seconds=round(one.seconds, 3),
     )
+    return _with_effect(row, plain.state, one.state)
+
+
+def _with_effect(row: RecoveryStep, before: _State, after: _State) -> RecoveryStep:
+    """The row with KL, loss (nats) and top-1 on the held-out images before and after the step, without fine-tuning."""
+    values: dict[str, float] = {"kl_before": before.mean_kl, "kl_after": after.mean_kl}
+    for name, labelled in (("before", before.labelled), ("after", after.labelled)):
+        if labelled is not None:
+            values |= {f"loss_{name}": labelled.val_loss, f"top1_{name}": labelled.val_top1}
+    return row.model_copy(update=values)
 
 
 def _with_spectra(context: RecoveryContext, row: RecoveryStep, before: nn.Module, after: nn.Module) -> RecoveryStep:

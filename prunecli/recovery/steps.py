@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from functools import partial
 from typing import Final
 
 import torch
@@ -20,6 +20,7 @@ from prunecli.measure.stage_spectrum import spectrum_batch
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
+from prunecli.recovery.onepass import reconstruct_in_one_pass_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
 from prunecli.recovery.repair import repair_
 from prunecli.values.plan import Plan
@@ -82,7 +83,9 @@ class RecoveryResult:
     shrinkage: Mapping[str, float] = field(default_factory=dict)
 
 
-def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]) -> RecoveryResult:
+def apply_steps(
+    context: RecoveryContext, model: nn.Module, steps: Sequence[str], *, after: str | None = None
+) -> RecoveryResult:
     """Copy a net to the context's device and apply recovery steps to the copy in turn.
 
     Orthogonalised and blended weights make the old BatchNorm statistics meaningless, so where there are images these
@@ -91,15 +94,16 @@ def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]
     Args:
         context: images, settings and callables of the job.
         model: the pruned net; it is not changed.
-        steps: names among ``lstsq``, ``repair``, ``orthp``, ``blend`` and ``bn``.
+        steps: names among ``lstsq``, ``onepass``, ``repair``, ``orthp``, ``blend`` and ``bn``.
+        after: step that was applied to the net before; ``onepass`` meets ``lstsq`` half way.
 
     Raises:
         PruneError: a layer with NaN or infinite weights.
     """
     model = copy.deepcopy(model).to(context.device)
     done = []
-    for step, then in zip_longest(steps, steps[1:]):
-        done.append(_STEPS[step](context, model))
+    for before, step, then in zip((after, *steps), steps, (*steps[1:], None), strict=False):
+        done.append(_STEPS["mixed" if (before, step) == ("lstsq", "onepass") else step](context, model))
         if step in _CHANGE_STATISTICS and then != "bn" and context.calibration is not None:
             _bn_(context, model)
     return RecoveryResult(
@@ -151,6 +155,17 @@ def _lstsq_(context: RecoveryContext, model: nn.Module) -> _Done:
     return _Done(summary=f"{words}{_unsure(done.shrinkage)}{_left(done.left)}", shrinkage=done.shrinkage)
 
 
+def _onepass_(context: RecoveryContext, model: nn.Module, *, mix: float) -> _Done:
+    assert context.calibration is not None
+    dense, batches = context.dense.to(context.device), context.calibration.batches
+    statistics = context.calibration.statistics(dense, context.plan.groups)
+    done = reconstruct_in_one_pass_(
+        model, dense, context.plan, statistics, batches, ridge=context.settings.ridge, mix=mix
+    )
+    words = f"{_count(len(done.layers), 'layer')} solved in one pass from {_count(statistics.images, 'image')}"
+    return _Done(summary=f"{words}{_unsure(done.shrinkage)}{_left(done.left)}", shrinkage=done.shrinkage)
+
+
 def _repair_(context: RecoveryContext, model: nn.Module) -> _Done:
     assert context.calibration is not None
     done = repair_(model, context.dense.to(context.device), context.plan, context.calibration.batches)
@@ -172,6 +187,8 @@ def _bn_(context: RecoveryContext, model: nn.Module) -> _Done:
 
 _STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Done]]] = {
     "lstsq": _lstsq_,
+    "onepass": partial(_onepass_, mix=1.0),
+    "mixed": partial(_onepass_, mix=0.5),  # ``onepass`` right behind ``lstsq``
     "repair": _repair_,
     "orthp": _orthp_,
     "blend": _blend_,

@@ -36,6 +36,7 @@ Notify = Callable[[dict[str, Any]], None]
 DEFAULT_EPOCHS: Final = 10
 _NEEDS_IMAGES: Final = {
     "lstsq": "solves from what layers read on images",
+    "onepass": "solves from what layers read on images",
     "repair": "measures what layers make of images",
     "bn": "re-estimates statistics",
 }

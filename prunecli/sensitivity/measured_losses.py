@@ -22,9 +22,9 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from prunecli.measure.calibration import Calibration
+from prunecli.measure.divergence import as_log_probabilities, divergences
 from prunecli.measure.layer_inputs import InputStatistics
 from prunecli.measure.replay import Replay
 from prunecli.models.source import Source
@@ -39,7 +39,6 @@ from prunecli.values.plan import Plan, PlannedGroup
 
 _SHARES: Final = (0.75, 0.5, 0.25)  # of a unit's channels that stay where its KL is measured
 _PASS: Final = 32  # images in one forward pass
-_WORST: Final = 1e4  # nats; the value of a divergence that is not finite
 _LEAST: Final = 1e-9  # loss or KL below which two nets count as equal
 
 
@@ -51,7 +50,7 @@ class MeasuredLosses:
         source: the dense model.
         graph: its coupled groups.
         scores: importance ``[width]`` by group name; also the curve of a group that nothing linear reads.
-        calibration: images for statistics and, held out, for KL; without held-out images D is the loss alone.
+        calibration: images for statistics and, held out, for KL.
         ridge: of the least squares behind each cut.
     """
 
@@ -68,7 +67,7 @@ class MeasuredLosses:
 
     @cached_property
     def _dense(self) -> Tensor:
-        return log_probabilities(self._replay.logits(self.source.model))
+        return as_log_probabilities(self._replay.logits(self.source.model))
 
     def __call__(self, unit: Unit) -> Curve:
         """The curve of a unit."""
@@ -83,8 +82,6 @@ class MeasuredLosses:
 
     def _curve(self, unit: Unit) -> Curve:
         losses = self._losses(unit)
-        if not len(self.calibration.held_out):
-            return Curve(losses=losses)
         nearest = {min(unit.allowed[1:], key=lambda k: abs(k / unit.width - share)) for share in _SHARES}
         measured = {kept: kl for kept in sorted(nearest, reverse=True) if (kl := self._kl(unit, kept)) is not None}
         if not measured:
@@ -117,7 +114,7 @@ class MeasuredLosses:
             return None
         pruned = cut(self.source.model, plan)
         reconstruct_(pruned, self.source.model, plan, self._statistics, ridge=self.ridge)
-        return divergence(self._dense, log_probabilities(self._replay.logits(pruned)))
+        return float(divergences(self._dense, as_log_probabilities(self._replay.logits(pruned))).mean())
 
 
 def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
@@ -175,14 +172,3 @@ def plan_of(source: Source, graph: Graph, keep: Mapping[str, Sequence[int]]) -> 
         base=source.cost,
         predicted=source.cost,
     )
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-probabilities ``[N, K]`` of logits, float64 on the CPU."""
-    return logits.detach().cpu().double().log_softmax(1)
-
-
-def divergence(dense: Tensor, pruned: Tensor) -> float:
-    """Mean KL(dense || pruned) in nats of log-probabilities ``[N, K]``; large where the pruned net's are not finite."""
-    found = kl_div(pruned, dense, log_target=True, reduction="batchmean")
-    return max(0.0, float(found)) if bool(found.isfinite()) else _WORST

@@ -78,6 +78,10 @@ class RecoveryStep(Value):
     rule: str
     loss_before: float | None = None
     loss_after: float | None = None
+    kl_before: float | None = Field(
+        default=None, description="KL divergence from the dense model, nats, held-out images"
+    )
+    kl_after: float | None = None
     top1_before: float | None = None
     top1_after: float | None = None
     jsv_before: SpectrumSummary | None = None
