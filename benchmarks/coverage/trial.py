@@ -121,7 +121,7 @@ def try_architecture(
 
 def try_cut(source: Source, graph: Graph, recipe: Recipe, target: str) -> tuple[Trial, Plan | None]:
     """Plan one cut and prove it; no plan where it was refused."""
-    settings = recipe.prune
+    settings = recipe.prune.decided(by_data=False)
     try:
         scores = score_model(source.model, graph.groups, criterion=settings.criterion, seed=recipe.seed)
         proven = proven_plan(source, graph, scores, Target.parse(target), settings)

@@ -50,7 +50,7 @@ def ours(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
     graph = build_graph(model, size)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     scores = score.score_groups(graph.groups, tensors, criterion="l1")
-    settings = PruneSettings(round_to=1)
+    settings = PruneSettings(round_to=1).decided(by_data=False)
     names = [name for name, _ in model.named_parameters()]
     base = Cost(params=graph.numel({}, names), macs=graph.macs({}), bytes=4 * graph.numel({}, model.state_dict()))
     choice = budget.choose(

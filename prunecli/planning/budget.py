@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
+from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError, UsageError
+from prunecli.planning.allocate import allocate
 from prunecli.planning.cut_units import Unit, find_units
+from prunecli.planning.losses import UnitLosses
 from prunecli.planning.pressure import pools_of, press, under_pressure
-from prunecli.planning.prices import Prices
+from prunecli.planning.prices import Meter, Prices
 from prunecli.planning.search import TOLERANCE, Search, settle
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
-from prunecli.values.groups import AttributeConflictError, Graph
+from prunecli.values.groups import AttributeConflictError, Graph, Width
 from prunecli.values.plan import Cost
 
 
@@ -67,6 +69,7 @@ def choose(
     stored: Sequence[str],
     base: Cost,
     bytes_per_element: int = 4,
+    losses: UnitLosses | None = None,
 ) -> Choice:
     """Decide which channels of which groups stay.
 
@@ -83,17 +86,24 @@ def choose(
         stored: names of the tensors that count as bytes.
         base: measured cost of the dense model, from which predictions are differences.
         bytes_per_element: size of one element of the stored tensors.
+        losses: what the widths of each unit cost; needed for ranking ``loss``.
 
     Raises:
+        UsageError: ranking ``loss`` without losses.
         TargetError: out of the reachable range, or missed by more than 1 %.
         NothingPrunedError: no channel would be removed.
         UnsupportedError: the attributes cannot express the cut, and no group is to blame.
     """
     prices = Prices(graph=graph, parameters=parameters, stored=stored, base=base, bytes_per_element=bytes_per_element)
+    if settings.ranking == "loss" and losses is None and isinstance(target, Target):
+        raise UsageError(
+            "Ranking loss weighs widths by what they cost the answers, which was not measured.",
+            hint="Use prune.ranking=local, global or isomorphic.",
+        )
     locked: dict[str, str] = {}
     while True:
         units, notes = find_units(graph, scores, settings, locked)
-        choice = _solve(units, target, settings, prices, notes)
+        choice = _solve(units, target, settings, prices, notes, losses if settings.ranking == "loss" else None)
         try:
             graph.solve({name: len(keep) for name, keep in choice.keep.items()})
         except AttributeConflictError as conflict:
@@ -119,18 +129,29 @@ class _Solution:
 
 
 def _solve(
-    units: Sequence[Unit], target: Target | Learned, settings: PruneSettings, prices: Prices, notes: Sequence[str]
+    units: Sequence[Unit],
+    target: Target | Learned,
+    settings: PruneSettings,
+    prices: Prices,
+    notes: Sequence[str],
+    losses: UnitLosses | None,
 ) -> Choice:
     """The choice for units that are settled. Raises TargetError and NothingPrunedError."""
     if not units:
         raise NothingPrunedError("No coupled group may be cut.", hint=" ".join(notes) or None)
     if isinstance(target, Learned):
         found = _as_learned(units, target)
+    elif target.metric == "ratio" and losses is not None:
+        widths = [Width(group=_widest(unit), full=unit.width) for unit in units]
+        total = sum(unit.width for unit in units)
+        meter = Meter([(width,) for width in widths], start=total)
+        kept = allocate(units, [losses(unit) for unit in units], meter, (1 - target.value) * total)
+        found = _at_ratio(units, kept, target.value)
     elif target.metric == "ratio":
         kept = under_pressure(units, pools_of(units, settings.ranking), target.value, at_least=True)
         found = _at_ratio(units, kept, target.value)
     else:
-        found = _at_cost(units, target, settings, prices, hint="; ".join(notes) or None)
+        found = _at_cost(units, target, settings, prices, losses, hint="; ".join(notes) or None)
     keep = {
         name: tuple(sorted(unit.order[name][-own:]))
         for unit, width in zip(units, found.kept, strict=True)
@@ -169,7 +190,13 @@ def _as_learned(units: Sequence[Unit], learned: Learned) -> _Solution:
 
 
 def _at_cost(
-    units: Sequence[Unit], target: Target, settings: PruneSettings, prices: Prices, *, hint: str | None
+    units: Sequence[Unit],
+    target: Target,
+    settings: PruneSettings,
+    prices: Prices,
+    losses: UnitLosses | None,
+    *,
+    hint: str | None,
 ) -> _Solution:
     """Widths that bring a cost of the whole model to the target. Raises TargetError."""
     metric = {"macs": "macs", "speedup": "macs", "params": "params", "size": "bytes"}[target.metric]
@@ -180,7 +207,10 @@ def _at_cost(
     reach = f"between {least:,} and {dense:,} {metric} can be reached"
     if not least * (1 - TOLERANCE) <= goal <= dense * (1 + TOLERANCE):
         raise TargetError(f"Target {target} asks for {goal:,.0f} {metric}: {reach}.", hint=hint)
-    press(search, pools_of(units, settings.ranking), goal)
+    if losses is not None:
+        search.kept = allocate(units, [losses(unit) for unit in units], search.meter, goal)
+    else:
+        press(search, pools_of(units, settings.ranking), goal)
     if not settle(search, goal):
         raise TargetError(
             f"Target {target} asks for {goal:,.0f} {metric}, the nearest found is {search.meter.total:,}: {reach}.",
@@ -192,6 +222,11 @@ def _at_cost(
     else:
         asked, reached, reachable = goal, float(value), (float(least), float(dense))
     return _Solution(kept=search.kept, asked=asked, reached=reached, reachable=reachable)
+
+
+def _widest(unit: Unit) -> str:
+    """The name of the group by which the unit's width is counted."""
+    return next(name for name, order in unit.order.items() if len(order) == unit.width)
 
 
 def _nothing_removed(target: Target | Learned, found: _Solution) -> NothingPrunedError:

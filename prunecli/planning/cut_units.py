@@ -22,8 +22,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prunecli.recipe.settings import PruneSettings
@@ -31,6 +33,8 @@ from prunecli.values.groups import Bundle, Graph, Group, Tie, common_parts
 
 _COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "varw", "random", "gates"})
 _FEWEST_STEPS: Final = 4
+
+Kept = TypeVar("Kept", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,8 @@ class Unit:
         """Largest number of channels of the widest group that may leave."""
         return self.width - self.allowed[-1]
 
-    def widths(self, kept: int) -> dict[str, int]:
-        """The kept width of each group by name, where the widest group keeps ``kept``."""
+    def widths(self, kept: Kept) -> dict[str, Kept]:
+        """The kept width of each group by name, where the widest group keeps ``kept``: one width, or an array."""
         return {name: kept * len(order) // self.width for name, order in self.order.items()}
 
     def nearest(self, kept: int) -> int:

@@ -29,7 +29,8 @@ def inspection(source: Source, recipe: Recipe) -> Inspection:
     supported, status = True, "half of every group was cut on trial: the net equals the silenced dense net"
     try:
         scores = score.score_model(source.model, graph.groups, criterion="l1", seed=recipe.seed)
-        proven = proven_plan(source, graph, scores, Target(metric="ratio", value=0.5), recipe.prune)
+        settings = recipe.prune.updated(criterion="l1", ranking="local")
+        proven = proven_plan(source, graph, scores, Target(metric="ratio", value=0.5), settings)
         graph = proven.graph
         status += f" to {proven.proof.relative_error:.1e}"
     except (UnsupportedError, NothingPrunedError) as error:

@@ -49,7 +49,9 @@ def make_plan(
     names = [name for name, _ in source.model.named_parameters()]
     stored = list(source.model.state_dict())
     values = scores.channels
-    choice = budget.choose(graph, values, target, settings, parameters=names, stored=stored, base=source.cost)
+    choice = budget.choose(
+        graph, values, target, settings, parameters=names, stored=stored, base=source.cost, losses=scores.losses
+    )
     kept = {name: len(keep) for name, keep in choice.keep.items()}
     groups = tuple(
         PlannedGroup(

@@ -37,7 +37,7 @@ def pools_of(units: Sequence[Unit], ranking: str) -> list[Pool]:
     """The pools of a ranking: ``local``, ``global`` or ``isomorphic``."""
     members: dict[object, list[int]] = {}
     for at, unit in enumerate(units):
-        key: object = {"local": at, "global": 0}.get(ranking, unit.shape)
+        key: object = {"local": at, "global": 0, "isomorphic": unit.shape}[ranking]
         members.setdefault(key, []).append(at)
     found = []
     for pool in members.values():

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prunecli.values.groups import Const, Graph, Product, Size, Sum, Width
 from prunecli.values.plan import Cost
@@ -58,27 +63,45 @@ class Meter:
     """
 
     def __init__(self, terms: Iterable[Sequence[Size]], *, start: int, unit: int = 1) -> None:
-        self._terms = [tuple(extents) for extents in terms]
-        self._unit = unit
+        counted = Counter(tuple(extents) for extents in terms)  # layers of equal blocks are equal products
+        self._terms = list(counted)
+        self._factors = [unit * count for count in counted.values()]
         self._kept: dict[str, int] = {}
-        self._values = [self._value(term, {}) for term in self._terms]
+        self._values = [self._value(at, {}) for at in range(len(self._terms))]
         self._of: dict[str, set[int]] = {}
         for at, term in enumerate(self._terms):
             for name in set().union(*map(_names, term)):
                 self._of.setdefault(name, set()).add(at)
         self.total = start
 
-    def _value(self, term: Sequence[Size], kept: Mapping[str, int]) -> int:
-        return self._unit * math.prod(extent.evaluate(kept) for extent in term)
+    def _value(self, at: int, kept: Mapping[str, Any]) -> Any:
+        return self._factors[at] * math.prod(extent.evaluate(kept) for extent in self._terms[at])
 
-    def _changed(self, widths: Mapping[str, int]) -> dict[int, int]:
-        touched = set().union(*(self._of.get(name, ()) for name in widths))
+    def _changed(self, widths: Mapping[str, Any]) -> dict[int, Any]:
         kept = self._kept | dict(widths)
-        return {at: self._value(self._terms[at], kept) for at in touched}
+        return {at: self._value(at, kept) for at in self.products(widths)}
+
+    def products(self, names: Iterable[str]) -> set[int]:
+        """Numbers of the different products that depend on the widths of these groups."""
+        return set().union(*(self._of.get(name, ()) for name in names))
 
     def trial(self, widths: Mapping[str, int]) -> int:
         """The total if these groups had these widths, which stay unchanged."""
         return self.total + sum(value - self._values[at] for at, value in self._changed(widths).items())
+
+    def trials(self, widths: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+        """The totals at many widths at once, which stay unchanged: element by element what `trial` gives.
+
+        Args:
+            widths: widths by group name, in arrays of shapes that broadcast against each other.
+
+        Returns:
+            totals, in the shape that the widths broadcast to.
+        """
+        totals = np.full(np.broadcast_shapes(*(own.shape for own in widths.values())), self.total)
+        for at, values in self._changed(widths).items():
+            totals += values - self._values[at]
+        return totals
 
     def commit(self, widths: Mapping[str, int]) -> None:
         """Set the widths of these groups."""

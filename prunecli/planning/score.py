@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,10 @@ from prunecli.models.channels import row_index, rows
 from prunecli.planning.losses import UnitLosses
 from prunecli.planning.reader_views import View, ViewsOf, views_of
 from prunecli.planning.selection import forward_scores, variance_scores
+from prunecli.recipe.settings import DATA_DRIVEN
 from prunecli.values.groups import Group, Member, Role, module_of, tensor_name
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
-DATA_DRIVEN: Final = frozenset({"varw", "forward"})  # criteria that look at what layers read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Recipe(Value):
         if self.data.input_size and (twice := {"img_size", "in_chans"} & self.model_args.keys()):
             raise ValueError(f"data.input_size and the model argument {min(twice)} both set the input; leave one out")
         ranked_by = {"abp": "their gates", "epsd": "the steps it takes"}.get(self.method.kind)
-        if ranked_by and self.prune.criterion != "l1":
+        if ranked_by and self.prune.criterion not in {"auto", "l1"}:
             raise ValueError(
                 f"method {self.method.kind} ranks channels by {ranked_by}; leave out prune.criterion "
                 f"{self.prune.criterion}"

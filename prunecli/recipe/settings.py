@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,8 +10,9 @@ from prunecli.recipe.losses import CeLoss, Loss, NoRegulariser, Regulariser
 from prunecli.recipe.schedules import RETRAINING, CosineSchedule, OriginalSchedule, RetrainingSchedule, Schedule
 from prunecli.values.value import Value
 
-Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
-Ranking = Literal["local", "global", "isomorphic", "loss"]
+Criterion = Literal["auto", "l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
+Ranking = Literal["auto", "local", "global", "isomorphic", "loss"]
+DATA_DRIVEN: Final = frozenset({"varw", "forward"})  # criteria that look at what layers read
 Count = Annotated[int, Field(gt=0)]
 RecoverStep = Literal["auto", "lstsq", "onepass", "repair", "orthp", "blend", "bn"]
 
@@ -63,9 +64,13 @@ class DataSettings(Value):
 class PruneSettings(Value):
     """What may be cut, and how channels are ranked."""
 
-    criterion: Criterion = Field(default="l1", description="score by which channels are ranked")
+    criterion: Criterion = Field(
+        default="auto", description="score by which channels are ranked; auto: forward with images, l1 without"
+    )
     ranking: Ranking = Field(
-        default="local", description="which channels compete: those of a group, all, or those of groups alike"
+        default="auto",
+        description="which channels compete: those of a group, all, or those of groups alike; loss: widths by what "
+        "each costs the answers; auto: loss with images, local without or for another criterion",
     )
     graph: Literal["axes", "torch_pruning"] = Field(default="axes", description="engine that finds coupled channels")
     attention: Literal["heads", "head_dim"] = Field(
@@ -81,6 +86,19 @@ class PruneSettings(Value):
     min_width: int = Field(default=1, gt=0, description="fewest channels that a group keeps")
     max_ratio: float = Field(default=0.995, gt=0, lt=1, description="largest share of one group that may leave")
     calibration_images: int = Field(default=128, gt=0, description="images for criteria that need gradients")
+
+    def decided(self, *, by_data: bool) -> PruneSettings:
+        """The settings with a criterion and a ranking in the place of ``auto``.
+
+        Args:
+            by_data: whether what layers read may decide: there are images, and the method leaves the choice open.
+        """
+        criterion, ranking = self.criterion, self.ranking
+        if criterion == "auto":
+            criterion = "forward" if by_data else "l1"
+        if ranking == "auto":
+            ranking = "loss" if by_data and self.criterion in {"auto", *DATA_DRIVEN} else "local"
+        return self.updated(criterion=criterion, ranking=ranking)
 
 
 class RecoverSettings(Value):

@@ -42,6 +42,9 @@ def plan_and_prove(
     phase before the cut has nothing to train with or is too short for this plan.
     """
     phase.require_possible(recipe, images)
+    # Methods that train before the cut keep the choice of their papers: weight norms, layer by layer.
+    by_data = calibration is not None and recipe.method.kind == "oneshot"
+    recipe = recipe.updated(prune=recipe.prune.decided(by_data=by_data))
     if recipe.target is None and recipe.method.kind != "abp":
         raise UsageError("No target was given.", hint="For example --target macs=50%.")
     graph = build_graph(source.model, source.spec.size, engine=recipe.prune.graph)

@@ -17,8 +17,9 @@ from prunecli.methods.gates import is_open
 from prunecli.models.device import resolve_device
 from prunecli.models.outputs import logits_of
 from prunecli.models.source import Source
-from prunecli.planning.score import DATA_DRIVEN, Scores, score_model
+from prunecli.planning.score import Scores, score_model
 from prunecli.recipe.recipe import Recipe
+from prunecli.recipe.settings import DATA_DRIVEN
 from prunecli.sensitivity.measured_losses import MeasuredLosses
 from prunecli.values.groups import Graph
 

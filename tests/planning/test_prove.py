@@ -53,7 +53,8 @@ def source_of(model: nn.Module) -> Source:
 def proven(model: nn.Module, **target: Any) -> Proven:
     torch.manual_seed(0)
     source = source_of(model)
-    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}} | target)
+    prune = {"round_to": 1, "criterion": "l1", "ranking": "local"}
+    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": prune} | target)
     graph = build_graph(model, SIZE)
     assert recipe.target is not None
     return proven_plan(source, graph, scores_of(source, graph, recipe, None), recipe.target, recipe.prune)

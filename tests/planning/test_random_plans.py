@@ -87,7 +87,7 @@ def random_choice(model: nn.Module, graph: Graph, size: tuple[int, int, int], ta
         graph,
         {group.name: torch.rand(group.width, generator=generator) for group in graph.groups},
         Target.parse(target),
-        PruneSettings(criterion="random", **more),
+        PruneSettings(criterion="random", **more).decided(by_data=False),
         parameters=[name for name, _ in model.named_parameters()],
         stored=list(model.state_dict()),
         base=measure(model, size),

@@ -167,4 +167,4 @@ def test_bad_requests_are_named(tensors):
 
 
 def test_the_recipe_knows_exactly_these_criteria():
-    assert set(get_args(Criterion)) == set(CRITERIA)
+    assert set(get_args(Criterion)) == {"auto", *CRITERIA}

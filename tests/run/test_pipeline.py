@@ -340,7 +340,7 @@ def edited(source: Path, folder: Path, name: str, edit: str) -> Path:
         case "other":
             values = json.loads(file.read_text())
             if name == "plan.json":
-                group = values["groups"][0]
+                group = next(group for group in values["groups"] if len(group["keep"]) < group["width"])
                 group["keep"] = sorted(set(range(group["width"])) - set(group["keep"]))
             else:
                 values["source_digest"] = "0" * 64
@@ -502,7 +502,7 @@ def test_a_dense_model_that_knows_its_data_teaches_the_cut_one(
 def taught_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that recovered a cut model and fine-tuned it with AdamW."""
     folder = tmp_path_factory.mktemp("runs") / "taught"
-    done = call("compress", *TEACHES, "finetune.optimizer=adamw", "--recover=bn", f"--out={folder}")
+    done = call("compress", *TEACHES, "--criterion=l1", "finetune.optimizer=adamw", "--recover=bn", f"--out={folder}")
     assert done.exit_code == 0, done.stderr
     return folder
 
@@ -525,7 +525,7 @@ def cut_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "cut"
     job = [part.replace("--epochs=1", "--epochs=0") for part in TEACHES]
     base = "finetune.original={lr: 0.4, epochs: 200}"
-    done = call("compress", *job, "--recover=bn", base, f"--out={folder}")
+    done = call("compress", *job, "--criterion=l1", "--recover=bn", base, f"--out={folder}")
     assert done.exit_code == 0, done.stderr
     return folder
 
