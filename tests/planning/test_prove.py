@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from prunecli.errors import UnsupportedError
 from prunecli.graph.build import build_graph
-from prunecli.measure import cost
-from prunecli.models.build import InputSpec
-from prunecli.models.source import Source
 from prunecli.planning import score
 from prunecli.planning.prove import Proven, proven_plan
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.recipe import Recipe
 from prunecli.run import plan_and_prove
 from prunecli.run.scores import scores_of
-from prunecli.values.plan import ModelRef
+from toys.sources import source_of
 
 SIZE = (3, 4, 4)
 
@@ -39,20 +36,9 @@ class Sly(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def source_of(model: nn.Module) -> Source:
-    return Source(
-        model=model.eval(),
-        ref=ModelRef(name="sly", num_classes=5, timm="0"),
-        spec=InputSpec(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0),
-        digest="",
-        cost=cost.measure(model, SIZE),
-        notes=(),
-    )
-
-
 def proven(model: nn.Module, **target: Any) -> Proven:
     torch.manual_seed(0)
-    source = source_of(model)
+    source = source_of(model, SIZE)
     prune = {"round_to": 1, "criterion": "l1", "ranking": "local"}
     recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": prune} | target)
     graph = build_graph(model, SIZE)
@@ -86,7 +72,7 @@ def test_sparing_a_group_scores_nothing_again(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(score.CRITERIA, "l1", counted)
     recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}})
-    planned, _ = plan_and_prove.plan_and_prove(source_of(Sly((0, 3))), recipe, None)
+    planned, _ = plan_and_prove.plan_and_prove(source_of(Sly((0, 3)), SIZE), recipe, None)
     assert len(planned.notes) == 2
     assert scored == ["convs.0", "convs.1", "convs.2", "convs.3"]
 
