@@ -9,7 +9,7 @@ allows them, come from `prunecli.planning.cut_units`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from prunecli.planning.search import TOLERANCE, Search, settle
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.values.groups import AttributeConflictError, Graph, Width
-from prunecli.values.plan import Cost
+from prunecli.values.plan import Cost, UnitAllocation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class Choice:
         reached: the value that this choice gives, in the same unit.
         reachable: lowest and highest value that these settings can give, in the same unit.
         notes: sentences about groups left out, with the reason, and about rounding.
+        allocation: with ranking ``loss``, how the width of each unit was found.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -46,6 +47,7 @@ class Choice:
     reached: float
     reachable: tuple[float, float]
     notes: tuple[str, ...]
+    allocation: tuple[UnitAllocation, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ class _Solution:
     asked: float
     reached: float
     reachable: tuple[float, float]
+    allocation: tuple[UnitAllocation, ...] = ()
 
 
 def _solve(
@@ -146,7 +149,7 @@ def _solve(
         total = sum(unit.width for unit in units)
         meter = Meter([(width,) for width in widths], start=total)
         kept = allocate(units, [losses(unit) for unit in units], meter, (1 - target.value) * total)
-        found = _at_ratio(units, kept, target.value)
+        found = replace(_at_ratio(units, kept, target.value), allocation=_allocation(units, kept, losses, meter, total))
     elif target.metric == "ratio":
         kept = under_pressure(units, pools_of(units, settings.ranking), target.value, at_least=True)
         found = _at_ratio(units, kept, target.value)
@@ -163,7 +166,13 @@ def _solve(
     cost = prices.cost({name: len(channels) for name, channels in keep.items()})
     notes = (*notes, *_remarks(target, found, keep, settings))
     return Choice(
-        keep=keep, cost=cost, asked=found.asked, reached=found.reached, reachable=found.reachable, notes=notes
+        keep=keep,
+        cost=cost,
+        asked=found.asked,
+        reached=found.reached,
+        reachable=found.reachable,
+        notes=notes,
+        allocation=found.allocation,
     )
 
 
@@ -221,7 +230,31 @@ def _at_cost(
         asked, reached, reachable = target.value, dense / max(value, 1), (1.0, dense / max(least, 1))
     else:
         asked, reached, reachable = goal, float(value), (float(least), float(dense))
-    return _Solution(kept=search.kept, asked=asked, reached=reached, reachable=reachable)
+    allocation = () if losses is None else _allocation(units, search.kept, losses, search.meter, dense)
+    return _Solution(kept=search.kept, asked=asked, reached=reached, reachable=reachable, allocation=allocation)
+
+
+def _allocation(
+    units: Sequence[Unit], kept: Sequence[int], losses: UnitLosses, meter: Meter, dense: int
+) -> tuple[UnitAllocation, ...]:
+    """What each unit was given; ``meter`` stands at the kept widths, ``dense`` is its total at the full ones."""
+    found = []
+    for unit, width in zip(units, kept, strict=True):
+        curve, smaller = losses(unit), unit.step(width, 1)
+        saved = 0 if smaller is None else meter.total - meter.trial(unit.widths(smaller))
+        marginal = None if smaller is None or saved <= 0 else curve.losses[smaller] - curve.losses[width]
+        found.append(
+            UnitAllocation(
+                groups=tuple(unit.order),
+                width=unit.width,
+                kept=width,
+                loss=curve.losses[width],
+                marginal=None if marginal is None else marginal * dense / (100 * saved),
+                curve=dict(curve.losses),
+                kl=dict(curve.measured),
+            )
+        )
+    return tuple(found)
 
 
 def _widest(unit: Unit) -> str:

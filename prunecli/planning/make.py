@@ -76,6 +76,7 @@ def make_plan(
         folds=tuple(fold for fold in graph.folds if kept.get(fold.group, 0)),
         base=source.cost,
         predicted=choice.cost,
+        allocation=choice.allocation,
     )
     result = TargetResult(
         metric=target.metric if isinstance(target, Target) else "ratio",

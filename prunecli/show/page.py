@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from prunecli.show import plots, wording
-from prunecli.values.plan import Plan
+from prunecli.values.plan import Plan, UnitAllocation
 from prunecli.values.report import FinetuneReport, LayerReport, PhaseReport, RecoveryStep, Report, Stage
 
 _TEMPLATES: Final = Environment(
@@ -73,6 +73,7 @@ class _Layers:
     count: int
     shown: int
     text: str = ""
+    rows: _Rows = ()
 
 
 def report_page(
@@ -110,6 +111,7 @@ def report_page(
         rate=rate,
         finetuning=_finetuning(report.finetune, wording.budget_line(report)) if report.finetune else None,
         widths=_widths(report.layers, plan),
+        allocation=_allocation(plan.allocation) if plan.allocation else None,
         spectra=_spectra(report.layers),
         checks=_checks(report),
         versions=versions,
@@ -190,6 +192,7 @@ def _recovery_row(step: RecoveryStep) -> tuple[str, ...]:
     return (
         step.name,
         "yes" if step.kept else "no",
+        change(step.kl_before, step.kl_after),
         change(step.top1_before, step.top1_after),
         change(step.loss_before, step.loss_after),
         change(*(jsv.mean if jsv else None for jsv in (step.jsv_before, step.jsv_after))),
@@ -218,6 +221,20 @@ def _widths(layers: Sequence[LayerReport], plan: Plan) -> _Layers:
     )
     plot = plots.widths_plot(narrowed) if narrowed else ""
     return _Layers(plot=plot, count=len(narrowed), shown=plots.WIDTHS_SHOWN, text=text)
+
+
+def _allocation(units: Sequence[UnitAllocation]) -> _Layers:
+    rows = [
+        (
+            unit.groups[0] + (f" +{len(unit.groups) - 1}" if len(unit.groups) > 1 else ""),
+            f"{unit.width} → {unit.kept}",
+            wording.figure(unit.loss),
+            wording.figure(unit.marginal),
+            ", ".join(f"{wording.figure(kl)} at {kept}" for kept, kl in sorted(unit.kl.items(), reverse=True)),
+        )
+        for unit in units
+    ]
+    return _Layers(plot=plots.allocation_plot(units), count=len(units), shown=plots.UNITS_SHOWN, rows=rows)
 
 
 def _spectra(layers: Sequence[LayerReport]) -> _Layers | None:

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from prunecli.show import wording
+from prunecli.values.plan import UnitAllocation
 from prunecli.values.report import LayerReport, PhaseReport, Stage
 
+UNITS_SHOWN: Final = 40
 SPECTRA_SHOWN: Final = 24
 WIDTHS_SHOWN: Final = 60
 
@@ -215,6 +217,32 @@ def widths_plot(layers: Sequence[LayerReport]) -> str:
         axes.tick_params(axis="y", length=0)
 
     return _drawn(draw, width=9.5, height=0.7 + 0.24 * len(shown), label="Output channels before and after")
+
+
+def allocation_plot(units: Sequence[UnitAllocation]) -> str:
+    """Loss of each unit by the share of its channels that stays, with the chosen point; at most ``UNITS_SHOWN``."""
+    shown = units[:UNITS_SHOWN]
+    columns = min(5, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    largest = max(max(unit.curve.values()) for unit in shown) or 1.0
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, unit in zip(grid, shown, strict=False):
+            widths = sorted(unit.curve)
+            axes.plot([100 * w / unit.width for w in widths], [unit.curve[w] for w in widths], color=_BEFORE)
+            axes.plot(100 * unit.kept / unit.width, unit.loss, "o", color=_AFTER, markersize=5)
+            axes.set_title(short(unit.groups[0], 22), loc="left", fontsize=8)
+            axes.set_yscale("symlog", linthresh=largest / 100)
+            axes.set_ylim(0, largest)
+            axes.set_xlim(0, 103)
+            axes.tick_params(labelsize=7)
+        for axes in grid[len(shown) :]:
+            axes.set_visible(False)
+        figure.supxlabel("channels that stay (%)", fontsize=9)
+        figure.supylabel("loss", fontsize=9)
+
+    return _drawn(draw, width=9.5, height=0.5 + 1.2 * rows, label="Loss of every width of every unit")
 
 
 def weight_spectra_plot(layers: Sequence[LayerReport]) -> str:

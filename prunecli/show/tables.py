@@ -20,6 +20,7 @@ from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
     Accuracy,
     PhaseCost,
+    RecoveryStep,
     Report,
     SpectrumSummary,
     Stage,
@@ -99,7 +100,7 @@ def _outcome(report: Report) -> list[tuple[str, str]]:
     lines += [
         ("before the cut", f"{wording.phase_line(phase)}; {wording.phase_outcome(phase)}") for phase in report.phases
     ]
-    lines += [(f"recovery {step.name}", step.rule) for step in report.recovery]
+    lines += _recoveries(report.recovery)
     if report.lr:
         lines.append(("LR", f"{report.lr.recommended:g}. {report.lr.rule}"))
     if report.finetune:
@@ -109,6 +110,15 @@ def _outcome(report: Report) -> list[tuple[str, str]]:
     if report.verify:
         lines.append(("verified", _verdict(report.verify)))
     return lines
+
+
+def _recoveries(steps: Sequence[RecoveryStep]) -> list[tuple[str, str]]:
+    """What was kept, a line each, and how many others were tried; the page has them all."""
+    kept = [(f"recovery {step.name}", step.rule) for step in steps if step.kept]
+    others = len(steps) - len(kept)
+    if not others:
+        return kept
+    return [*kept, ("recovery", f"{others} {'others' if kept else 'recoveries'} tried, none better: report.html")]
 
 
 def _finetuning(report: Report) -> str:

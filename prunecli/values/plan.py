@@ -73,6 +73,24 @@ class PlannedGroup(Value):
         return len(self.keep) < self.width
 
 
+class UnitAllocation(Value):
+    """What one unit of groups that are cut together was given, and why: its loss at every width it may have.
+
+    Losses have no unit of their own (see `prunecli.sensitivity.measured_losses`); only their ratios mean something. At
+    the optimum the next step of every unit costs about the same for what it saves, so ``marginal`` is nearly equal.
+    """
+
+    groups: tuple[str, ...]
+    width: int = Field(gt=0)
+    kept: int = Field(gt=0)
+    loss: float = Field(description="loss at the kept width")
+    marginal: float | None = Field(
+        description="further loss for each per cent of the dense cost that the next step saves; null: none left"
+    )
+    curve: Mapping[int, float] = Field(description="loss by kept width")
+    kl: Mapping[int, float] = Field(description="KL divergence in nats of cutting this unit alone, by kept width")
+
+
 class Plan(Value):
     """Which indices of which coupled group stay, and why. Enough to cut the dense weights again.
 
@@ -91,6 +109,7 @@ class Plan(Value):
     folds: tuple[ScaleFold, ...] = ()
     base: Cost
     predicted: Cost
+    allocation: tuple[UnitAllocation, ...] = Field(default=(), description="with ranking loss: how widths were found")
 
     @property
     def cut_groups(self) -> tuple[PlannedGroup, ...]:
@@ -99,7 +118,10 @@ class Plan(Value):
 
     def sha256(self) -> str:
         """Hex digest of the plan as JSON, by which a resumed run knows the plan that it began with."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        values = self.model_dump(mode="json")
+        if not self.allocation:
+            del values["allocation"]  # plans from before there was such a thing keep their digest
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 #: Tensor name → dimension → positions, ascending.

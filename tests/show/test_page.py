@@ -161,7 +161,7 @@ def test_without_data_spectra_or_training_the_page_still_stands():
     assert "The Jacobian spectrum was not measured" in text
     assert "What to know first" not in text
     assert "Fine-tuning" not in text
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2
 
 
 def test_ranges_stand_in_for_values_and_zeros_are_counted():
@@ -213,7 +213,7 @@ def test_phases_before_the_cut_have_their_plots_and_count_as_training():
     grow, push = sample.phases()
     html = page(sample.report(phases=(grow, push), total_epochs=41.5))
     text = " ".join("\n".join(parsed(html).text).split())
-    assert html.count("<svg") == 7
+    assert html.count("<svg") == 8
     assert "Before the plan" in text
     assert "channels that leave are pushed towards zero: 12,000 steps = 31 epochs at LR 0.001" in text
     assert "norm of pushed channels 16.2 → 0; Gram loss 0.394 → 0" in text

@@ -6,7 +6,7 @@ import math
 
 from prunecli.values.groups import Member
 from prunecli.values.learning_rate import FinetuneSituation, LRReport, Rule
-from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup
+from prunecli.values.plan import Cost, ModelRef, Plan, PlannedGroup, UnitAllocation
 from prunecli.values.report import (
     FinetuneReport,
     LayerReport,
@@ -117,6 +117,8 @@ def report(**changes: object) -> Report:
         name="bn",
         kept=True,
         rule="kept: held-out loss after 30 optimiser steps at LR 0.01 is 1.41 with it, 1.53 without it",
+        kl_before=4.97,
+        kl_after=1.06,
         loss_before=6.71,
         loss_after=3.02,
         top1_before=9.3,
@@ -184,7 +186,20 @@ def plan() -> Plan:
         groups=(whole, *groups),
         base=DENSE,
         predicted=PRUNED,
-    )
+        allocation=tuple(
+            UnitAllocation(
+                groups=(group.name,),
+                width=group.width,
+                kept=group.width // 2,
+                loss=0.01 * (place + 1),
+                marginal=0.004,
+                curve={kept: 0.01 * (place + 1) * (group.width - kept) ** 2 * 4 / group.width**2
+                       for kept in range(0, group.width + 1, group.width // 8) if kept},
+                kl={group.width // 2: 0.02 * (place + 1)},
+            )
+            for place, group in enumerate(groups)
+        ),
+    )  # fmt: skip
 
 
 def jacobians() -> dict[str, tuple[float, ...]]:
