@@ -234,7 +234,8 @@ def allocation_plot(units: Sequence[UnitAllocation]) -> str:
             axes.plot(100 * unit.kept / unit.width, unit.loss, "o", color=_AFTER, markersize=5)
             axes.set_title(short(unit.groups[0], 22), loc="left", fontsize=8)
             axes.set_yscale("symlog", linthresh=largest / 100)
-            axes.set_ylim(0, largest)
+            axes.set_ylim(0, 1.2 * largest)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_xlim(0, 103)
             axes.tick_params(labelsize=7)
         for axes in grid[len(shown) :]:

@@ -97,7 +97,7 @@ def test_it_says_the_result_and_every_stage(full):
     assert "left out: held-out loss" in text
     assert "reloads in a fresh process" in text
     assert "model: a & b" in text
-    assert full.count("<svg") == 5  # stages, Jacobian, fine-tuning, widths, weight spectra
+    assert full.count("<svg") == 6  # stages, Jacobian, fine-tuning, widths, losses, weight spectra
 
 
 def test_names_and_warnings_are_escaped(full):
