@@ -16,6 +16,7 @@ from prunecli.recipe.recipe import Recipe
 # Exact Jacobians cost K backward passes an image, a Lanczos step two; `auto` takes as many images as this many
 # multiply-adds buy (about a minute on two CPU cores), and Lanczos where they buy no exact one.
 _JACOBIAN_MACS: Final = {"cpu": 1.5e12, "cuda": 1.5e14}
+_FEWEST_EXACT: Final = 4  # one whole Jacobian of 1000 classes costs more than estimates of eight, and shows one image
 _JACOBIAN_IMAGES: Final = {"exact": 16, "lanczos": 8}
 
 
@@ -29,7 +30,7 @@ def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tup
     """
     settings, passes = recipe.spectrum, {"exact": 3 * source.ref.num_classes, "lanczos": 2 * recipe.spectrum.steps}
     bought = {how: int(_JACOBIAN_MACS[device.type] / (n * source.cost.macs or 1)) for how, n in passes.items()}
-    wanted = 1 if settings.samples == "auto" else settings.samples
+    wanted = _FEWEST_EXACT if settings.samples == "auto" else settings.samples
     how = settings.method
     if how == "auto":
         how = "exact" if bought["exact"] >= wanted else "lanczos"

@@ -18,6 +18,7 @@ from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, read_value, write_json
 from prunecli.interrupts import interrupted_as
 from prunecli.measure.calibration import Calibration
+from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.methods import phase
 from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
@@ -58,6 +59,7 @@ class Job:
         resume: whether an earlier start of the same run is continued.
         force: whether a run that is there is replaced.
         begun: whether the folder was made and locked.
+        spectra: Jacobian spectrum by the digest of a model's weights, of the models measured by this process.
         closing: releases the folder.
         started: time at which the job was opened, in seconds of ``time.perf_counter``.
     """
@@ -73,6 +75,7 @@ class Job:
     resume: bool
     force: bool
     begun: bool = False
+    spectra: dict[str, JacobianSpectrum | None] = field(default_factory=dict)
     closing: ExitStack = field(default_factory=ExitStack)
     started: float = field(default_factory=time.perf_counter)
 

@@ -10,13 +10,20 @@ from prunecli.measure import accuracy as measure_accuracy
 from prunecli.measure import cost
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.measure.stage_spectrum import jacobian_spectrum
+from prunecli.models.tensors import state_digest
 from prunecli.run.job import Job
 from prunecli.values.report import Accuracy, Stage, StageName
 
 
 def jacobian(job: Job, model: nn.Module) -> JacobianSpectrum | None:
-    """The Jacobian spectrum of one stage, or None where it is switched off or would cost too much."""
-    return jacobian_spectrum(job.recipe, job.source, model, job.images, job.device)
+    """The Jacobian spectrum of a model, or None where it is switched off or would cost too much.
+
+    Equal weights are measured once: a stage's model is the next step's beginning.
+    """
+    key = state_digest(model.state_dict())
+    if key not in job.spectra:
+        job.spectra[key] = jacobian_spectrum(job.recipe, job.source, model, job.images, job.device)
+    return job.spectra[key]
 
 
 def evaluate(job: Job, model: nn.Module) -> Accuracy | None:
