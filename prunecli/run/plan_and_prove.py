@@ -42,8 +42,7 @@ def plan_and_prove(
     phase before the cut has nothing to train with or is too short for this plan.
     """
     phase.require_possible(recipe, images)
-    # Methods that train before the cut keep the choice of their papers: weight norms, layer by layer.
-    by_data = calibration is not None and recipe.method.kind == "oneshot"
+    by_data = calibration is not None and _chooses_freely(recipe)
     remarks = _remarks(recipe, images, calibration)
     recipe = recipe.updated(prune=recipe.prune.decided(by_data=by_data))
     if recipe.target is None and recipe.method.kind != "abp":
@@ -72,9 +71,17 @@ def plan_and_prove(
     return replace(planned, notes=(*remarks, *goal.before, *planned.notes, *goal.after)), proof
 
 
+def _chooses_freely(recipe: Recipe) -> bool:
+    """Whether what layers read may decide: a plain cut of weights that stay.
+
+    Methods that train before the cut keep the choice of their papers, weight norms layer by layer.
+    """
+    return recipe.method.kind == "oneshot" and recipe.init is None
+
+
 def _remarks(recipe: Recipe, images: Images | None, calibration: Calibration | None) -> tuple[str, ...]:
     """Sentences on what the images that channels are chosen by mean for the result."""
-    if recipe.method.kind != "oneshot" or recipe.prune.criterion not in {"auto", *DATA_DRIVEN}:
+    if not _chooses_freely(recipe) or recipe.prune.criterion not in {"auto", *DATA_DRIVEN}:
         return ()
     if calibration is None:
         return (

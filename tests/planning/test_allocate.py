@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 
-from planning.test_budget import chain, costs, rising
 from prunecli.errors import TargetError, UsageError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
@@ -22,6 +21,7 @@ from prunecli.planning.prices import Prices
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.values.groups import Bundle, Graph, Tie
+from toys.chains import chain, costs, rising
 
 SETTINGS = PruneSettings(criterion="forward", ranking="loss", round_to=1)
 

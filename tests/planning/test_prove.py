@@ -71,7 +71,7 @@ def test_sparing_a_group_scores_nothing_again(monkeypatch: pytest.MonkeyPatch) -
         return l1(evidence)
 
     monkeypatch.setitem(score.CRITERIA, "l1", counted)
-    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1}})
+    recipe = Recipe.from_mapping({"model": "sly", "target": "ratio=0.25", "prune": {"round_to": 1, "criterion": "l1"}})
     planned, _ = plan_and_prove.plan_and_prove(source_of(Sly((0, 3)), SIZE), recipe, None)
     assert len(planned.notes) == 2
     assert scored == ["convs.0", "convs.1", "convs.2", "convs.3"]
