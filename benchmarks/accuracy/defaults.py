@@ -5,7 +5,7 @@
 
 Every run halves the multiply-adds of a net that knows CIFAR-10 and fine-tunes it for four epochs of 5,000 images (crop
 and flip, batch 128), judged on 4,000 test images behind the last epoch. The nets and their bases, trained here first,
-are those of ``lr_regret.py``. *published rate* is 1e-2 for SGD, DeiT's rate scaled to the batch for AdamW.
+are those of ``shared/cifar_nets.py``. *published rate* is 1e-2 for SGD, DeiT's rate scaled to the batch for AdamW.
 
 * ``defaults``: nothing set but the target and the budget.
 * ``fixed rate``, ``no recovery``, ``no teacher``: that one switched off (the rate: the published one), the others as
@@ -35,7 +35,7 @@ from torch import nn
 if not __package__:  # run as a program, from any folder
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.accuracy.lr_regret import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
+from benchmarks.shared.cifar_nets import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import row
 from prunecli.measure import cost

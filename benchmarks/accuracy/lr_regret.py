@@ -24,10 +24,8 @@ import itertools
 import math
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,12 @@ if not __package__:  # run as a program, from any folder
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.accuracy.papers_mnist import NETS, Bench, mnist, train_base
+from benchmarks.shared.cifar_nets import CIFAR, CIFAR_IMAGES, SETTINGS, Base, opened, recipe_for, trained_base
 from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import Split, row
 from benchmarks.shared.side_by_side import Arm, SideBySide
 from prunecli.data.images import Images, epoch_order
 from prunecli.errors import DivergedError
-from prunecli.files import write_tensors
 from prunecli.measure.accuracy import evaluate, lost_top1
 from prunecli.measure.jacobian import jacobian_spectrum
 from prunecli.models.load import load_model
@@ -51,7 +49,7 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
 from prunecli.recovery.steps import apply_steps, has_batch_norm
-from prunecli.run.job import Job, open_job
+from prunecli.run.job import Job
 from prunecli.run.plan_and_prove import plan_and_prove
 from prunecli.run.recovery_context import recovery_context
 from prunecli.run.source import open_images
@@ -75,59 +73,13 @@ GRIDS = {
     "adamw": (0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001),
 }
 BATCH, MNIST_IMAGES = 100, 20_000
-CIFAR_IMAGES, CIFAR_TEST = 5_000, 4_000
 RANGE_STEPS = 100
 TRIAL_SHARE = 0.05  # of the fine-tuning's steps, for three trials
 TRIAL_STEPS = 10  # a shorter trial says nothing
-SETTINGS = {
-    "sgd": FinetuneSettings(optimizer="sgd", momentum=0.9, weight_decay=1e-4, decay_norms=True),
-    "adamw": FinetuneSettings(optimizer="adamw", weight_decay=0.05),
-}
 TEACHER = DistillSettings(alpha=0.9, temperature=4.0)
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """How this script trains the base of a CIFAR net without a checkpoint: from random weights, by cosine."""
-
-    epochs: int
-    images: int
-    warmup: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CifarNet:
-    """A net on CIFAR-10: which layers are cut, what trains it, and where its base comes from."""
-
-    select: str
-    optimizer: OptimizerName = "sgd"
-    peak: float = 0.1
-    args: Mapping[str, Any] = field(default_factory=dict)
-    base: Base | None = None
-
-
-CIFAR = {
-    "cifar_resnet20": CifarNet(select="layer*.*.conv1"),
-    "cifar_resnet56": CifarNet(select="layer*.*.conv1"),
-    "vgg11_bn": CifarNet(
-        select="features.*", args={"mlp_ratio": 0.0625}, peak=0.01, base=Base(epochs=4, images=20_000)
-    ),
-    "test_convnext": CifarNet(
-        select="stages.*.mlp.fc1",
-        optimizer="adamw",
-        peak=0.002,
-        args={"patch_size": 2},
-        base=Base(epochs=20, images=50_000, warmup=1),
-    ),
-    "test_vit": CifarNet(
-        select="blocks.*.mlp.fc1",
-        optimizer="adamw",
-        peak=0.001,
-        args={"patch_size": 4},
-        base=Base(epochs=8, images=50_000, warmup=1),
-    ),
-}
 MNIST_PEAK = 0.01
 
 
@@ -345,56 +297,6 @@ def mnist_inputs(case: Case, bench: Bench, images: Split, net: nn.Module) -> dic
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-10
-
-
-def recipe_for(net: str, weights: Path | None, images: int, asked: argparse.Namespace) -> Recipe:
-    """A job on CIFAR-10 with this net: from random weights where it has no others."""
-    data = {"name": "torch/cifar10", "dir": asked.data_dir, "train_limit": images, "val_limit": CIFAR_TEST}
-    if CIFAR[net].base is not None:
-        data["input_size"] = (3, 32, 32)
-    return Recipe.from_mapping(
-        {
-            "model": net,
-            "model_args": {**CIFAR[net].args, "num_classes": 10},
-            "weights": weights and str(weights),
-            "pretrained": weights is not None,
-            "data": data,
-            "device": asked.device,
-        }
-    )
-
-
-def trained_base(net: str, asked: argparse.Namespace) -> Path:
-    """The file of the net's weights, trained first where it is to be and was not yet."""
-    how = CIFAR[net]
-    if how.base is None:
-        return Path(asked.checkpoints) / f"{net.replace('cifar_', 'cifar10_')}.safetensors"
-    file: Path = asked.work / f"{net}_cifar10_base.safetensors"
-    if file.is_file():
-        return file
-    with opened(recipe_for(net, None, how.base.images, asked)) as job:
-        assert job.images is not None
-        settings = SETTINGS[how.optimizer].updated(
-            schedule=CosineSchedule(min_lr=how.peak / 100, warmup_epochs=how.base.warmup)
-        )
-        done = finetune.finetune(
-            job.source.model,
-            job.images,
-            settings,
-            lr=how.peak,
-            epochs=how.base.epochs,
-            run=TrainingRun(device=job.device, seed=0, folder=asked.work / f"{net}_cifar10_base"),
-        )
-        print(net, "base", done.last_top1, flush=True)
-        write_tensors(file, job.source.model.state_dict())
-    return file
-
-
-@contextmanager
-def opened(recipe: Recipe) -> Iterator[Job]:
-    """The tool's own job, in a folder that goes away."""
-    with tempfile.TemporaryDirectory() as scratch:
-        yield open_job("compress", recipe, out=Path(scratch) / "run", resume=False, force=False, notify=lambda _: None)
 
 
 def run_cifar(case: Case, asked: argparse.Namespace, ledger: Ledger) -> None:
