@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_pruning as tp
-from torch import nn
 
 if not __package__:  # run as a program, from any folder
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
@@ -38,6 +36,7 @@ if not __package__:  # run as a program, from any folder
 from benchmarks.shared.cifar_nets import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import row
+from benchmarks.shared.torch_pruning_cut import nearest_cut
 from prunecli.measure import cost
 from prunecli.measure.accuracy import evaluate
 from prunecli.recipe.recipe import Recipe
@@ -54,7 +53,6 @@ NETS = ("vgg11_bn", "test_convnext", "test_vit")
 SEEDS = (0, 1, 2)
 EPOCHS = 4
 MACS_LEFT = 0.5
-ROUNDS = 12  # halvings of the interval in which Torch-Pruning's ratio lies
 
 OFF: dict[str, dict[str, Any]] = {
     "fixed rate": {"finetune": {"lr": "published"}},
@@ -128,7 +126,8 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     images = open_images(recipe, source)
     assert images is not None
     device = torch.device(recipe.device)
-    net = halved(source.model, source.spec.size)
+    net, _ = nearest_cut(source.model, source.spec.size, MACS_LEFT)
+    pruned = evaluate(net, images.val_loader(), device=device).top1
     size = cost.measure(net, source.spec.size)
     done = finetuning.finetune(
         net,
@@ -141,50 +140,13 @@ def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     )
     return {
         "dense": evaluate(source.model, images.val_loader(), device=device).top1,
-        "pruned": evaluate(halved(source.model, source.spec.size), images.val_loader(), device=device).top1,
+        "pruned": pruned,
         "top1": done.last_top1,
         "best": done.best_top1,
         "lr": rate,
         "macs": round(size.macs / source.cost.macs, 4),
         "params": round(size.params / source.cost.params, 4),
     }
-
-
-def halved(dense: nn.Module, size: tuple[int, int, int]) -> nn.Module:
-    """The cut of Torch-Pruning's own pruner whose multiply-adds are nearest to the target."""
-    full = cost.measure(dense, size).macs
-    low, high, nets = 0.0, 1.0, []
-    for _ in range(ROUNDS):
-        ratio = (low + high) / 2
-        net = their_cut(dense, size, ratio)
-        left = cost.measure(net, size).macs / full
-        nets.append((abs(left - MACS_LEFT), len(nets), net))
-        low, high = (ratio, high) if left > MACS_LEFT else (low, ratio)
-    return min(nets)[2]
-
-
-def their_cut(dense: nn.Module, size: tuple[int, int, int], ratio: float) -> nn.Module:
-    """A copy of which its pruner took this share of every width; attention as in its example for timm's ViTs."""
-    net = copy.deepcopy(dense)
-    heads = {m.qkv: m.num_heads for m in net.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
-    classifier = net.get_classifier()  # type: ignore[operator]
-    pruner = tp.pruner.BasePruner(
-        net,
-        torch.randn(1, *size),
-        importance=tp.importance.GroupMagnitudeImportance(p=1),
-        pruning_ratio=ratio,
-        ignored_layers=[classifier],
-        num_heads=dict(heads),
-        prune_num_heads=False,
-        prune_head_dims=True,
-    )
-    pruner.step()
-    for module in net.modules():  # its example tells timm's attention by hand; attn_dim came to timm later
-        if hasattr(module, "qkv") and hasattr(module, "num_heads"):
-            module.num_heads = pruner.num_heads[module.qkv]
-            module.attn_dim = module.qkv.out_features // 3
-            module.head_dim = module.attn_dim // module.num_heads
-    return net
 
 
 def run(net: str, arm: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from benchmarks.shared.ledger import Ledger
 from benchmarks.shared.papers import Split, pruned
 from benchmarks.shared.resident import Course, Resident
 from benchmarks.shared.side_by_side import Arm, SideBySide, stacked_logits
+from benchmarks.shared.torch_pruning_cut import nearest_cut
 from prunecli.data.images import Images, epoch_order
 from prunecli.data.sources import ArraySplit
 from prunecli.files import write_tensors
@@ -280,7 +281,7 @@ def test_an_arm_switches_off_what_it_says_and_nothing_else(arm: str, lr: Any, st
 @pytest.mark.slow
 def test_the_peer_s_cut_of_a_transformer_runs_near_half_of_its_multiply_adds() -> None:
     dense = load_model("test_vit", pretrained=False, model_args={"img_size": 32, "num_classes": 10}).model
-    net = defaults.halved(dense, (3, 32, 32))
+    net, _ = nearest_cut(dense, (3, 32, 32), 0.5)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert measure(net, (3, 32, 32)).macs / measure(dense, (3, 32, 32)).macs == pytest.approx(0.5, abs=0.03)
 
