@@ -15,8 +15,8 @@ parameters because a cut that keeps parameters looks better than it is at equal 
 * ``tp``: Torch-Pruning's own pruner as it comes (L1, equal shares; heads as in its example), at the ratio whose cost is
   nearest to the target (in the CIFAR ResNets only the first layer of each block, since it does not follow their padded
   shortcuts); ``tp-best``: its other criteria too, of which the table shows the one with the highest top-1.
-  Those that read no images are run once. Gradients are those of 256 labelled calibration images. A cut that raises, or
-  whose net does not run, is recorded with the reason.
+  Gradients are those of 256 labelled calibration images; one split only, as most criteria read no images. A cut that
+  raises, or whose net does not run, is recorded with the reason.
 
 Seconds are processor time of this process: of a job as a whole, its own measurements on 100 test images included; of
 Torch-Pruning's cut with the search for the ratio. Judging is not in them. Finished rows are in the results file and not
@@ -205,8 +205,8 @@ def measure(bench: Bench, target: str, arm: str, seed: int, changes: Sequence[st
 
 
 def seeds_of(arm: str, seeds: Sequence[int]) -> Sequence[int]:
-    """The calibration splits of an arm: one where it reads no images."""
-    return seeds[:1] if arm in THEIRS and not THEIRS[arm].gradients else seeds
+    """The calibration splits that an arm is measured with: the first alone for Torch-Pruning."""
+    return seeds[:1] if arm in THEIRS else seeds
 
 
 def arms_of(asked: argparse.Namespace) -> dict[str, tuple[str, ...]]:
