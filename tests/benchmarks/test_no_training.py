@@ -92,6 +92,7 @@ def test_the_head_of_the_ten_classes_is_those_rows_of_the_whole(asked: argparse.
     assert open_data(found.recipe.data, SPEC, num_classes=2, seed=0).class_names == CLASSES[1:3]
 
 
+@pytest.mark.slow
 def test_the_nets_that_are_trained_here_can_be_made() -> None:
     for net in NETS:
         if net in subjects.CIFAR and net != "vgg11_bn":
