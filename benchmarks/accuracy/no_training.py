@@ -249,9 +249,11 @@ def table(records: Mapping[str, Any], nets: Sequence[str], targets: Sequence[str
         if not any(name.startswith(f"{net}/{target}/") for name in records):
             continue
         per_arm = {arm: list(runs(records, net, target, arm)) for arm in found}
-        best = max((arm for arm in per_arm if arm in THEIRS), key=lambda arm: mean(per_arm[arm]), default=TP)
+        rivals = {arm: per_arm[arm] for arm in per_arm if arm in THEIRS and per_arm[arm]}
+        best = max(rivals, key=lambda arm: mean(rivals[arm]), default=TP)
         named = f" ({best.removeprefix(f'{TP}-')})" if best != TP else ""
-        shown = [cell(per_arm.get(TP, ())), cell(per_arm.get(best, ())) + named]
+        theirs_best = cell(rivals[best]) + named if len(rivals) > 1 else "not run"
+        shown = [cell(per_arm.get(TP, ())), theirs_best]
         shown += [cell(per_arm[arm]) for arm in own]
         lines.append(row([titled(net, records.get(f"{net}/dense")), target, *shown]))
     return "\n".join(lines)

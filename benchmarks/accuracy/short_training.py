@@ -203,14 +203,16 @@ def run(asked: argparse.Namespace, arms: Mapping[str, Sequence[str]], ledger: Le
 
 def table(records: Mapping[str, Any], asked: argparse.Namespace) -> str:
     """Markdown: a line a net, target, budget and arm; means over the seeds, and the last epoch's standard error."""
-    title = ["net (dense)", "target", "epochs", "arm", "seeds", "params", "before", "rate", "last", "best", "noise"]
-    lines = [row(title), row(["---"] * len(title))]
+    columns = ["net (dense)", "target", "epochs", "arm", "seeds", "params", "before", "rate", "last", "best", "noise"]
+    lines = [row(columns), row(["---"] * len(columns))]
     arms = sorted({name.split("/")[3] for name in records}, key=lambda arm: (arm not in (TP, TP_TAUGHT), arm != BEFORE))
     for net, target, epochs, arm in itertools.product(asked.nets, asked.targets, asked.epochs, arms):
         prefix = key(net, target, epochs, arm, 0).removesuffix("0")
         found = [record for name, record in records.items() if name.startswith(prefix)]
         if found:
-            lines.append(row([net, target, str(epochs), arm, str(len(found)), *cells(found)]))
+            known = [f"{record['dense']:.2f}" for record in found if "dense" in record]
+            title = f"{net} ({known[0]})" if known else net
+            lines.append(row([title, target, str(epochs), arm, str(len(found)), *cells(found)]))
     return "\n".join(lines)
 
 

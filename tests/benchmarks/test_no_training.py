@@ -250,12 +250,12 @@ def test_the_table_shows_means_over_the_splits_and_the_peer_s_best() -> None:
         "before": "45.5±0.5 / 1.5; 50% MACs, 47% par.",
         "new": "not run",
     }
-    assert (params["tp"], params["tp-best"], params["before"]) == ("fails", "fails", "not run")
+    assert (params["tp"], params["tp-best"], params["before"]) == ("fails", "not run", "not run")
     assert params["new"] == "50.0 / 1; 48.0; 50% MACs, 47% par."
 
 
 def test_the_table_of_short_trainings_has_the_noise_of_the_last_epoch() -> None:
-    record = {"pruned": 12.0, "params": 0.5, "lr": 0.01, "best": 61.0}
+    record = {"dense": 60.0, "pruned": 12.0, "params": 0.5, "lr": 0.01, "best": 61.0}
     records = {
         short_training.key("test_vit", "macs=50%", 3, "before", seed): {
             **record,
@@ -268,6 +268,7 @@ def test_the_table_of_short_trainings_has_the_noise_of_the_last_epoch() -> None:
     records[short_training.key("test_vit", "macs=50%", 1, "new", 0)] = {"problem": "no"}
     asked = argparse.Namespace(nets=NETS, targets=subjects.TARGETS, epochs=(1, 3))
     rows = shown(short_training.table(records, asked))
+    assert [r["net (dense)"] for r in rows] == ["test_vit (60.00)", "test_vit", "test_vit (60.00)"]
     assert [(r["epochs"], r["arm"], r["seeds"], r["before"], r["last"], r["noise"]) for r in rows] == [
         ("1", "tp", "1", "12.00", "30.00", "-"),
         ("1", "new", "1", "-", "-", "-"),
