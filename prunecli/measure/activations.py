@@ -24,7 +24,7 @@ Layer = nn.Conv2d | nn.Linear
 See = Callable[[Tensor, Tensor], None]
 
 
-class _StopPass(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
+class StopPass(Exception):  # noqa: N818 (not an error: the rest of a forward pass is not needed)
     """Ends a forward pass."""
 
 
@@ -89,14 +89,14 @@ def watch(model: nn.Module, images: Tensor, see: Mapping[str, See], *, alone: bo
     def last(seen: See) -> See:
         def then_stop(given: Tensor, made: Tensor) -> None:
             seen(given, made)
-            raise _StopPass
+            raise StopPass
 
         return then_stop
 
     with _watching(model, {name: last(seen) for name, seen in see.items()} if alone else see):
         try:
             model(images)
-        except _StopPass:
+        except StopPass:
             return
 
 
