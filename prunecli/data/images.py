@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from prunecli.data.loader import Batch, Companion, Companions, Loader, Samples, Watched
+from prunecli.data.calibration import SeededOrder
+from prunecli.data.loader import Batch, Companion, Companions, Loader, Samples, Watched, require_readable
 from prunecli.data.sources import Split, open_source
 from prunecli.data.transforms import (
-    CALIBRATION,
     ORDER,
     PARTNER,
     SUBSET,
@@ -60,8 +60,6 @@ def open_data(settings: DataSettings, spec: InputSpec, *, num_classes: int, seed
         UsageError: the folder or dataset name does not exist.
         PruneError: no images, one class only, other classes than the model has, a dataset that is not on disk.
     """
-    if spec.size[0] not in (1, 3):
-        raise UsageError(f"Images have 1 or 3 channels; a model with {spec.size[0]} cannot be fed with them.")
     source = open_source(settings, mode=mode(spec))
     names = source.class_names
     if len(names) < 2:
@@ -118,6 +116,8 @@ class Images:
         self._spec = spec
         self._seed = seed
         self._augment = augmentation(settings, spec)
+        samples = self._plain_samples(self._train or self._val)
+        self._calibration = SeededOrder(samples, seed=seed, title=str(settings.name))
 
     @property
     def num_classes(self) -> int:
@@ -178,28 +178,35 @@ class Images:
         """
         return self._loader(self._plain_samples(self._val), range(self.val_size), drop_last=False)
 
-    def calibration(self, count: int) -> Batch:
-        """Training images chosen by the seed, in evaluation preprocessing, with their labels.
+    @property
+    def size(self) -> int:
+        """Number of images that ``calibration`` draws from: the training images, else the validation images."""
+        return self.train_size or self.val_size
+
+    @property
+    def description(self) -> str:
+        """The images that ``calibration`` draws from, in words."""
+        return f"the {'training' if self._train else 'validation'} images of {self._settings.name}"
+
+    def calibration(self, count: int, start: int = 0) -> Batch:
+        """Training images in an order that the seed decides, in evaluation preprocessing, with their labels.
 
         A source that is for evaluation only gives validation images.
 
         Args:
-            count: number of images; all are taken where there are fewer.
+            count: number of images; fewer come where there are no more.
+            start: number of readable images to pass over at the head of the order.
 
         Raises:
             PruneError: more images are unreadable than ``unreadable_limit``.
         """
-        watched = self._train or self._val
-        order = torch.randperm(len(watched.split), generator=generator(CALIBRATION, self._seed)).tolist()
-        samples = self._plain_samples(watched)
-        images, labels = samples.__getitems__(order[:count])
-        for at in order[count:]:  # only where some were unreadable
-            if len(labels) == min(count, len(order)):
-                break
-            more = samples.__getitems__([at])
-            images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+        batch = self._calibration.batch(count, start)
         self._check_unreadable()
-        return images, labels
+        return batch
+
+    def unlabelled(self, count: int, start: int = 0) -> Tensor:
+        """The images ``[N, C, H, W]`` of ``calibration`` without their labels. Raises PruneError as that."""
+        return self.calibration(count, start)[0]
 
     @property
     def _watched(self) -> tuple[Watched, ...]:
@@ -251,13 +258,7 @@ class Images:
 
     def _check_unreadable(self) -> None:
         """Raise PruneError where more images are unreadable than ``unreadable_limit``."""
-        count = sum(int(watched.bad.count_nonzero()) for watched in self._watched)
-        if count > self._settings.unreadable_limit:
-            raise PruneError(
-                f"{count} images of {self._settings.name} cannot be read ({listed(self.unreadable, 5)}), "
-                f"more than unreadable_limit={self._settings.unreadable_limit}.",
-                hint="Repair or remove them, or raise data.unreadable_limit.",
-            )
+        require_readable(self._watched, str(self._settings.name))
 
 
 # ---------------------------------------------------------------------------------------------- small values

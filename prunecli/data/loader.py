@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prunecli.data.sources import UNREADABLE, ArraySplit, Split
 from prunecli.data.transforms import CropFlip, EvalTransform, TimmAugment, generator
+from prunecli.errors import PruneError, listed
 
 log = logging.getLogger("prunecli")
 
@@ -64,6 +65,26 @@ class Watched:
     def bad_names(self) -> tuple[str, ...]:
         """Names of the images that could not be decoded so far, in the split's order."""
         return tuple(self.split.name(int(i)) for i in self.bad.nonzero())
+
+
+def require_readable(watched: Sequence[Watched], title: str) -> None:
+    """Check how many images of the splits of one source could not be decoded so far.
+
+    Args:
+        watched: splits of the source, with one limit.
+        title: name of the source in the message.
+
+    Raises:
+        PruneError: more images together are unreadable than the limit.
+    """
+    limit = watched[0].limit
+    count = sum(int(one.bad.count_nonzero()) for one in watched)
+    if count > limit:
+        names = listed([name for one in watched for name in one.bad_names], 5)
+        raise PruneError(
+            f"{count} images of {title} cannot be read ({names}), more than unreadable_limit={limit}.",
+            hint="Repair or remove them, or raise data.unreadable_limit.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from prunecli.data.sources import ArraySplit, Split
+from prunecli.errors import UsageError
 from prunecli.models.build import InputSpec
 from prunecli.randomness import own_randomness
 from prunecli.recipe.settings import DataSettings
@@ -122,7 +123,9 @@ def augmentation(settings: DataSettings, spec: InputSpec) -> str:
 
 
 def mode(spec: InputSpec) -> str:
-    """Pillow's mode for the model's channels: ``L`` for one, ``RGB`` for three."""
+    """Pillow's mode for the model's channels: ``L`` for one, ``RGB`` for three. Raises UsageError for other numbers."""
+    if spec.size[0] not in (1, 3):
+        raise UsageError(f"Images have 1 or 3 channels; a model with {spec.size[0]} cannot be fed with them.")
     return "L" if spec.size[0] == 1 else "RGB"
 
 

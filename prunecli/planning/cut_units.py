@@ -29,7 +29,7 @@ from torch import Tensor
 from prunecli.recipe.settings import PruneSettings
 from prunecli.values.groups import Bundle, Graph, Group, Tie, common_parts
 
-_COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "random", "gates"})
+_COMPARABLE: Final = frozenset({"taylor", "lamp", "bn_scale", "varw", "random", "gates"})
 _FEWEST_STEPS: Final = 4
 
 

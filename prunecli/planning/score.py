@@ -6,17 +6,24 @@ criteria are stated on these rows ``w_j``. Low scores leave first. Results are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from prunecli.errors import PruneError, UsageError, nearest
+from prunecli.measure.layer_inputs import InputStatistics
 from prunecli.models.channels import row_index, rows
+from prunecli.planning.losses import UnitLosses
+from prunecli.planning.reader_views import View, ViewsOf, views_of
+from prunecli.planning.selection import forward_scores, variance_scores
 from prunecli.values.groups import Group, Member, Role, module_of, tensor_name
 
 _BLOCK = 1 << 18  # values reduced at a time: 2 MiB in float64
+DATA_DRIVEN: Final = frozenset({"varw", "forward"})  # criteria that look at what layers read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +35,14 @@ class _Evidence:
         tensors: parameters and buffers by name.
         gradients: gradients of the loss by tensor name; empty without.
         generator: source of random numbers; ``None`` without.
+        views: how the layers that read the group weigh its channels; ``None`` without statistics of their inputs.
     """
 
     group: Group
     tensors: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     generator: torch.Generator | None
+    views: ViewsOf | None = None
 
     def rows(self, member: Member, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """``[width, values per channel]`` of one member; a view of the tensor where its layout allows."""
@@ -62,11 +71,13 @@ class Scores:
         criterion: name of the criterion, as the plan records it.
         seed: seed of the random numbers behind the scores.
         channels: importance ``[width]`` by group name, float64 on the CPU; low leaves first.
+        losses: what the widths of each unit cost the model, for ranking ``loss``; ``None`` where nothing was measured.
     """
 
     criterion: str
     seed: int
     channels: Mapping[str, Tensor]
+    losses: UnitLosses | None = None
 
 
 def score_model(
@@ -76,6 +87,7 @@ def score_model(
     criterion: str,
     seed: int,
     gradients: Mapping[str, Tensor] | None = None,
+    statistics: InputStatistics | None = None,
 ) -> Scores:
     """Scores of a model's channels from its parameters and buffers.
 
@@ -85,15 +97,17 @@ def score_model(
         criterion: a key of ``CRITERIA``.
         seed: seed of ``random``.
         gradients: gradients of the loss by parameter name; needed for ``taylor``.
+        statistics: what the model's layers read; needed for ``varw`` and ``forward``.
 
     Raises:
         UsageError: the criterion is unknown, or cannot score any group of this model.
         PruneError: the weights of a group are not finite.
-        ValueError: ``taylor`` is used without gradients.
+        ValueError: ``taylor`` is used without gradients, or ``varw`` or ``forward`` without statistics.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     generator = torch.Generator().manual_seed(seed)
-    channels = score_groups(groups, tensors, criterion=criterion, gradients=gradients, generator=generator)
+    views = None if statistics is None else partial(views_of, model, statistics)
+    channels = score_groups(groups, tensors, criterion=criterion, gradients=gradients, generator=generator, views=views)
     return Scores(criterion=criterion, seed=seed, channels=channels)
 
 
@@ -104,6 +118,7 @@ def score_groups(
     criterion: str,
     gradients: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    views: ViewsOf | None = None,
 ) -> dict[str, Tensor]:
     """Scores ``[width]`` by group name. A group that the criterion cannot score (no BatchNorm …) is left out.
 
@@ -113,11 +128,12 @@ def score_groups(
         criterion: a key of ``CRITERIA``.
         gradients: gradients of the loss by tensor name; needed for ``taylor``.
         generator: source of random numbers; needed for ``random``.
+        views: how the readers of a group weigh its channels; needed for ``varw`` and ``forward``.
 
     Raises:
         UsageError: an unknown criterion, or one that cannot score any group of this model.
         PruneError: weights that are not finite.
-        ValueError: ``taylor`` without gradients, ``random`` without a generator.
+        ValueError: ``taylor`` without gradients, ``random`` without a generator, ``varw`` or ``forward`` without views.
     """
     if criterion not in CRITERIA:
         raise UsageError(f"Unknown criterion {criterion!r}.", hint=nearest(criterion, CRITERIA))
@@ -125,10 +141,12 @@ def score_groups(
         raise ValueError("taylor needs gradients")
     if criterion == "random" and generator is None:
         raise ValueError("random needs a generator")
+    if criterion in DATA_DRIVEN and views is None:
+        raise ValueError(f"{criterion} needs views")
     scores = {}
     named = list(groups)
     for group in named:
-        evidence = _Evidence(group=group, tensors=tensors, gradients=gradients or {}, generator=generator)
+        evidence = _Evidence(group=group, tensors=tensors, gradients=gradients or {}, generator=generator, views=views)
         values = CRITERIA[criterion](evidence)
         if values is None:
             continue
@@ -241,6 +259,23 @@ def random(evidence: _Evidence) -> Tensor | None:
     return torch.rand(evidence.group.width, generator=evidence.generator, dtype=torch.float64)
 
 
+def varw(evidence: _Evidence) -> Tensor | None:
+    """The energy that all readers get from channel j, as shares of what counts (`variance_scores`); else ``l2``."""
+    return _by_readers(evidence, variance_scores)
+
+
+def forward(evidence: _Evidence) -> Tensor | None:
+    """The place of channel j in a greedy forward selection by all readers (`forward_scores`); else ``l2``."""
+    return _by_readers(evidence, forward_scores)
+
+
+def _by_readers(evidence: _Evidence, score: Callable[[Sequence[View], int], Tensor]) -> Tensor | None:
+    """The score by a group's views; ``l2`` where nothing linear reads it (queries and keys)."""
+    assert evidence.views is not None
+    views = evidence.views(evidence.group)
+    return score(views, evidence.group.width) if views else l2(evidence)
+
+
 CRITERIA: dict[str, Callable[[_Evidence], Tensor | None]] = {
     "l1": l1,
     "l2": l2,
@@ -249,5 +284,7 @@ CRITERIA: dict[str, Callable[[_Evidence], Tensor | None]] = {
     "lamp": lamp,
     "fpgm": fpgm,
     "taylor": taylor,
+    "varw": varw,
+    "forward": forward,
     "random": random,
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 MOVED: Final[Mapping[str, str]] = {
+    "recover.lstsq_images": "data.calibration_images",
     "phase.lr": "method.lr",
     "phase.momentum": "method.momentum",
     "phase.penalty": "method.penalty",

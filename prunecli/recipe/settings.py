@@ -10,8 +10,8 @@ from prunecli.recipe.losses import CeLoss, Loss, NoRegulariser, Regulariser
 from prunecli.recipe.schedules import RETRAINING, CosineSchedule, OriginalSchedule, RetrainingSchedule, Schedule
 from prunecli.values.value import Value
 
-Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "random"]
-Ranking = Literal["local", "global", "isomorphic"]
+Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
+Ranking = Literal["local", "global", "isomorphic", "loss"]
 Count = Annotated[int, Field(gt=0)]
 RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
 
@@ -21,6 +21,17 @@ class DataSettings(Value):
 
     name: str | None = Field(default=None, description="an ImageFolder, a timm data set, or digits")
     dir: str | None = Field(default=None, description="folder where a named data set lies")
+    calibration: str | None = Field(
+        default=None,
+        description="folder of images, at any depth, without classes or labels: what is done without labels looks at "
+        "these; null: at the training images",
+    )
+    calibration_images: int = Field(
+        default=256, gt=0, description="images without labels from which channels are chosen and layers are solved"
+    )
+    held_out_images: int = Field(
+        default=64, ge=0, description="further images without labels, on which such choices are judged"
+    )
     train_split: str = Field(default="train", description="name of the training split")
     val_split: str = Field(default="validation", description="name of the validation split")
     batch_size: int = Field(default=128, gt=0, description="images in a batch")
@@ -78,7 +89,6 @@ class RecoverSettings(Value):
     steps: tuple[RecoverStep, ...] = Field(
         default=("auto",), description="auto alone, or steps applied in this order; [] switches recovery off"
     )
-    lstsq_images: int = Field(default=256, gt=0, description="training images for lstsq and repair; no label is read")
     ridge: float = Field(
         default=1e-3, ge=0, description="lstsq: added to the diagonal, as a share of the kept inputs' mean variance"
     )

@@ -73,7 +73,7 @@ def _apply_named(
         began = time.perf_counter()
         result = apply_steps(context, model, (name,))
         rule = "asked for in the recipe" + (f": {result.summary}" if result.summary else "")
-        row = RecoveryStep(name=name, kept=True, rule=rule, residual=result.residual)
+        row = RecoveryStep(name=name, kept=True, rule=rule, residual=result.residual, shrinkage=result.shrinkage)
         row = _with_spectra(context, row, model, result.model)
         if context.images is not None:
             row = _with_effect(row, _at_once(context, model), _at_once(context, result.model))
@@ -288,6 +288,7 @@ def _probe_candidate(probe: _Probe, model: nn.Module, steps: tuple[str, ...], be
         kept=False,
         rule=rule,
         residual=recovered.residual,
+        shrinkage=recovered.shrinkage,
         seconds=round(time.perf_counter() - began, 3),
     )
     return _ProbedCandidate(recovered=recovered, row=_with_effect(row, before, at_once), at_once=at_once, probed=probed)

@@ -6,8 +6,8 @@ and its bias ``b`` into ``b + W c``, summed over the kernel positions:
 
     ``B = S_HP (S_PP + ridge * mean(diag S_PP) * I)^-1`` ``[H, P]``, ``c = mean(h) - B mean(h_P)`` ``[H]``
 
-where ``S`` is the covariance of the rows over all samples and positions. Inputs that have nothing to do with each
-other make ``B`` a selection: then ``W B`` is what surgery left.
+where ``S`` is the covariance of the rows, shrunk as in `prunecli.measure.moments`. Inputs that have nothing to do with
+each other make ``B`` a selection: then ``W B`` is what surgery left.
 
 Sources: "GRAIL" (arXiv 2602.23795) for the ridge solution from the dense net's Gram matrix, and "CORP" (arXiv
 2602.05243) for the affine term ``c``. A layer without a bias hands ``W c`` to the running mean of the BatchNorm that is
@@ -21,30 +21,17 @@ of the border; and regressing on the dense net's own inputs instead of on the pr
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from prunecli.measure.activations import (
-    Layer,
-    See,
-    call_order,
-    following_norms,
-    nonlinear_in_weight,
-    own_layers,
-    rows,
-    uncalled_once,
-    watch,
-)
-from prunecli.models.layers import evaluation_mode
+from prunecli.measure.activations import Layer, own_layers
+from prunecli.measure.layer_inputs import InputStatistics, LayerInputs
 from prunecli.surgery.cut import cut_
 from prunecli.values.groups import module_of, tensor_name
 from prunecli.values.plan import Plan, removed_positions
-
-_WIDEST: Final = 8192  # inputs of a layer, whose second moments then take half a GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,87 +39,49 @@ class Reader:
     """A layer that loses inputs.
 
     Attributes:
-        blocks: numbers of the dense layer's groups that stay (a layer without groups is one block).
-        groups: number of blocks in the dense layer.
-        kept: positions on the weight's input axis that stay, the same in each block.
+        blocks: numbers of the dense layer's blocks of inputs that stay (all, but for groups of a grouped convolution).
+        kept: positions on the weight's input axis that stay, ascending.
     """
 
     blocks: tuple[int, ...]
-    groups: int
     kept: tuple[int, ...]
 
-    def inputs(self, layer: Layer, given: Tensor) -> Tensor:
-        """The inputs ``given`` to the dense layer, as rows ``[blocks, n, H]`` in float64."""
-        flat = rows(layer, given)
-        return flat.reshape(len(flat), self.groups, -1).transpose(0, 1)[list(self.blocks)]
 
-
-class Moments:
-    """First and second moments of rows ``[blocks, n, H]``, summed batch by batch in float64.
-
-    Rows are taken relative to the first batch's mean, so that a mean that is large against the spread costs no digits.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.origin = torch.zeros(())
-        self.sums = torch.zeros(())
-        self.products = torch.zeros(())
-
-    def add(self, values: Tensor) -> None:
-        """Add one batch of rows ``[blocks, n, H]``."""
-        if not self.count:
-            self.origin = values.mean(1, keepdim=True)
-        values = values - self.origin
-        self.count += values.shape[1]
-        self.sums = self.sums + values.sum(1)
-        self.products = self.products + values.mT @ values
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean row ``[blocks, H]``."""
-        return self.origin.squeeze(1) + self.sums / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """Second moments about the mean ``[blocks, H, H]``."""
-        mean = self.sums / self.count
-        return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-
-    @property
-    def gram(self) -> Tensor:
-        """Second moments about zero ``[blocks, H, H]``."""
-        return self.covariance + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-
-
-def solve(moments: Moments, kept: Sequence[int], *, ridge: float, affine: bool) -> tuple[Tensor, Tensor]:
-    """The least-squares map ``h ≈ B h_P + c``: ``B [blocks, H, P]`` and ``c [blocks, H]``.
+def solve(second: Tensor, mean: Tensor, kept: Sequence[int], *, ridge: float, affine: bool) -> tuple[Tensor, Tensor]:
+    """The least-squares map ``h ≈ B h_P + c``: ``B [H, P]`` and ``c [H]``, float64.
 
     Directions in which the kept inputs never vary are left out, with or without a ridge.
 
     Args:
-        moments: moments of all inputs of the layer.
+        second: second moments of all inputs ``[H, H]``, about the mean where ``affine``, else about zero.
+        mean: mean of all inputs ``[H]``.
         kept: positions of the kept inputs, P of H.
         ridge: addition to the diagonal, as a share of its mean.
-        affine: whether to solve for c too; else c is zero and moments are taken about zero.
+        affine: whether to solve for c too; else it is zero.
     """
     P = list(kept)
-    S = moments.covariance if affine else moments.gram
-    S_PP, S_HP = S[:, P][:, :, P], S[:, :, P]
-    level = ridge * S_PP.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(len(P), dtype=S.dtype, device=S.device)
-    ridged = S_PP + level[:, None, None] * eye
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    if ridge > 0 and not failed.any():  # an eigendecomposition costs tens of times as much
-        B = torch.cholesky_solve(S_HP.mT, factor).mT
-    else:
-        B = S_HP @ torch.linalg.pinv(ridged, hermitian=True)
-    mean = moments.mean
-    c = mean - (B @ mean[:, P].unsqueeze(-1)).squeeze(-1) if affine else torch.zeros_like(mean)
+    S_HP = second[:, P].double()
+    B = regression(S_HP[P], S_HP, ridge=ridge)
+    c = mean - B @ mean[P] if affine else torch.zeros_like(mean)
     return B, c
 
 
-def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[str, str]]:
+def regression(S_PP: Tensor, S_HP: Tensor, *, ridge: float) -> Tensor:
+    """``S_HP (S_PP + ridge * mean(diag S_PP) * I)^-1`` ``[H, P]``.
+
+    Args:
+        S_PP: second moments of the inputs that predict ``[P, P]``, float64.
+        S_HP: those between the predicted and the predicting inputs ``[H, P]``.
+        ridge: addition to the diagonal, as a share of its mean.
+    """
+    ridged = S_PP + ridge * S_PP.diagonal().mean() * torch.eye(len(S_PP), dtype=S_PP.dtype, device=S_PP.device)
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    if ridge > 0 and not failed:  # an eigendecomposition costs tens of times as much
+        return torch.cholesky_solve(S_HP.mT, factor).mT
+    return S_HP @ torch.linalg.pinv(ridged, hermitian=True)
+
+
+def find_readers(dense: nn.Module, plan: Plan, statistics: InputStatistics) -> tuple[dict[str, Reader], dict[str, str]]:
     """The layers that lose inputs, and those among them that are left alone.
 
     The removed positions are the ones that surgery uses, so that flattened feature maps and attention heads need no
@@ -141,33 +90,32 @@ def find_readers(dense: nn.Module, plan: Plan) -> tuple[dict[str, Reader], dict[
     Args:
         dense: the dense net.
         plan: the plan of the cut.
+        statistics: what the readers of the plan's groups are given in the dense net.
 
     Returns:
         The readers by module path, in module order; and the reason by module path for what is left alone.
     """
     removed = removed_positions(plan.groups)
-    layers, others = own_layers(dense)
     reads = {m.tensor: module_of(m.tensor) for g in plan.cut_groups for m in g.members if m.role == "in"}
-    found: dict[str, Reader] = {}
-    left: dict[str, str] = {}
-    for tensor, path in reads.items():
-        layer = layers.get(path)
-        if layer is None or tensor != tensor_name(path, "weight"):
-            left[path] = others.get(path, "it is neither Conv2d nor Linear")
-        elif layer.weight.shape[1] > _WIDEST:
-            left[path] = f"{layer.weight.shape[1]} inputs are more than the {_WIDEST} that are solved for"
-        elif 1 in removed[tensor]:
-            found[path] = _reader(layer, removed[tensor])
-    return {path: found[path] for path in layers if path in found}, left
+    left = {path: statistics.left[path] for path in reads.values() if path in statistics.left}
+    losing = {path: removed[tensor] for tensor, path in reads.items() if path not in left and 1 in removed[tensor]}
+    layers = own_layers(dense)[0]
+    found = {
+        path: _reader(layers[path], inputs, losing[path])
+        for path, inputs in statistics.layers.items()
+        if path in losing
+    }
+    return found, left
 
 
-def _reader(layer: Layer, removed: Mapping[int, Sequence[int]]) -> Reader:
+def _reader(layer: Layer, inputs: LayerInputs, removed: Mapping[int, Sequence[int]]) -> Reader:
     """The reader of a layer whose weight loses ``removed`` positions, by dimension."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    filters, gone = layer.weight.shape[0] // groups, set(removed.get(0, ()))
-    blocks = (b for b in range(groups) if not gone.issuperset(range(b * filters, (b + 1) * filters)))
-    kept = (at for at in range(layer.weight.shape[1]) if at not in set(removed[1]))
-    return Reader(blocks=tuple(blocks), groups=groups, kept=tuple(kept))
+    gone = set(removed[1])
+    blocks = tuple(range(len(inputs.blocks.index)))
+    if inputs.blocks.own_filters:
+        filters, lost = layer.weight.shape[0] // len(blocks), set(removed.get(0, ()))
+        blocks = tuple(b for b in blocks if not lost.issuperset(range(b * filters, (b + 1) * filters)))
+    return Reader(blocks=blocks, kept=tuple(at for at in range(layer.weight.shape[1]) if at not in gone))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,53 +125,52 @@ class Reconstructed:
     Attributes:
         layers: the layers with new weights, in module order.
         left: the reason by name, for layers that lost inputs and were left alone.
+        shrinkage: rho of each of these layers, the largest of its blocks.
     """
 
     layers: tuple[str, ...]
     left: Mapping[str, str]
+    shrinkage: Mapping[str, float]
 
 
 @torch.no_grad()
 def reconstruct_(
-    pruned: nn.Module, dense: nn.Module, plan: Plan, batches: Sequence[Tensor], *, ridge: float
+    pruned: nn.Module, dense: nn.Module, plan: Plan, statistics: InputStatistics, *, ridge: float
 ) -> Reconstructed:
     """Give every Conv2d and Linear that lost inputs its least-squares weight, in place.
 
     The dense weights are what is reconstructed, so other changes to such a layer are overwritten. Several readers of
     one axis (a residual stream) are solved each on its own, a grouped convolution block by block. Left alone and named:
-    other kinds of layers, layers the forward pass does not call as modules, that share or standardise their weight, and
-    those with more than 8192 inputs.
+    what ``statistics`` left out.
 
     Args:
         pruned: the net that was cut by ``plan`` from ``dense``; both on one device.
-        dense: the dense net, which runs once on all images and is not changed.
+        dense: the dense net, which is not changed.
         plan: the plan of the cut.
-        batches: images ``[B, C, H, W]`` on the device of both nets.
+        statistics: what the readers of the plan's groups are given in the dense net.
         ridge: addition to the diagonal of the second moments, as a share of its mean.
     """
-    readers, left = find_readers(dense, plan)
-    full = _with_all_inputs(dense, plan, readers)
-    one = batches[0][:1]
-    with evaluation_mode(pruned), evaluation_mode(dense):
-        layers = {name: layer for name, layer in own_layers(dense)[0].items() if name in readers}
-        left |= uncalled_once(call_order(dense, readers, one), readers) | nonlinear_in_weight(dense, layers, one)
-        readers = {name: reader for name, reader in readers.items() if name not in left}
-        norms = following_norms(pruned, one)
-        moments = _moments(dense, layers, readers, batches)
+    readers, left = find_readers(dense, plan, statistics)
+    full = with_all_inputs(dense, plan, readers)
     for name, reader in readers.items():
-        norm = norms.get(name)
-        affine = layers[name].bias is not None or norm is not None
-        B, c = solve(moments[name], reader.kept, ridge=ridge, affine=affine)
-        shift = _set_weight_(pruned.get_submodule(name), full.get_submodule(name), B, c)
-        if layers[name].bias is not None:
-            _shift_(pruned, full, tensor_name(name, "bias"), shift)
-        elif norm is not None:
-            _shift_(pruned, full, f"{norm}.running_mean", -shift)
-    return Reconstructed(layers=tuple(readers), left=left)
+        inputs = statistics.layers[name]
+        maps = [
+            solve(inputs.second[b], inputs.mean[b], local, ridge=ridge, affine=inputs.affine)
+            for b, local in kept_in_blocks(reader, inputs).items()
+        ]
+        put_(pruned, full, name, reader, inputs, maps)
+    shrinkage = {name: max(statistics.layers[name].shrinkage) for name in readers}
+    return Reconstructed(layers=tuple(readers), left=left, shrinkage=shrinkage)
 
 
-def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]) -> nn.Module:
-    """A cut copy of the dense net whose readers keep all inputs: weights ``[N', H, ...]``, attention scales folded."""
+def with_all_inputs(dense: nn.Module, plan: Plan, readers: Collection[str]) -> nn.Module:
+    """A cut copy of the dense net whose readers keep all inputs: weights ``[N', H, ...]``, attention scales folded.
+
+    Args:
+        dense: the dense net.
+        plan: the plan of the cut.
+        readers: paths of the layers that keep all inputs.
+    """
     stay = {(tensor_name(path, "weight"), 1) for path in readers}
     groups = tuple(
         group.model_copy(update={"members": tuple(m for m in group.members if (m.tensor, m.dim) not in stay)})
@@ -234,32 +181,60 @@ def _with_all_inputs(dense: nn.Module, plan: Plan, readers: Mapping[str, Reader]
     return full
 
 
-def _moments(
-    dense: nn.Module, layers: Mapping[str, Layer], readers: Mapping[str, Reader], batches: Sequence[Tensor]
-) -> dict[str, Moments]:
-    """Moments of the inputs of each reader in the dense net, over all batches."""
-    moments = {name: Moments() for name in readers}
-
-    def add(name: str) -> See:
-        return lambda given, _: moments[name].add(readers[name].inputs(layers[name], given))
-
-    for batch in batches:
-        watch(dense, batch, {name: add(name) for name in readers})
-    return moments
+def kept_in_blocks(reader: Reader, inputs: LayerInputs) -> dict[int, list[int]]:
+    """By number of each block that stays, the places in the block of the inputs that stay."""
+    kept = torch.tensor(reader.kept)
+    return {b: torch.isin(inputs.blocks.index[b], kept).nonzero().flatten().tolist() for b in reader.blocks}
 
 
-def _set_weight_(layer: nn.Module, full: nn.Module, B: Tensor, c: Tensor) -> Tensor:
-    """Write ``W B`` into the layer and return ``W c [N']``, summed over kernel positions."""
+def put_(
+    pruned: nn.Module,
+    full: nn.Module,
+    name: str,
+    reader: Reader,
+    inputs: LayerInputs,
+    maps: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Write ``W B`` into a reader, and ``W c`` into its bias or the running mean of the BatchNorm behind it.
+
+    Args:
+        pruned: the cut net.
+        full: the cut net of `with_all_inputs`.
+        name: path of the reader.
+        reader: what the layer keeps.
+        inputs: how its inputs are split.
+        maps: ``B [h, p]`` and ``c [h]`` of each block that stays.
+    """
+    layer, whole = (net.get_submodule(name) for net in (pruned, full))
     assert isinstance(layer.weight, Tensor)
-    assert isinstance(full.weight, Tensor)
-    blocks, inputs = c.shape
-    W = full.weight.double().reshape(blocks, -1, inputs, full.weight[0, 0].numel())
-    layer.weight.copy_(torch.einsum("bnhk,bhp->bnpk", W, B).reshape(layer.weight.shape))
-    return torch.einsum("bnhk,bh->bn", W, c).flatten()
+    assert isinstance(whole.weight, Tensor)
+    W = whole.weight.detach().cpu().double().reshape(*whole.weight.shape[:2], -1)
+    if inputs.blocks.own_filters:
+        parts = W.reshape(len(maps), -1, *W.shape[1:])
+        weight = torch.cat([_contracted(W_b, B) for W_b, (B, _) in zip(parts, maps, strict=True)])
+        shift = torch.cat([W_b.sum(2) @ c for W_b, (_, c) in zip(parts, maps, strict=True)])
+    else:
+        weight = W.new_zeros(len(W), len(reader.kept), W.shape[2])
+        shift = W.new_zeros(len(W))
+        kept = torch.tensor(reader.kept)
+        for (b, local), (B, c) in zip(kept_in_blocks(reader, inputs).items(), maps, strict=True):
+            at = inputs.blocks.index[b]
+            weight[:, torch.searchsorted(kept, at[local])] = _contracted(W[:, at], B)
+            shift += W[:, at].sum(2) @ c
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    if getattr(layer, "bias", None) is not None:
+        _shift_(pruned, full, tensor_name(name, "bias"), shift)
+    elif inputs.norm is not None:
+        _shift_(pruned, full, tensor_name(inputs.norm, "running_mean"), -shift)
+
+
+def _contracted(W: Tensor, B: Tensor) -> Tensor:
+    """``W B`` over the inputs: ``[n, h, k]`` and ``[h, p]`` give ``[n, p, k]``."""
+    return torch.einsum("nhk,hp->npk", W, B)
 
 
 def _shift_(pruned: nn.Module, full: nn.Module, tensor: str, shift: Tensor) -> None:
     """Set a tensor of the pruned net to its value in ``full`` plus ``shift``."""
     path, _, name = tensor.rpartition(".")
     now, before = (getattr(net.get_submodule(path), name) for net in (pruned, full))
-    now.copy_(before.double() + shift)
+    now.copy_(before.double().cpu() + shift)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunecli.data.images import Images
 from prunecli.measure.batch_norm import recalibrate_bn_
+from prunecli.measure.calibration import Calibration
 from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.measure.stage_spectrum import spectrum_batch
 from prunecli.models.build import InputSpec
@@ -22,12 +22,12 @@ from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
 from prunecli.recovery.repair import repair_
-from prunecli.training.probe import HELD_OUT
 from prunecli.values.plan import Plan
 from prunecli.values.report import RecoveryStep
 
 _CHANGE_STATISTICS: Final = frozenset({"orthp", "blend"})  # steps after which BatchNorm's old statistics are wrong
-_NAMED: Final = 3  # layers left alone that are named; the rest are counted
+_NAMED: Final = 3  # layers in a sentence that are named; the rest are counted
+UNSURE: Final = 0.5  # rho above which a layer's moments owe more to the shrinkage than to the images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,12 @@ class RecoveryContext:
         dense: the dense net with the weights that were cut.
         plan: the plan of the cut.
         images: training and validation images; ``None`` without data.
+        calibration: unlabelled images and what the dense net makes of them; ``None`` without any.
         spec: size of the model's input.
         settings: the recipe's recovery settings.
         finetune: settings of the fine-tuning to come; a probe takes a few of its steps.
         finetune_steps: length of the fine-tuning to come, in optimiser steps; 0 where nothing will be fine-tuned.
-        batch_size: number of calibration images in a forward pass.
+        batch_size: number of images in a batch of BatchNorm re-estimation.
         device: the device to compute on.
         seed: seed of probes and of random weights.
         spectrum_of: function from a net to its Jacobian spectrum, ``None`` where spectra are switched off.
@@ -52,6 +53,7 @@ class RecoveryContext:
     dense: nn.Module
     plan: Plan
     images: Images | None
+    calibration: Calibration | None
     spec: InputSpec
     settings: RecoverSettings
     finetune: FinetuneSettings
@@ -62,19 +64,6 @@ class RecoveryContext:
     spectrum_of: Callable[[nn.Module], JacobianSpectrum | None]
     tell: Callable[[RecoveryStep], None]
 
-    @cached_property
-    def calibration(self) -> Tensor:
-        """Calibration images ``[N, C, H, W]``, read once: images after the probes' own, as far as there are so many."""
-        assert self.images is not None
-        settings = self.settings
-        count = max(settings.lstsq_images, settings.bn_images if has_batch_norm(self.dense) else 0)
-        images, _ = self.images.calibration(HELD_OUT + count)
-        return images[-min(count, len(images)) :]
-
-    def batches(self, count: int) -> tuple[Tensor, ...]:
-        """At most ``count`` calibration images, in batches ``[B, C, H, W]`` on the device."""
-        return self.calibration[:count].to(self.device).split(self.batch_size)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryResult:
@@ -84,11 +73,13 @@ class RecoveryResult:
         model: the copy, on the context's device.
         residual: largest orthogonality residual, see ``Orthogonalized``; ``None`` where no step has one.
         summary: the changes that the steps made, in words; may be empty.
+        shrinkage: rho by layer, where second moments were shrunk, see `prunecli.measure.moments`.
     """
 
     model: nn.Module
     residual: float | None = None
     summary: str = ""
+    shrinkage: Mapping[str, float] = field(default_factory=dict)
 
 
 def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]) -> RecoveryResult:
@@ -106,14 +97,17 @@ def apply_steps(context: RecoveryContext, model: nn.Module, steps: Sequence[str]
         PruneError: a layer with NaN or infinite weights.
     """
     model = copy.deepcopy(model).to(context.device)
-    residuals, summaries = [], []
+    done = []
     for step, then in zip_longest(steps, steps[1:]):
-        residual, summary = _STEPS[step](context, model)
-        residuals += [] if residual is None else [residual]
-        summaries += [summary] if summary else []
-        if step in _CHANGE_STATISTICS and then != "bn" and context.images is not None:
+        done.append(_STEPS[step](context, model))
+        if step in _CHANGE_STATISTICS and then != "bn" and context.calibration is not None:
             _bn_(context, model)
-    return RecoveryResult(model=model, residual=max(residuals, default=None), summary="; ".join(summaries))
+    return RecoveryResult(
+        model=model,
+        residual=max((step.residual for step in done if step.residual is not None), default=None),
+        summary="; ".join(step.summary for step in done if step.summary),
+        shrinkage={layer: rho for step in done for layer, rho in step.shrinkage.items()},
+    )
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -121,50 +115,62 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-#: Orthogonality residual, if the step has one, and what the step changed, in words.
-_StepResult = tuple[float | None, str]
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What one step did.
+
+    Attributes:
+        residual: largest orthogonality residual; ``None`` where the step has none.
+        summary: the changes in words; may be empty.
+        shrinkage: rho by layer, where second moments were shrunk.
+    """
+
+    residual: float | None = None
+    summary: str = ""
+    shrinkage: Mapping[str, float] = field(default_factory=dict)
 
 
-def _orthp_(context: RecoveryContext, model: nn.Module) -> _StepResult:
+def _orthp_(context: RecoveryContext, model: nn.Module) -> _Done:
     settings = context.settings
     example = spectrum_batch(context.images, context.spec, 1, seed=context.seed).to(context.device)
     done = orthogonalize_(model, settings.orthp_method, gain=settings.gain, example=example, seed=context.seed)
-    return done.residual, ""
+    return _Done(residual=done.residual)
 
 
-def _blend_(context: RecoveryContext, model: nn.Module) -> _StepResult:
+def _blend_(context: RecoveryContext, model: nn.Module) -> _Done:
     blend_(model, context.settings.blend)
-    return None, ""
+    return _Done()
 
 
-def _lstsq_(context: RecoveryContext, model: nn.Module) -> _StepResult:
-    settings = context.settings
-    images = context.batches(settings.lstsq_images)
+def _lstsq_(context: RecoveryContext, model: nn.Module) -> _Done:
+    assert context.calibration is not None
     dense = context.dense.to(context.device)
-    done = reconstruct_(model, dense, context.plan, images, ridge=settings.ridge)
-    number = sum(map(len, images))
-    return None, f"{_count(len(done.layers), 'layer')} solved from {_count(number, 'image')}{_left(done.left)}"
+    statistics = context.calibration.statistics(dense, context.plan.groups)
+    done = reconstruct_(model, dense, context.plan, statistics, ridge=context.settings.ridge)
+    words = f"{_count(len(done.layers), 'layer')} solved from {_count(statistics.images, 'image')}"
+    return _Done(summary=f"{words}{_unsure(done.shrinkage)}{_left(done.left)}", shrinkage=done.shrinkage)
 
 
-def _repair_(context: RecoveryContext, model: nn.Module) -> _StepResult:
-    images = context.batches(context.settings.lstsq_images)
-    done = repair_(model, context.dense.to(context.device), context.plan, images)
+def _repair_(context: RecoveryContext, model: nn.Module) -> _Done:
+    assert context.calibration is not None
+    done = repair_(model, context.dense.to(context.device), context.plan, context.calibration.batches)
     dead = f", {_count(done.dead, 'dead channel')} left alone" if done.dead else ""
     words = f"{_count(len(done.layers), 'layer')} repaired, {done.norms} of them in the BatchNorm behind"
-    return None, f"{words}{dead}{_left(done.left)}"
+    return _Done(summary=f"{words}{dead}{_left(done.left)}")
 
 
-def _bn_(context: RecoveryContext, model: nn.Module) -> _StepResult:
+def _bn_(context: RecoveryContext, model: nn.Module) -> _Done:
     if has_batch_norm(model):
-        batches = context.batches(context.settings.bn_images)
+        assert context.calibration is not None
+        batches = context.calibration.first(context.settings.bn_images).split(context.batch_size)
         whole = [
             batch for batch in batches if len(batch) == len(batches[0])
         ]  # a mean over batches weighs a smaller last one too much
         recalibrate_bn_(model, whole, device=context.device)
-    return None, ""
+    return _Done()
 
 
-_STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _StepResult]]] = {
+_STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Done]]] = {
     "lstsq": _lstsq_,
     "repair": _repair_,
     "orthp": _orthp_,
@@ -173,12 +179,25 @@ _STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _StepResult]]]
 }
 
 
+def _unsure(shrinkage: Mapping[str, float]) -> str:
+    """Words on the layers whose moments owe more to the shrinkage than to the images."""
+    unsure = [f"{name} {rho:.2f}" for name, rho in shrinkage.items() if rho > UNSURE]
+    if not unsure:
+        return ""
+    return f", too few images for {_count(len(unsure), 'layer')} (shrinkage above {UNSURE}: {_some(unsure, ', ')})"
+
+
 def _left(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
-    named = [f"{name}: {reason}" for name, reason in list(reasons.items())[:_NAMED]]
-    more = [f"{len(reasons) - _NAMED} more"] if len(reasons) > _NAMED else []
-    return f", {_count(len(reasons), 'layer')} left alone ({'; '.join(named + more)})"
+    named = [f"{name}: {reason}" for name, reason in reasons.items()]
+    return f", {_count(len(reasons), 'layer')} left alone ({_some(named, '; ')})"
+
+
+def _some(entries: Sequence[str], between: str) -> str:
+    """The first entries, and how many more there are."""
+    more = [f"{len(entries) - _NAMED} more"] if len(entries) > _NAMED else []
+    return between.join([*entries[:_NAMED], *more])
 
 
 def _count(number: int, thing: str) -> str:

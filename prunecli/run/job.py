@@ -17,13 +17,14 @@ from prunecli.data.images import Images
 from prunecli.errors import InterruptedRunError, PruneError, UsageError
 from prunecli.files import read_tensors, read_value, write_json
 from prunecli.interrupts import interrupted_as
+from prunecli.measure.calibration import Calibration
 from prunecli.methods import phase
 from prunecli.models.device import resolve_device
 from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.folder import RunFolder, held, locate, prepare_
 from prunecli.run.progress import Command, FinishedStages, History
-from prunecli.run.source import load_source, open_images, run_of
+from prunecli.run.source import load_source, open_calibration, open_images, run_of
 from prunecli.training import retraining_rates
 from prunecli.values.plan import Plan
 from prunecli.values.report import (
@@ -49,6 +50,7 @@ class Job:
         folder: the run folder.
         source: the dense model.
         images: training and validation images; ``None`` without data.
+        calibration: unlabelled images; ``None`` without any.
         device: where models are measured and trained.
         notify: called with every event.
         progress: what the finished stages measured.
@@ -63,6 +65,7 @@ class Job:
     folder: RunFolder
     source: Source
     images: Images | None
+    calibration: Calibration | None
     device: torch.device
     notify: Notify
     progress: FinishedStages
@@ -138,7 +141,8 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     if earlier and earlier.source_digest != source.digest:
         raise PruneError(f"The weights of {source.ref.name} are not those that {folder.path} was started with.")
     images = open_images(recipe, source)
-    _require_possible(command, recipe, images)
+    calibration = open_calibration(recipe, source, images)
+    _require_possible(command, recipe, images, calibration)
     if command == "compress":
         phase.require_possible(recipe, images)
     return Job(
@@ -146,6 +150,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
         folder=folder,
         source=source,
         images=images,
+        calibration=calibration,
         device=device,
         notify=notify,
         progress=earlier or FinishedStages(command=command, recipe_sha256=recipe.sha256(), source_digest=source.digest),
@@ -154,15 +159,18 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     )
 
 
-def _require_possible(command: Command, recipe: Recipe, images: Images | None) -> None:
+def _require_possible(command: Command, recipe: Recipe, images: Images | None, calibration: Calibration | None) -> None:
     """Raises UsageError where a later stage would find that what it needs is not there."""
     if recipe.init is not None:
         _require_start(command, recipe, images, recipe.init.kind)
     if command == "finetune" and recipe.finetune.schedule.kind == "allr":
         raise UsageError(retraining_rates.NEEDS_A_CUT)
     for step in recipe.recover.steps:
-        if step in _NEEDS_IMAGES and images is None:
-            raise UsageError(f"Recovery step {step} {_NEEDS_IMAGES[step]}, so it needs --data.")
+        if step in _NEEDS_IMAGES and calibration is None:
+            raise UsageError(
+                f"Recovery step {step} {_NEEDS_IMAGES[step]}, so it needs --data.",
+                hint="A folder of images without labels will do: data.calibration=FOLDER.",
+            )
     if planned_epochs(recipe, has_data=images is not None) and images is not None and not images.train_size:
         raise UsageError(
             f"Data {recipe.data.name} has no training images to fine-tune with.",

@@ -20,7 +20,7 @@ from prunecli.planning.inspect import inspection
 from prunecli.planning.make import Planned
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.plan_and_prove import plan_and_prove
-from prunecli.run.source import load_source, open_images
+from prunecli.run.source import load_source, open_calibration, open_images
 from prunecli.values.inspection import Inspection
 from prunecli.values.report import Accuracy, PhaseCost
 
@@ -64,7 +64,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     """Plan and prove a cut, and stop there. Raises as ``load_source``, ``open_images`` and ``plan_and_prove``."""
     source = load_source(recipe)
     images = open_images(recipe, source)
-    planned, proof = plan_and_prove(source, recipe, images)
+    planned, proof = plan_and_prove(source, recipe, images, calibration=open_calibration(recipe, source, images))
     phases = phase.costs_of(recipe, images.steps_per_epoch) if images else ()
     return DryRun(planned=planned, proof=proof, phases=phases)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from prunecli.data.images import Images
 from prunecli.errors import UsageError
 from prunecli.graph.build import build_graph
+from prunecli.measure.calibration import Calibration
 from prunecli.methods import gateable, phase
 from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
@@ -28,7 +29,12 @@ Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
 
 
 def plan_and_prove(
-    source: Source, recipe: Recipe, images: Images | None, gates: Magnitudes | None = None
+    source: Source,
+    recipe: Recipe,
+    images: Images | None,
+    gates: Magnitudes | None = None,
+    *,
+    calibration: Calibration | None = None,
 ) -> tuple[Planned, str]:
     """Trace, score, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
 
@@ -47,7 +53,7 @@ def plan_and_prove(
         goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
     else:
         assert recipe.target is not None
-        goal = _Goal(graph, scores_of(source, graph, recipe, images), recipe.target, recipe.prune)
+        goal = _Goal(graph, scores_of(source, graph, recipe, images, calibration), recipe.target, recipe.prune)
     if recipe.equivalence_check:
         proven = proven_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
         planned, error = proven.planned, proven.proof.relative_error

@@ -24,6 +24,7 @@ def recovery_context(job: Job, dense: nn.Module, plan: Plan) -> RecoveryContext:
         dense=dense,
         plan=plan,
         images=images,
+        calibration=job.calibration,
         spec=job.source.spec,
         settings=recipe.recover,
         finetune=recipe.finetune,

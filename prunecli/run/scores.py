@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from prunecli.data.images import Images
 from prunecli.errors import UsageError
+from prunecli.measure.calibration import Calibration
 from prunecli.methods.epsd import epsd_scores
 from prunecli.methods.gates import is_open
 from prunecli.models.device import resolve_device
 from prunecli.models.outputs import logits_of
 from prunecli.models.source import Source
-from prunecli.planning.score import Scores, score_model
+from prunecli.planning.score import DATA_DRIVEN, Scores, score_model
 from prunecli.recipe.recipe import Recipe
+from prunecli.sensitivity.measured_losses import MeasuredLosses
 from prunecli.values.groups import Graph
 
 
-def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | None) -> Scores:
-    """Scores of every group, by the recipe's method or criterion.
+def scores_of(
+    source: Source, graph: Graph, recipe: Recipe, images: Images | None, calibration: Calibration | None = None
+) -> Scores:
+    """Scores of every group, by the recipe's method or criterion, and losses where its ranking needs them.
 
     Args:
         source: the dense model; it stays as it is.
         graph: the groups to score.
         recipe: method, criterion, seed and device.
-        images: for a method or criterion that looks at data.
+        images: labelled images, for a method or criterion that needs labels.
+        calibration: images without labels, for a criterion or ranking that looks at what layers read.
 
     Raises:
         UsageError: a method or criterion that needs data, without data.
@@ -53,7 +59,26 @@ def scores_of(source: Source, graph: Graph, recipe: Recipe, images: Images | Non
         if images is None:
             raise UsageError("Criterion taylor needs gradients, so it needs --data.")
         gradients = _gradients(source.model, *images.calibration(recipe.prune.calibration_images))
-    return score_model(source.model, graph.groups, criterion=criterion, seed=recipe.seed, gradients=gradients)
+    statistics = None
+    if criterion in DATA_DRIVEN or recipe.prune.ranking == "loss":
+        if calibration is None:
+            what = f"Criterion {criterion}" if criterion in DATA_DRIVEN else "Ranking loss"
+            raise UsageError(
+                f"{what} looks at what layers read, so it needs images.",
+                hint="Give --data, or a folder of images without labels: data.calibration=FOLDER.",
+            )
+        source.model.to(calibration.device)
+        statistics = calibration.statistics(source.model, graph.groups)
+    scores = score_model(
+        source.model, graph.groups, criterion=criterion, seed=recipe.seed, gradients=gradients, statistics=statistics
+    )
+    if recipe.prune.ranking != "loss":
+        return scores
+    assert calibration is not None
+    losses = MeasuredLosses(
+        source=source, graph=graph, scores=scores.channels, calibration=calibration, ridge=recipe.recover.ridge
+    )
+    return replace(scores, losses=losses)
 
 
 def gate_scores(magnitudes: Mapping[str, Tensor], *, seed: int) -> Scores:

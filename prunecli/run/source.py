@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunecli.data import calibration
 from prunecli.data.images import Images, open_data
 from prunecli.errors import PruneError, UsageError
+from prunecli.measure.calibration import Calibration
 from prunecli.measure.cost import measure
 from prunecli.models.build import input_spec
+from prunecli.models.device import resolve_device
 from prunecli.models.load import load_model
 from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.recipe.recipe import Recipe
 from prunecli.run.export import load_exported
 from prunecli.run.folder import RunFolder, is_run
+from prunecli.training.probe import HELD_OUT
 
 
 def run_of(recipe: Recipe) -> RunFolder | None:
@@ -76,3 +80,22 @@ def open_images(recipe: Recipe, source: Source) -> Images | None:
             hint="Give --model-arg num_classes=N to put a new one on it, or no --data.",
         )
     return open_data(recipe.data, source.spec, num_classes=source.ref.num_classes, seed=recipe.seed)
+
+
+def open_calibration(recipe: Recipe, source: Source, images: Images | None) -> Calibration | None:
+    """The unlabelled images of a recipe: those of ``data.calibration``, else the data's own; ``None`` without both.
+
+    Raises UsageError, PruneError.
+    """
+    settings = recipe.data
+    from_folder = settings.calibration is not None
+    found = calibration.open_calibration(settings, source.spec, seed=recipe.seed) if from_folder else images
+    if found is None:
+        return None
+    return Calibration(
+        found,
+        images=settings.calibration_images,
+        held_out=settings.held_out_images,
+        judged=0 if from_folder else HELD_OUT,
+        device=resolve_device(recipe.device),
+    )

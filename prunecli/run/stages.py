@@ -120,7 +120,7 @@ def plan_stage(job: Job) -> Planned:
         job.begin()
         return Planned(plan=plan, target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
-    planned, proof = plan_and_prove(job.source, job.recipe, job.images)
+    planned, proof = plan_and_prove(job.source, job.recipe, job.images, calibration=job.calibration)
     job.begin()
     if not phases.pick_late(job.recipe):
         _record_plan(job, planned, proof)
@@ -134,7 +134,7 @@ def pick_stage(job: Job, planned: Planned) -> Planned:
     learnt = phases.train_before_plan(job, planned.plan)
     job.notify({"event": "start", "name": "plan"})
     source = replace(job.source, model=learnt.model)
-    planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates)
+    planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates, calibration=job.calibration)
     _record_plan(job, planned, proof)
     return planned
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -82,6 +83,10 @@ class RecoveryStep(Value):
     jsv_before: SpectrumSummary | None = None
     jsv_after: SpectrumSummary | None = None
     residual: float | None = Field(default=None, description="largest |WW^T/gain^2 - I| entry over recovered layers")
+    shrinkage: Mapping[str, float] = Field(
+        default_factory=dict,
+        description="by layer that was solved: how far its second moments were shrunk, 0 to 1; near 1: too few images",
+    )
     seconds: float = 0.0
 
 

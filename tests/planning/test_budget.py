@@ -15,8 +15,9 @@ from prunecli.errors import NothingPrunedError, TargetError, UnsupportedError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
 from prunecli.models.tensors import named_tensors
-from prunecli.planning.budget import TOLERANCE, Choice, Learned, choose
+from prunecli.planning.budget import Choice, Learned, choose
 from prunecli.planning.score import score_groups
+from prunecli.planning.search import TOLERANCE
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target
 from prunecli.values.groups import (

@@ -20,7 +20,8 @@ from torch import nn
 from prunecli.errors import NothingPrunedError, TargetError
 from prunecli.graph.build import build_graph
 from prunecli.measure.cost import measure
-from prunecli.planning.budget import TOLERANCE, Choice, choose
+from prunecli.planning.budget import Choice, choose
+from prunecli.planning.search import TOLERANCE
 from prunecli.proof.equivalence import equivalence_error
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recipe.target import Target

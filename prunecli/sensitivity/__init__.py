@@ -1,0 +1,1 @@
+"""What every width of every cut unit costs the model, measured without labels."""
