@@ -213,8 +213,8 @@ class Dataflow:
         """
         found: dict[int, Call] = {}
         for call in self.calls:
-            once = call.repeatable and len(call.outputs) == 1 and call.path in self.called_once
-            if once and self.crossing(call.end) == set(call.outputs):
+            alone = call.repeatable and len(call.outputs) == 1 and call.path in self.called_once
+            if alone and call.end < len(self.operators) and self.crossing(call.end) == set(call.outputs):
                 found.setdefault(call.end, call)
         return tuple(found[end] for end in sorted(found))
 

@@ -35,6 +35,12 @@ class Segments:
     def __len__(self) -> int:
         return len(self._ends) + 1
 
+    @property
+    def widest(self) -> int:
+        """Number of entries that one image has at the end of a piece, where that is largest; 0 for a single piece."""
+        shapes = self._shapes_of(1)
+        return max((tensor_in(shapes[end.path]).numel() for end in self._ends), default=0)
+
     def run(self, piece: int, x: Tensor) -> Tensor:
         """What a piece returns: the tensor at its end, or the logits ``[B, K]``.
 

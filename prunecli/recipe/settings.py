@@ -13,7 +13,7 @@ from prunecli.values.value import Value
 Criterion = Literal["l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "varw", "forward", "random"]
 Ranking = Literal["local", "global", "isomorphic", "loss"]
 Count = Annotated[int, Field(gt=0)]
-RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn"]
+RecoverStep = Literal["auto", "lstsq", "repair", "orthp", "blend", "bn", "blocks"]
 
 
 class DataSettings(Value):
@@ -102,6 +102,7 @@ class RecoverSettings(Value):
         default="auto", description="orthp: singular value of the new weights; auto: by the activation"
     )
     bn_images: int = Field(default=2048, gt=0, description="training images for BN re-estimation")
+    block_steps: int = Field(default=100, gt=0, description="blocks: optimiser steps that a block gets on average")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: each block of the pruned net learns, without labels, to return what the dense block returns.
+"""Block-wise reconstruction: each block of the pruned net learns, without labels, to return what the dense one returns.
 
 Blocks come one after the other (``find_blocks``). With ``s`` what the pruned block returns, given what the pruned
 blocks before it returned, and ``d_P`` the kept part of what the dense block returns in the dense net, the loss is
@@ -44,6 +44,7 @@ _HELD_OUT: Final = 8  # one image of so many
 _NEGLIGIBLE: Final = 1e-3  # error of a block, as a share of the variance, below which it is not trained
 _MOST: Final = 3.0  # largest and
 _LEAST: Final = 0.25  # smallest number of steps of a block that is trained, as a share of the average
+_TINY: Final = 1e-12  # an error that counts as none
 _LARGE: Final = 2**26  # bytes of a tensor of all images above which it is kept in half precision
 _ROOM: Final = 2**29  # bytes that it may take; where that is too little, fewer images are used
 
@@ -123,7 +124,7 @@ def reconstruct_blocks_(
         flow, blocks = find_blocks(pruned, dense, plan, images[:2])
         ends = [block.end for block in blocks if block.end]
         teacher, student = (Segments(net, flow, ends, images[:1]) for net in (dense, pruned))
-        used = images[: _room(student, images, mirrored=mirrored)]
+        used = images[: _room(teacher, images, mirrored=mirrored)]
         work = _Work(pruned, teacher, student, blocks, used, mirrored=mirrored, seed=seed)
         results = work.run(steps, tell)
     return Reconstruction(blocks=results, images=len(used), rate=work.rate)
@@ -186,7 +187,10 @@ class _Work:
         return errors
 
     def _train_(self, number: int, block: Block, given: Tensor, wanted: Tensor, steps: int) -> BlockResult:
-        """Train one block, at every rate as long as none is chosen, and keep its best weights."""
+        """Train one block and keep its best weights.
+
+        As long as no rate is chosen, every rate is tried; then the chosen one, and lower ones until one helps.
+        """
         parameters = [self.parameters[name] for name in block.parameters if self.parameters[name].requires_grad]
         loss = _loss(block, wanted[: self.count])
         before = self._held_out_loss(number, loss, given, wanted)
@@ -194,16 +198,20 @@ class _Work:
         if not steps or not parameters or (block.end and before < _NEGLIGIBLE):
             return best
         start = weights = [parameter.detach().clone() for parameter in parameters]
-        for rate in RATES if self.rate is None else (self.rate,):
-            _set_(parameters, start)
+        for rate in reversed(RATES):
+            if self.rate is not None and (rate > self.rate or best.rate is not None):
+                continue
+            self._set_(parameters, start)
             self._fit_(number, parameters, loss, given, wanted, rate=rate, steps=steps)
             after = self._held_out_loss(number, loss, given, wanted)
             if self.rate is None:
-                self.trials[rate].append(math.log(after / before) if math.isfinite(after) else math.inf)
+                self.trials[rate].append(
+                    math.log(max(after, _TINY) / max(before, _TINY)) if math.isfinite(after) else math.inf
+                )
             if after < best.after:
                 best = BlockResult(name=block.name, before=before, after=after, steps=steps, rate=rate)
                 weights = [parameter.detach().clone() for parameter in parameters]
-        _set_(parameters, weights)
+        self._set_(parameters, weights)
         if self.rate is None and len(self.trials[RATES[0]]) == _TRIALS:
             self.rate = min(RATES, key=lambda rate: sum(self.trials[rate]))
         return best
@@ -225,8 +233,6 @@ class _Work:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             at = torch.randint(self.count, (min(_BATCH, self.count),), generator=draw)
-            if self.caches:  # filled in the step before, from weights that have changed
-                clear_caches_(self.pruned)
             with torch.enable_grad():
                 made = self.student.run(number, given[at].to(self.device).float())
                 error = loss(made, wanted[at].to(self.device).float())
@@ -234,9 +240,20 @@ class _Work:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
+            self._clear_caches_()
         for parameter in parameters:
             parameter.grad = None
-        clear_caches_(self.pruned)
+
+    @torch.no_grad()
+    def _set_(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+        self._clear_caches_()
+
+    def _clear_caches_(self) -> None:
+        """Throw away what a forward pass made from weights that have changed since."""
+        if self.caches:
+            clear_caches_(self.pruned)
 
     @torch.no_grad()
     def _held_out_loss(self, number: int, loss: Loss, given: Tensor, wanted: Tensor) -> float:
@@ -259,9 +276,7 @@ def allot(errors: Sequence[float], steps: int) -> list[int]:
     mean = sum(error for error in errors if error >= _NEGLIGIBLE) / max(
         1, sum(error >= _NEGLIGIBLE for error in errors)
     )
-    return [
-        round(steps * min(_MOST, max(_LEAST, error / mean))) if error >= _NEGLIGIBLE else 0 for error in errors
-    ]
+    return [round(steps * min(_MOST, max(_LEAST, error / mean))) if error >= _NEGLIGIBLE else 0 for error in errors]
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -282,18 +297,16 @@ def _variance(block: Block, wanted: Tensor) -> float:
     count, total, squares = 0, 0.0, 0.0
     for part in wanted.split(_PASS):
         values = _kept(block, part).double()
-        count, total, squares = count + values.numel(), total + float(values.sum()), squares + float(values.square().sum())
-    return max(squares / count - (total / count) ** 2, torch.finfo(torch.float32).tiny)
+        count, total, squares = (
+            count + values.numel(),
+            total + float(values.sum()),
+            squares + float(values.square().sum()),
+        )
+    return max(squares / count - (total / count) ** 2, _TINY)
 
 
 def _kept(block: Block, wanted: Tensor) -> Tensor:
     return block.kept.of(wanted) if block.kept else wanted
-
-
-def _set_(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -310,5 +323,6 @@ def _through(net: Segments, number: int, given: Tensor, device: torch.device) ->
 
 
 def _room(net: Segments, images: Tensor, *, mirrored: bool) -> int:
-    """The number of images whose tensors at all ends of blocks take no more than the room that there is."""
-    ...
+    """Number of images whose tensors fit into the room that there is, in half precision."""
+    copies = 2 if mirrored else 1
+    return max(2, min(len(images), _ROOM // (2 * copies * max(1, net.widest))))

@@ -10,7 +10,7 @@ residual sum. Not every waist ends a block:
   stay as P; a cut copy with drawn weights must agree with the silenced dense net at exactly these (as in the proof of
   a cut). Where nothing agrees, the block goes on to the next waist.
 * Each block reads a cut axis. Otherwise it goes on, and then up to the next weight, so that a norm and an activation
-  belong to the layer before.
+  belong to the layer before; pooling does not, as what is pooled says more of each image than the result.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from prunecli.measure.dataflow import Call, Dataflow, trace
-from prunecli.measure.replay import copied, recording
+from prunecli.measure.replay import copied, hollow, recording
 from prunecli.measure.segments import tensor_in
 from prunecli.models.channels import silencing_slices
+from prunecli.models.layers import evaluation_mode
 from prunecli.models.tensors import clear_caches_, named_tensors
 from prunecli.proof.equivalence import (
     FORWARD_ERRORS,
@@ -93,8 +94,9 @@ def find_blocks(pruned: nn.Module, dense: nn.Module, plan: Plan, images: Tensor)
     weights = {name: flow.reads_of([name]) for name, p in pruned.named_parameters() if p.dim() > 1}
     waists = _between_blocks(flow, pruned, weights)
     kept = kept_parts(dense, plan, [waist.path for waist in waists], images.shape[1:])
+    waists = _before_pooling([waist for waist in waists if waist.path in kept], pruned, images, weights)
     reading = {member.tensor for group in plan.cut_groups for member in group.members if member.role == "in"}
-    ends = _ends([waist for waist in waists if waist.path in kept], flow.reads_of(reading), weights)
+    ends = _ends(waists, flow.reads_of(reading), weights)
     bounds = [0, *(end.end for end in ends), len(flow.operators)]
     layers = sorted((times[0], module_of(name)) for name, times in weights.items() if times)
     parameters = {name: flow.reads_of([name]) for name, _ in pruned.named_parameters()}
@@ -128,16 +130,31 @@ def _between_blocks(flow: Dataflow, model: nn.Module, weights: _Weights) -> list
     def weights_in(call: Call) -> int:
         return sum(any(call.begin <= time < call.end for time in times) for times in weights.values())
 
+    left = {len(flow.operators), *(waist.end for waist in flow.waists)}
     whole: list[Call] = []
     for call in reversed(flow.calls):  # what is inside a call comes before it
         own_code = call.path and type(model.get_submodule(call.path)).forward is not nn.Sequential.forward
         several = 1 < weights_in(call) <= _MOST * len(weights)
         entered = len(flow.crossing(call.begin)) == 1
-        if own_code and several and entered and any(waist.end == call.end for waist in flow.waists):
+        if own_code and several and entered and call.end in left:
             nested = [other for other in whole if call.place < other.place <= call.place + call.inner]
             if sum(map(weights_in, nested)) <= _MOST * weights_in(call):
                 whole = [other for other in whole if other not in nested] + [call]
     return [waist for waist in flow.waists if not any(call.begin < waist.end < call.end for call in whole)]
+
+
+@torch.no_grad()
+def _before_pooling(waists: Sequence[Call], model: nn.Module, images: Tensor, weights: _Weights) -> list[Call]:
+    """The waists without those whose tensor is but a smaller one of the waist before: that says more of each image."""
+    with evaluation_mode(model), recording(model, [waist.path for waist in waists], form=hollow) as returned:
+        model(images)
+    chosen: list[Call] = []
+    for waist in waists:
+        before = chosen[-1] if chosen else None
+        between = before and any(before.end <= time < waist.end for times in weights.values() for time in times)
+        if not before or between or tensor_in(returned[waist.path]).numel() >= tensor_in(returned[before.path]).numel():
+            chosen.append(waist)
+    return chosen
 
 
 def _ends(waists: Sequence[Call], reads: Sequence[int], weights: _Weights) -> list[Call]:

@@ -38,6 +38,7 @@ _NEEDS_IMAGES: Final = {
     "lstsq": "solves from what layers read on images",
     "repair": "measures what layers make of images",
     "bn": "re-estimates statistics",
+    "blocks": "trains blocks on what the dense ones make of images",
 }
 
 
