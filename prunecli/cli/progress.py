@@ -63,7 +63,7 @@ class ProgressDisplay:
                 self._begin(_DOING.get(name, name))
             case {"event": "step", "step": int(step), "steps": int(steps), **rest}:
                 self._train(step, steps, rest)
-            case {"event": "stage" | "plan" | "recovery" | "epoch" | "warning" | "verify" | "resume"}:
+            case {"event": "stage" | "plan" | "recovery" | "block" | "epoch" | "warning" | "verify" | "resume"}:
                 self._line(event)
 
     def _begin(self, text: str) -> None:
@@ -99,6 +99,8 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"plan: {groups} coupled groups are cut; {proof}"
         case {"event": "recovery", "name": name, "rule": rule}:
             return f"recovery {name}: {rule}"
+        case {"event": "block", "block": block, "blocks": blocks, "name": name, "before": before, "after": after}:
+            return f"block {block}/{blocks} {name}: error {before:.3g} to {after:.3g}"
         case {"event": "epoch", "epoch": epoch, "epochs": epochs, **rest}:
             figures = (
                 ("loss", "train_loss", ".3f"),

@@ -24,7 +24,7 @@ WRITTEN_CHARACTERS = frozenset({"digits", "torch/mnist", "torch/kmnist", "torch/
 PAD = 4
 
 # One value each for the kinds of random numbers, so that none repeats another's.
-ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET, VIEW, PARTNER = range(7)
+ORDER, CROPS, AUGMENT, CALIBRATION, SUBSET, VIEW, PARTNER, BLOCKS = range(8)
 
 
 # ---------------------------------------------------------------------------------------------- transforms

@@ -57,19 +57,23 @@ class Call:
 
     Attributes:
         path: path of the module.
+        place: place of the call in ``Dataflow.calls``.
         begin: number of operators that ran before the call.
         end: number of operators that had run when it returned.
         inner: number of calls inside it; these follow it in ``Dataflow.calls``.
         outputs: numbers of the values among what it returned.
-        repeatable: whether handing out a copy of what it returned has the effect of the call: it wrote to nothing that
-            was there before, and returned values of its own, each once, in plain containers.
+        plain: whether it returned nothing but tensors and numbers in containers that can be walked.
+        repeatable: whether handing out a copy of what it returned has the effect of the call: that is plain, each value
+            is new and there once, and the call wrote to nothing that was there before.
     """
 
     path: str
+    place: int
     begin: int
     end: int
     inner: int
     outputs: tuple[int, ...]
+    plain: bool
     repeatable: bool
 
 
@@ -129,6 +133,15 @@ class Dataflow:
         """Whether something writes in place, after a call, into what the call returned."""
         return any(not operator.writes.isdisjoint(call.outputs) for operator in self.operators[call.end :])
 
+    def reads_of(self, names: Collection[str]) -> tuple[int, ...]:
+        """The times at which an operator reads one of these tensors, ascending.
+
+        Args:
+            names: names of parameters, buffers and tensor attributes.
+        """
+        values = {self.tensors[name] for name in names}
+        return tuple(at for at, operator in enumerate(self.operators) if not values.isdisjoint(operator.reads))
+
     def first_use(self, names: Collection[str]) -> float:
         """The time before which no tensor of these names can have had an effect; infinite without names.
 
@@ -142,7 +155,7 @@ class Dataflow:
         for call in self.calls:
             begins.setdefault(call.path, call.begin)
         values = {self.tensors[name] for name in names}
-        times: list[float] = [at for at, operator in enumerate(self.operators) if not values.isdisjoint(operator.reads)]
+        times: list[float] = [*self.reads_of(names)]
         for name in (name for name, value in self.tensors.items() if value in values):
             holder = module_of(name)
             while holder not in begins and holder:
@@ -158,18 +171,71 @@ class Dataflow:
         Args:
             until: time in operators, as ``first_use`` gives it.
         """
-        chosen: list[Call] = []
-        at = 0
-        while at < len(self.calls):
-            call = self.calls[at]
-            fits = call.end <= until and call.repeatable and call.path in self.called_once
-            chosen += [call] if fits else []
-            at += 1 + (call.inner if fits else 0)
+        chosen = self._outermost(lambda call: call.end <= until and call.repeatable)
         live = self._live(chosen, until)
         return Skip(
             needed=tuple(call.path for call in chosen if not live.isdisjoint(call.outputs)),
             unneeded=tuple(call.path for call in chosen if live.isdisjoint(call.outputs)),
         )
+
+    def hidden_before(self, waist: Call) -> tuple[str, ...]:
+        """The modules whose outputs no longer matter behind a waist, as large as possible.
+
+        What does not depend on the images is not among them: it may be read again (a table of positions).
+
+        Args:
+            waist: one of ``waists``.
+        """
+
+        def is_over(call: Call) -> bool:
+            before = call.place + call.inner < waist.place
+            return before and call.plain and bool(call.outputs) and self.from_images.issuperset(call.outputs)
+
+        return tuple(call.path for call in self._outermost(is_over))
+
+    def _outermost(self, fits: Callable[[Call], bool]) -> list[Call]:
+        """The calls of modules called once that fit, without those inside another one that does."""
+        chosen: list[Call] = []
+        at = 0
+        while at < len(self.calls):
+            call = self.calls[at]
+            found = call.path in self.called_once and fits(call)
+            chosen += [call] if found else []
+            at += 1 + (call.inner if found else 0)
+        return chosen
+
+    @cached_property
+    def waists(self) -> tuple[Call, ...]:
+        """The calls behind which all that still depends on the images depends on the one tensor that they returned.
+
+        Of several calls that return the same tensor it is the outermost one. In a residual net these are the places
+        where a residual sum is complete.
+        """
+        found: dict[int, Call] = {}
+        for call in self.calls:
+            alone = call.repeatable and len(call.outputs) == 1 and call.path in self.called_once
+            if alone and call.end < len(self.operators) and self.crossing(call.end) == set(call.outputs):
+                found.setdefault(call.end, call)
+        return tuple(found[end] for end in sorted(found))
+
+    def crossing(self, time: int) -> set[int]:
+        """Numbers of the values that depend on the images, were there before a time and are read after it.
+
+        Args:
+            time: time in operators.
+        """
+        return {value for value, (made, read) in self._lifetimes.items() if made < time <= read}
+
+    @cached_property
+    def _lifetimes(self) -> dict[int, tuple[int, int]]:
+        """When each value that depends on the images was made and last read; the net reads its outputs at the end."""
+        made: dict[int, int] = {}
+        read: dict[int, int] = dict.fromkeys(self.outputs, len(self.operators))
+        for time in range(len(self.operators) - 1, -1, -1):
+            for value in self.operators[time].reads:
+                read.setdefault(value, time)
+            made.update(dict.fromkeys(self.operators[time].makes, time))
+        return {value: (made.get(value, -1), read[value]) for value in self.from_images & read.keys()}
 
     def _live(self, skipped: Collection[Call], until: float) -> set[int]:
         """Values that have to be right where these calls are skipped, followed backwards from the outputs.
@@ -254,10 +320,12 @@ class _Record(TorchDispatchMode):
             harmless = all(value >= known for operator in self.operators[begin:] for value in operator.writes)
             self.calls[place] = Call(
                 path=path,
+                place=place,
                 begin=begin,
                 end=len(self.operators),
                 inner=self.begun - place - 1,
                 outputs=tuple(outputs),
+                plain=plain,
                 repeatable=plain and own and harmless,
             )
             return output

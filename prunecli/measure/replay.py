@@ -7,8 +7,8 @@ tensors of the right shape that hold nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,46 @@ def hollow(tensor: Tensor) -> Tensor:
     return torch.full((), filler, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
+def handing_out(output: Any, *, writable: bool) -> Forward:
+    """A function that returns ``output`` whatever it is given.
+
+    Args:
+        output: tensors in plain containers.
+        writable: whether each call gets a copy, because something writes into it afterwards.
+    """
+    return lambda *_, **__: tree_map_only(Tensor, copied, output) if writable else output
+
+
+@contextmanager
+def recording(
+    model: nn.Module,
+    paths: Collection[str],
+    *,
+    form: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    stop: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """While this is open, what modules return is written down by path.
+
+    Args:
+        model: the net that holds the modules.
+        paths: paths of modules that are called once in a pass.
+        form: change made to each tensor at once, before what follows may write into it.
+        stop: whether the pass, and with it the ``with`` block, ends when all have returned.
+    """
+    returned: dict[str, Any] = {}
+
+    def recorded(path: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        returned[path] = tree_map_only(Tensor, form, output)
+        if stop and len(returned) == len(paths):
+            raise StopPass
+        return output
+
+    forwards: dict[str, Forward] = {path: partial(recorded, path, model.get_submodule(path).forward) for path in paths}
+    with suppress(StopPass), replaced_forwards(model, forwards):
+        yield returned
+
+
 class Replay:
     """Passes of pruned copies of one dense net over the same images.
 
@@ -60,14 +100,17 @@ class Replay:
         batches: images ``[B, C, H, W]`` on the device of all nets.
     """
 
+    @torch.no_grad()
     def __init__(self, dense: nn.Module, batches: Sequence[Tensor]) -> None:
         self._dense, self._batches = dense, tuple(batches)
         self._flow = trace(dense, batches[0][:1])
+        repeatable = [path for path, call in self._flow.called_once.items() if call.repeatable]
+        #: Batch by batch, what modules return: of all that are repeatable as hollow tensors, and what some pass needed.
+        self._shapes = self._recorded(repeatable, hollow, [{} for _ in batches])
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
         self._starts: dict[float, Skip] = {-1: Skip(needed=(), unneeded=())}  # what they need is in ``_outputs``
-        self._outputs: dict[str, list[Any]] = {}  # of the modules that some pass needed, batch by batch
-        self._shapes: dict[str, list[Any]] = {}  # of every module, as hollow tensors
-        self._record([path for path, call in self._flow.called_once.items() if call.repeatable], self._shapes, hollow)
 
+    @torch.no_grad()
     def logits(self, pruned: nn.Module) -> Tensor:
         """Logits ``[N, K]`` of all images.
 
@@ -76,57 +119,36 @@ class Replay:
         """
         time = self._flow.first_use(differing(self._dense, pruned))
         skip = self._flow.skip(time)
-        missing = [path for path in skip.needed if path not in self._outputs]
+        missing = [path for path in skip.needed if path not in self._outputs[0]]
         if missing:
-            self._record(missing, self._outputs, copied, since=max(start for start in self._starts if start <= time))
+            known = self._starts[max(start for start in self._starts if start <= time)]
+            answers = [self._answers(known, at) for at in range(len(self._batches))]
+            for held, new in zip(self._outputs, self._recorded(missing, copied, answers), strict=True):
+                held.update(new)
         self._starts[time] = skip
-        return torch.cat([logits_of(self._pass(pruned, at, skip)) for at in range(len(self._batches))])
+        logits = []
+        with evaluation_mode(pruned):
+            for at, batch in enumerate(self._batches):
+                with replaced_forwards(pruned, self._answers(skip, at)):
+                    logits.append(logits_of(pruned(batch)))
+        return torch.cat(logits)
 
-    def _record(
-        self,
-        paths: Sequence[str],
-        into: dict[str, list[Any]],
-        form: Callable[[Tensor], Tensor],
-        *,
-        since: float = -1,
-    ) -> None:
-        """Write down what modules of the dense net return, in passes that end once all have returned.
+    def _recorded(
+        self, paths: Collection[str], form: Callable[[Tensor], Tensor], answers: Sequence[Mapping[str, Forward]]
+    ) -> list[dict[str, Any]]:
+        """What modules of the dense net return, batch by batch, where other modules give those ``answers``."""
+        found = []
+        for batch, known in zip(self._batches, answers, strict=True):
+            with evaluation_mode(self._dense), replaced_forwards(self._dense, known):
+                with recording(self._dense, paths, form=form, stop=True) as returned:
+                    self._dense(batch)
+                found.append(returned)
+        return found
 
-        Args:
-            paths: modules that are called once.
-            into: entries by path, one a batch, added here.
-            form: change made to each tensor that is written down.
-            since: point from which the passes start, a key of ``_starts``.
-        """
-        into |= {path: [] for path in paths}
-        pending: set[str] = set()
-
-        def recorded(path: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            into[path].append(tree_map_only(Tensor, form, output))
-            pending.remove(path)
-            if not pending:
-                raise StopPass
-            return output
-
-        forwards = {path: partial(recorded, path, self._dense.get_submodule(path).forward) for path in paths}
-        for at in range(len(self._batches)):
-            pending.update(paths)
-            with suppress(StopPass):
-                self._pass(self._dense, at, self._starts[since], forwards)
-
-    @torch.no_grad()
-    def _pass(self, model: nn.Module, at: int, skip: Skip, forwards: Mapping[str, Forward] | None = None) -> Any:
-        """What a net returns for batch number ``at``, with other ``forwards`` besides those that ``skip`` replaces."""
-        # each call gets a copy of its own where what follows may write into it
-        answers = {path: _handing_out(self._outputs[path][at], copy=True) for path in skip.needed}
+    def _answers(self, skip: Skip, at: int) -> dict[str, Forward]:
+        """Functions that stand in for the modules of ``skip`` in batch number ``at``."""
+        answers = {path: handing_out(self._outputs[at][path], writable=True) for path in skip.needed}
         for path in skip.unneeded:
-            written = self._flow.overwritten(self._flow.called_once[path])
-            answers[path] = _handing_out(self._shapes[path][at], copy=written)
-        with evaluation_mode(model), replaced_forwards(model, answers | dict(forwards or {})):
-            return model(self._batches[at])
-
-
-def _handing_out(output: Any, *, copy: bool) -> Forward:
-    """A function that returns ``output`` whatever it is given."""
-    return lambda *_, **__: tree_map_only(Tensor, copied, output) if copy else output
+            writable = self._flow.overwritten(self._flow.called_once[path])
+            answers[path] = handing_out(self._shapes[at][path], writable=writable)
+        return answers

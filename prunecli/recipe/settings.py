@@ -14,7 +14,7 @@ Criterion = Literal["auto", "l1", "l2", "group_norm", "bn_scale", "lamp", "fpgm"
 Ranking = Literal["auto", "local", "global", "isomorphic", "loss"]
 DATA_DRIVEN: Final = frozenset({"varw", "forward"})  # criteria that look at what layers read
 Count = Annotated[int, Field(gt=0)]
-RecoverStep = Literal["auto", "lstsq", "onepass", "repair", "orthp", "blend", "bn"]
+RecoverStep = Literal["auto", "lstsq", "onepass", "repair", "orthp", "blend", "bn", "blocks"]
 
 
 class DataSettings(Value):
@@ -120,6 +120,7 @@ class RecoverSettings(Value):
         default="auto", description="orthp: singular value of the new weights; auto: by the activation"
     )
     bn_images: int = Field(default=512, gt=0, description="training images for BN re-estimation")
+    block_steps: int = Field(default=100, gt=0, description="blocks: optimiser steps that a block gets on average")
     probe_steps: int = Field(default=30, ge=0, description="optimiser steps of the probe that decides what auto keeps")
 
     @model_validator(mode="after")

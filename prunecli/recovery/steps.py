@@ -1,12 +1,16 @@
-"""Recovery steps by name, applied to a copy (mathematics: ``orthogonal``, ``least_squares``, ``repair``)."""
+"""Recovery steps by name, applied to a copy.
+
+Mathematics: ``orthogonal``, ``least_squares``, ``repair`` and ``blocks``.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,6 +23,7 @@ from prunecli.measure.jacobian import JacobianSpectrum
 from prunecli.measure.stage_spectrum import spectrum_batch
 from prunecli.models.build import InputSpec
 from prunecli.recipe.settings import FinetuneSettings, RecoverSettings
+from prunecli.recovery.blocks import BlockResult, reconstruct_blocks_
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.recovery.onepass import reconstruct_in_one_pass_
 from prunecli.recovery.orthogonal import blend_, orthogonalize_
@@ -45,10 +50,12 @@ class RecoveryContext:
         finetune: settings of the fine-tuning to come; a probe takes a few of its steps.
         finetune_steps: length of the fine-tuning to come, in optimiser steps; 0 where nothing will be fine-tuned.
         batch_size: number of images in a batch of BatchNorm re-estimation.
+        mirrored: whether a mirror image is as good as an image, as the training's augmentation has it.
         device: the device to compute on.
         seed: seed of probes and of random weights.
         spectrum_of: function from a net to its Jacobian spectrum, ``None`` where spectra are switched off.
         tell: callback for each row of the report, once the row is known.
+        notify: callback for each event within a step.
     """
 
     dense: nn.Module
@@ -60,10 +67,12 @@ class RecoveryContext:
     finetune: FinetuneSettings
     finetune_steps: int
     batch_size: int
+    mirrored: bool
     device: torch.device
     seed: int
     spectrum_of: Callable[[nn.Module], JacobianSpectrum | None]
     tell: Callable[[RecoveryStep], None]
+    notify: Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,7 @@ def apply_steps(
     Args:
         context: images, settings and callables of the job.
         model: the pruned net; it is not changed.
-        steps: names among ``lstsq``, ``onepass``, ``repair``, ``orthp``, ``blend`` and ``bn``.
+        steps: names among ``lstsq``, ``onepass``, ``repair``, ``orthp``, ``blend``, ``bn`` and ``blocks``.
         after: step that was applied to the net before; ``onepass`` meets ``lstsq`` half way.
 
     Raises:
@@ -185,6 +194,27 @@ def _bn_(context: RecoveryContext, model: nn.Module) -> _Done:
     return _Done()
 
 
+def _blocks_(context: RecoveryContext, model: nn.Module) -> _Done:
+    assert context.calibration is not None
+
+    def notify(number: int, count: int, block: BlockResult) -> None:
+        errors = {"before": block.before, "after": block.after}
+        context.notify({"event": "block", "block": number, "blocks": count, "name": block.name, **errors})
+
+    done = reconstruct_blocks_(
+        model,
+        context.dense.to(context.device),
+        context.plan,
+        torch.cat(context.calibration.batches),
+        steps=context.settings.block_steps,
+        mirrored=context.mirrored,
+        seed=context.seed,
+        tell=notify,
+    )
+    images = f"{_count(done.images, 'image')}{' and their mirror images' if context.mirrored else ''}"
+    return _Done(summary=f"{_trained(done.blocks)} from {images}")
+
+
 _STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Done]]] = {
     "lstsq": _lstsq_,
     "onepass": partial(_onepass_, mix=1.0),
@@ -193,7 +223,24 @@ _STEPS: Final[Mapping[str, Callable[[RecoveryContext, nn.Module], _Done]]] = {
     "orthp": _orthp_,
     "blend": _blend_,
     "bn": _bn_,
+    "blocks": _blocks_,
 }
+
+
+def _trained(blocks: Sequence[BlockResult]) -> str:
+    """Words on the blocks that were trained, their steps, rates and errors."""
+    trained = [block for block in blocks if block.rate is not None]
+    words = f"{len(trained)} of {_count(len(blocks), 'block')} trained"
+    if not trained:
+        return words
+    rates = " or ".join(f"{rate:g}" for rate in sorted({block.rate for block in trained if block.rate is not None}))
+    words += f" in {_count(sum(block.steps for block in trained), 'step')} at LR {rates}"
+    *inner, last = blocks
+    if inner:
+        before = math.fsum(block.before for block in inner) / len(inner)
+        after = math.fsum(block.after for block in inner) / len(inner)
+        words += f", mean held-out error {before:.3g} to {after:.3g} of the variance"
+    return f"{words}, KL divergence of the logits {last.before:.3g} to {last.after:.3g},"
 
 
 def _unsure(shrinkage: Mapping[str, float]) -> str:

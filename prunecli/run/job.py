@@ -40,6 +40,7 @@ _NEEDS_IMAGES: Final = {
     "onepass": "solves from what layers read on images",
     "repair": "measures what layers make of images",
     "bn": "re-estimates statistics",
+    "blocks": "trains blocks on what the dense ones make of images",
 }
 
 

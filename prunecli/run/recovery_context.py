@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from prunecli.data.transforms import augmentation
 from prunecli.recovery.steps import RecoveryContext
 from prunecli.run.job import Job
 from prunecli.run.measured import jacobian
@@ -30,8 +31,10 @@ def recovery_context(job: Job, dense: nn.Module, plan: Plan) -> RecoveryContext:
         finetune=recipe.finetune,
         finetune_steps=job.epochs * images.steps_per_epoch if images else 0,
         batch_size=recipe.data.batch_size,
+        mirrored=augmentation(recipe.data, job.source.spec) != "none",
         device=job.device,
         seed=recipe.seed,
         spectrum_of=partial(jacobian, job),
         tell=tell,
+        notify=job.relay,
     )

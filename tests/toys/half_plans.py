@@ -24,6 +24,7 @@ def half_plan(model: nn.Module, size: tuple[int, int, int], *only: str) -> Plan:
             width=g.width,
             keep=tuple(range(0, g.width, 2 if not only or g.name in only else 1)),
             members=g.members,
+            norms=g.norms,
         )
         for g in graph.groups
     ]
