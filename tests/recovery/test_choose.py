@@ -178,6 +178,15 @@ def test_when_the_favourite_does_not_hold_the_runner_up_gets_its_turn():
     assert held is plain
 
 
+def test_one_image_far_off_does_not_hide_that_all_others_gained():
+    plain = candidate("", *[0.2, 0.2, 0.3, 0.3] * 7, 9, 9)
+    better = candidate("better", *[0.05, 0.05, 0.06, 0.06] * 7, 1, 1)
+    assert not choose.compare(plain.state.kl[1::2], better.state.kl[1::2]).better
+    assert choose._answers_better(plain, better, half=True)[0]
+    mixed = candidate("mixed", *[0.05, 0.05, 0.06, 0.06] * 7, 99, 99)
+    assert not choose._answers_better(plain, mixed, half=True)[0], "its mean is worse"
+
+
 @pytest.mark.slow
 def test_without_labels_the_nearest_answers_win_and_no_label_is_read(tmp_path):
     """Photographs without classes: nothing is fine-tuned, and every candidate is judged by its answers."""
