@@ -292,10 +292,8 @@ def _answers_better(plain: _Candidate, one: _Candidate, *, half: bool) -> tuple[
     has to be lower, and the logarithms have to be so beyond noise.
     """
     without, with_it = (c.state.kl[1::2] if half and len(c.state.kl) > 1 else c.state.kl for c in (plain, one))
-    found, logs = (
-        compare(without, with_it),
-        compare(*([math.log(kl + _LEAST) for kl in kls] for kls in (without, with_it))),
-    )
+    found = compare(without, with_it)
+    logs = compare(*([math.log(kl + _LEAST) for kl in kls] for kls in (without, with_it)))
     gains = logs.without - logs.with_it > _ERRORS * logs.error and found.with_it < (1 - _MARGIN) * found.without
     return gains, f"KL from the dense model {_against(found)}"
 
