@@ -89,7 +89,8 @@ def test_wrong_combinations_are_refused(settings, words):
 @pytest.mark.slow
 def test_named_steps_are_applied_in_turn_and_said(tmp_path):
     """LeNet-5 has biases and no BatchNorm; its first linear layer reads a flattened feature map."""
-    done = call("compress", *JOB, "--epochs=0", "--recover=lstsq,blend,repair", f"--out={tmp_path / 'run'}")
+    job = [*JOB, "--epochs=0", "--criterion=l1"]
+    done = call("compress", *job, "--recover=lstsq,blend,repair", f"--out={tmp_path / 'run'}")
     assert done.exit_code == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     lstsq, blend, repair = report["recovery"]
