@@ -259,7 +259,7 @@ def test_what_a_forward_pass_caches_follows_the_weights():
 
 @pytest.mark.slow
 def test_a_job_trains_blocks_and_says_so(tmp_path):
-    done = call("compress", *JOB, "--epochs=0", "--recover=lstsq,blocks", "recover.block_steps=4",
+    done = call("compress", *JOB, "--epochs=0", "--criterion=l1", "--recover=lstsq,blocks", "recover.block_steps=4",
                 f"--out={tmp_path / 'run'}")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     row = json.loads((tmp_path / "run" / "report.json").read_text())["recovery"][1]
