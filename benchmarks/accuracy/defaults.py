@@ -22,7 +22,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,12 +34,12 @@ if not __package__:  # run as a program, from any folder
 
 from benchmarks.shared.cifar_nets import CIFAR, CIFAR_IMAGES, recipe_for, trained_base
 from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.own_job import recorded_job
 from benchmarks.shared.papers import row
 from benchmarks.shared.torch_pruning_cut import nearest_cut
 from prunecli.measure import cost
 from prunecli.measure.accuracy import evaluate
 from prunecli.recipe.recipe import Recipe
-from prunecli.run import pipeline
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
 from prunecli.training.loop import TrainingRun
@@ -101,25 +100,6 @@ def published_rate(optimizer: OptimizerName, batch_size: int) -> float:
     ).recommended
 
 
-def ours(recipe: Recipe) -> dict[str, Any]:
-    """The job as a user would run it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        report = pipeline.compress(recipe, out=Path(scratch) / "run")
-    top1 = {stage.name: stage.top1 for stage in report.stages}
-    assert report.finetune is not None
-    return {
-        "dense": top1["dense"],
-        "pruned": top1["pruned"],
-        "recovered": top1["recovered"],
-        "kept": [step.name for step in report.recovery if step.kept],
-        "top1": report.finetune.last_top1,
-        "best": report.finetune.best_top1,
-        "lr": float(f"{report.finetune.lr:.3g}"),
-        "macs": round(report.final["macs"] / report.base["macs"], 4),
-        "params": round(report.final["params"] / report.base["params"], 4),
-    }
-
-
 def theirs(recipe: Recipe, rate: float) -> dict[str, Any]:
     """Torch-Pruning's cut, trained by the same loop."""
     source = load_source(recipe)
@@ -156,7 +136,7 @@ def run(net: str, arm: str, seed: int, asked: argparse.Namespace) -> dict[str, A
     rate = published_rate(optimizer_name(plain.finetune, dense), plain.data.batch_size)
     if arm == "torch-pruning":
         return theirs(recipe_of(plain, "plain", seed, rate), rate)
-    return ours(recipe_of(plain, arm, seed, rate))
+    return recorded_job(recipe_of(plain, arm, seed, rate))
 
 
 def table(records: Mapping[str, Any]) -> str:

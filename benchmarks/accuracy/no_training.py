@@ -27,12 +27,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +39,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 if not __package__:  # run as a program, from any folder
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
@@ -55,6 +52,7 @@ from benchmarks.shared.subjects import (
     add_sources,
     own_arms,
     recipe_of,
+    silence_,
     subject,
     train_missing,
 )
@@ -63,6 +61,7 @@ from prunecli.data.images import Images, open_data
 from prunecli.errors import PruneError, one_line
 from prunecli.measure import cost
 from prunecli.measure.accuracy import answers
+from prunecli.measure.divergence import as_log_probabilities, divergences
 from prunecli.models.source import Source
 from prunecli.recipe.target import Target
 from prunecli.run import pipeline
@@ -117,8 +116,7 @@ def divergence(dense: Tensor, pruned: Tensor) -> float:
         dense: logits ``[N, K]``.
         pruned: logits ``[N, K]``.
     """
-    log_p, log_q = dense.log_softmax(1), pruned.log_softmax(1)
-    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+    return divergences(as_log_probabilities(dense), as_log_probabilities(pruned)).mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,17 +291,13 @@ def titled(net: str, dense: Mapping[str, Any] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sources(parser)
-    parser.add_argument("--arms", nargs="+", choices=(TP, TP_BEST, *ARMS), default=())
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    add_sources(parser, arms=(TP, TP_BEST, *ARMS), results=RESULTS)
     asked = parser.parse_args()
     ledger = Ledger(asked.results)
     if asked.table:
         print(table(ledger.records, asked.nets, asked.targets))
         return
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of cuts that do not run
+    silence_()
     if asked.train_nets:
         train_missing(asked)
         return

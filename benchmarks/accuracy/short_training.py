@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ if not __package__:  # run as a program, from any folder
     sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.shared.ledger import Ledger
+from benchmarks.shared.own_job import recorded_job
 from benchmarks.shared.papers import row
 from benchmarks.shared.subjects import (
     ARMS,
@@ -46,6 +44,7 @@ from benchmarks.shared.subjects import (
     add_sources,
     own_arms,
     recipe_of,
+    silence_,
     subject,
     ten_classes,
     train_missing,
@@ -59,7 +58,6 @@ from prunecli.models.source import Source
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.schedules import CosineSchedule
 from prunecli.recipe.settings import DistillSettings, FinetuneSettings
-from prunecli.run import pipeline
 from prunecli.run.learning_rate import DISTILL_SHARE
 from prunecli.run.source import load_source, open_images
 from prunecli.training import finetune as finetuning
@@ -75,25 +73,6 @@ TP, TP_TAUGHT = "tp", "tp-taught"
 def key(net: str, target: str, epochs: int, arm: str, seed: int) -> str:
     """The name of one row's record."""
     return f"{net}/{target}/{epochs} epochs/{arm}/seed={seed}"
-
-
-def ours(recipe: Recipe) -> dict[str, Any]:
-    """The job as a user would run it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        report = pipeline.compress(recipe, out=Path(scratch) / "run")
-    top1 = {stage.name: stage.top1 for stage in report.stages}
-    assert report.finetune is not None
-    return {
-        "dense": top1["dense"],
-        "pruned": top1["pruned"],
-        "recovered": top1["recovered"],
-        "kept": [step.name for step in report.recovery if step.kept],
-        "top1": report.finetune.last_top1,
-        "best": report.finetune.best_top1,
-        "lr": float(f"{report.finetune.lr:.3g}"),
-        "macs": round(report.final["macs"] / report.base["macs"], 4),
-        "params": round(report.final["params"] / report.base["params"], 4),
-    }
 
 
 def theirs(found: Subject, recipe: Recipe, *, taught: bool) -> dict[str, Any]:
@@ -181,7 +160,7 @@ def measure(found: Subject, target: str, epochs: int, arm: str, seed: int, chang
     recipe = recipe_of(found.recipe, target, seed, changes, {"finetune": {"epochs": epochs}})
     began = time.process_time()
     try:
-        record = theirs(found, recipe, taught=arm == TP_TAUGHT) if arm in (TP, TP_TAUGHT) else ours(recipe)
+        record = theirs(found, recipe, taught=arm == TP_TAUGHT) if arm in (TP, TP_TAUGHT) else recorded_job(recipe)
     except PruneError as reason:
         record = {"problem": one_line(reason)}
     return {**record, "set": list(changes), "seconds": round(time.process_time() - began, 1)}
@@ -233,18 +212,14 @@ def cells(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_sources(parser)
-    parser.add_argument("--arms", nargs="+", choices=(TP, TP_TAUGHT, *ARMS), default=())
+    add_sources(parser, arms=(TP, TP_TAUGHT, *ARMS), results=RESULTS)
     parser.add_argument("--epochs", nargs="+", type=int, default=(1, 3, 10))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table")
     asked = parser.parse_args()
     ledger = Ledger(asked.results)
     if asked.table:
         print(table(ledger.records, asked))
         return
-    warnings.simplefilter("ignore")
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # tracebacks of cuts that do not run
+    silence_()
     if asked.train_nets:
         train_missing(asked)
         return

@@ -9,6 +9,8 @@ are *unseen*: neither the net nor the calibration had them.
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +135,17 @@ def recipe_of(plain: Recipe, target: str, seed: int, changes: Sequence[str], own
 # ---------------------------------------------------------------------------------------------- options
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Where nets and images lie, and which of them are taken."""
+def add_sources(parser: argparse.ArgumentParser, *, arms: Sequence[str], results: Path) -> None:
+    """Where nets and images lie, which of them are taken, and where the figures go.
+
+    Args:
+        parser: parser that gets the options.
+        arms: names of the arms that a script knows.
+        results: file of the figures, unless another one is named.
+    """
+    parser.add_argument("--arms", nargs="+", choices=arms, default=())
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--data-dir", help="folder with torchvision's CIFAR-10")
     parser.add_argument("--checkpoints", help="folder with cifar10_resnet20.safetensors, tf_efficientnet_lite0 …")
     parser.add_argument("--photographs", type=Path, help="folder with imagenet1k_samples/val and imagenette/val")
@@ -154,6 +165,12 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "CHANGES"),
         help='repeatable: a name and the changes of the recipe, such as new "prune.criterion=l2 prune.round_to=1"',
     )
+
+
+def silence_() -> None:
+    """Leave out warnings, and the tracebacks that the tracer logs of cuts which do not run."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def own_arms(asked: argparse.Namespace) -> dict[str, tuple[str, ...]]:

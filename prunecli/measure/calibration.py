@@ -32,7 +32,6 @@ class Calibration:
     def __init__(
         self, source: CalibrationSource, *, images: int, held_out: int, judged: int, device: torch.device
     ) -> None:
-        self.description = source.description
         self.device = device
         self._source = source
         self._held = max(1, min(held_out, source.size // 4))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prunecli.measure.activations import StopPass
-from prunecli.measure.dataflow import Forward, Skip, differing, replaced_forwards, trace
+from prunecli.measure.dataflow import Dataflow, Forward, Skip, differing, replaced_forwards, trace
 from prunecli.models.layers import evaluation_mode
 from prunecli.models.outputs import logits_of
 
@@ -84,6 +84,40 @@ def recording(
         yield returned
 
 
+@torch.no_grad()
+def hollow_outputs(net: nn.Module, flow: Dataflow, batches: Sequence[Tensor]) -> dict[int, dict[str, Any]]:
+    """By size of a batch, what every repeatable module of a net returns, as hollow tensors.
+
+    Args:
+        net: the net.
+        flow: its dataflow.
+        batches: images ``[B, C, H, W]``; one batch of each size is run.
+    """
+    paths = [path for path, call in flow.called_once.items() if call.repeatable]
+    found: dict[int, dict[str, Any]] = {}
+    with evaluation_mode(net):
+        for batch in batches:
+            if len(batch) not in found:
+                with recording(net, paths, form=hollow, stop=True) as found[len(batch)]:
+                    net(batch)
+    return found
+
+
+def answers(flow: Dataflow, skip: Skip, outputs: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Forward]:
+    """Functions that stand in for the modules that are skipped.
+
+    Args:
+        flow: dataflow of the net.
+        skip: the modules that need not run.
+        outputs: what those return that are read by what still runs.
+        shapes: what the others return, as hollow tensors.
+    """
+    found = {path: handing_out(outputs[path], writable=True) for path in skip.needed}
+    for path in skip.unneeded:
+        found[path] = handing_out(shapes[path], writable=flow.overwritten(flow.called_once[path]))
+    return found
+
+
 class Replay:
     """Passes of pruned copies of one dense net over the same images.
 
@@ -104,10 +138,8 @@ class Replay:
     def __init__(self, dense: nn.Module, batches: Sequence[Tensor]) -> None:
         self._dense, self._batches = dense, tuple(batches)
         self._flow = trace(dense, batches[0][:1])
-        repeatable = [path for path, call in self._flow.called_once.items() if call.repeatable]
-        #: Batch by batch, what modules return: of all that are repeatable as hollow tensors, and what some pass needed.
-        self._shapes = self._recorded(repeatable, hollow, [{} for _ in batches])
-        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
+        self._shapes = hollow_outputs(dense, self._flow, batches)
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]  # batch by batch, what some pass needed
         self._starts: dict[float, Skip] = {-1: Skip(needed=(), unneeded=())}  # what they need is in ``_outputs``
 
     @torch.no_grad()
@@ -122,9 +154,8 @@ class Replay:
         missing = [path for path in skip.needed if path not in self._outputs[0]]
         if missing:
             known = self._starts[max(start for start in self._starts if start <= time)]
-            answers = [self._answers(known, at) for at in range(len(self._batches))]
-            for held, new in zip(self._outputs, self._recorded(missing, copied, answers), strict=True):
-                held.update(new)
+            for at, held in enumerate(self._outputs):
+                held.update(self._recorded(missing, known, at))
         self._starts[time] = skip
         logits = []
         with evaluation_mode(pruned):
@@ -133,22 +164,13 @@ class Replay:
                     logits.append(logits_of(pruned(batch)))
         return torch.cat(logits)
 
-    def _recorded(
-        self, paths: Collection[str], form: Callable[[Tensor], Tensor], answers: Sequence[Mapping[str, Forward]]
-    ) -> list[dict[str, Any]]:
-        """What modules of the dense net return, batch by batch, where other modules give those ``answers``."""
-        found = []
-        for batch, known in zip(self._batches, answers, strict=True):
-            with evaluation_mode(self._dense), replaced_forwards(self._dense, known):
-                with recording(self._dense, paths, form=form, stop=True) as returned:
-                    self._dense(batch)
-                found.append(returned)
-        return found
+    def _recorded(self, paths: Collection[str], known: Skip, at: int) -> dict[str, Any]:
+        """What modules of the dense net return for batch number ``at``, where those in ``known`` do not run."""
+        with evaluation_mode(self._dense), replaced_forwards(self._dense, self._answers(known, at)):
+            with recording(self._dense, paths, form=copied, stop=True) as returned:
+                self._dense(self._batches[at])
+            return returned
 
     def _answers(self, skip: Skip, at: int) -> dict[str, Forward]:
         """Functions that stand in for the modules of ``skip`` in batch number ``at``."""
-        answers = {path: handing_out(self._outputs[at][path], writable=True) for path in skip.needed}
-        for path in skip.unneeded:
-            writable = self._flow.overwritten(self._flow.called_once[path])
-            answers[path] = handing_out(self._shapes[at][path], writable=writable)
-        return answers
+        return answers(self._flow, skip, self._outputs[at], self._shapes[len(self._batches[at])])

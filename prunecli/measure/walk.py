@@ -6,18 +6,16 @@ what the finished ones before it give, at the price of about one pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from prunecli.measure.activations import StopPass
-from prunecli.measure.dataflow import Forward, Skip, replaced_forwards, trace
-from prunecli.measure.replay import copied, hollow
+from prunecli.measure.dataflow import Skip, replaced_forwards, trace
+from prunecli.measure.replay import answers, copied, hollow_outputs, recording
 from prunecli.models.layers import evaluation_mode
 
 
@@ -31,48 +29,30 @@ class Walk:
         batches: images ``[B, C, H, W]`` on the net's device.
     """
 
+    @torch.no_grad()
     def __init__(self, net: nn.Module, batches: Sequence[Tensor]) -> None:
         self._net, self._batches = net, batches
         self._flow = trace(net, batches[0][:1])
+        self._shapes = hollow_outputs(net, self._flow, batches)
         self._skip = Skip(needed=(), unneeded=())
-        self._outputs: list[dict[str, Any]] = [{} for _ in batches]
-        self._shapes: dict[int, dict[str, Any]] = {}  # by size of a batch: what modules return, as hollow tensors
-        repeatable = [path for path, call in self._flow.called_once.items() if call.repeatable]
-        for at, batch in enumerate(batches):
-            if len(batch) not in self._shapes:
-                self._shapes[len(batch)] = self._returned(at, repeatable, hollow)
+        self._outputs: list[dict[str, Any]] = [{} for _ in batches]  # batch by batch, what is read from here on
 
-    def inputs(self, path: str) -> list[Tensor]:
+    def inputs(self, path: str) -> Iterator[Tensor]:
         """What a module is given, batch by batch; the walk goes on to where the module begins.
 
         Args:
             path: path of a module that is called once, ahead of the present point.
         """
-        self._go_to(self._flow.called_once[path].begin)
-        return [self._input(at, path) for at in range(len(self._batches))]
-
-    def _go_to(self, time: float) -> None:
-        skip = self._flow.skip(time)
-        missing = [path for path in skip.needed if path not in self._outputs[0]]
+        skip = self._flow.skip(self._flow.called_once[path].begin)
+        missing = [name for name in skip.needed if name not in self._outputs[0]]
         for at, outputs in enumerate(self._outputs):
-            found = self._returned(at, missing, copied) if missing else {}
-            self._outputs[at] = {path: outputs.get(path, found.get(path)) for path in skip.needed}
+            found: dict[str, Any] = {}
+            if missing:
+                with self._passing(at), recording(self._net, missing, form=copied, stop=True) as found:
+                    self._net(self._batches[at])
+            self._outputs[at] = {name: outputs.get(name, found.get(name)) for name in skip.needed}
         self._skip = skip
-
-    def _returned(self, at: int, paths: Sequence[str], form: Any) -> dict[str, Any]:
-        """What modules return in a pass that ends once all have; ``form`` is applied to every tensor."""
-        found: dict[str, Any] = {}
-
-        def recorded(path: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            found[path] = tree_map_only(Tensor, form, output)
-            if len(found) == len(paths):
-                raise StopPass
-            return output
-
-        with suppress(StopPass):
-            self._pass(at, {path: partial(recorded, path, self._net.get_submodule(path).forward) for path in paths})
-        return found
+        return (self._input(at, path) for at in range(len(self._batches)))
 
     def _input(self, at: int, path: str) -> Tensor:
         found: list[Tensor] = []
@@ -81,20 +61,14 @@ class Walk:
             found.append(given)
             raise StopPass
 
-        with suppress(StopPass):
-            self._pass(at, {path: stop})
+        with self._passing(at), suppress(StopPass), replaced_forwards(self._net, {path: stop}):
+            self._net(self._batches[at])
         return found[0]
 
-    @torch.no_grad()
-    def _pass(self, at: int, forwards: Mapping[str, Forward]) -> None:
-        answers = {path: _giving(self._outputs[at][path]) for path in self._skip.needed}
-        shapes = self._shapes.get(len(self._batches[at]), {})
-        for path in self._skip.unneeded:
-            answers[path] = _giving(shapes[path], copy=self._flow.overwritten(self._flow.called_once[path]))
-        with evaluation_mode(self._net), replaced_forwards(self._net, answers | dict(forwards)):
-            self._net(self._batches[at])
-
-
-def _giving(output: Any, *, copy: bool = True) -> Forward:
-    """A function that returns ``output`` whatever it is given; a copy, where what follows may write into it."""
-    return lambda *_, **__: tree_map_only(Tensor, copied, output) if copy else output
+    @contextmanager
+    def _passing(self, at: int) -> Iterator[None]:
+        """While this is open, a pass of batch number ``at`` begins at the present point."""
+        shapes = self._shapes[len(self._batches[at])]
+        known = answers(self._flow, self._skip, self._outputs[at], shapes)
+        with torch.no_grad(), evaluation_mode(self._net), replaced_forwards(self._net, known):
+            yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunecli.models.source import Source
@@ -52,31 +53,9 @@ def make_plan(
     choice = budget.choose(
         graph, values, target, settings, parameters=names, stored=stored, base=source.cost, losses=scores.losses
     )
-    kept = {name: len(keep) for name, keep in choice.keep.items()}
-    groups = tuple(
-        PlannedGroup(
-            name=group.name,
-            kind=group.kind,
-            width=group.width,
-            keep=choice.keep.get(group.name, tuple(range(group.width))),
-            score=tuple(values[group.name].tolist()) if group.name in values else None,
-            members=group.members,
-            norms=group.norms,
-        )
-        for group in graph.groups
-    )
-    plan = Plan(
-        model=source.ref,
-        engine=graph.engine,
-        criterion=scores.criterion,
-        ranking=settings.ranking if isinstance(target, Target) else "learned",
-        seed=scores.seed,
-        groups=groups,
-        attributes=graph.solve(kept),
-        folds=tuple(fold for fold in graph.folds if kept.get(fold.group, 0)),
-        base=source.cost,
-        predicted=choice.cost,
-        allocation=choice.allocation,
+    ranking = settings.ranking if isinstance(target, Target) else "learned"
+    plan = plan_of(source, graph, choice.keep, scores=scores, ranking=ranking).model_copy(
+        update={"predicted": choice.cost, "allocation": choice.allocation}
     )
     result = TargetResult(
         metric=target.metric if isinstance(target, Target) else "ratio",
@@ -85,3 +64,51 @@ def make_plan(
         reachable=choice.reachable,
     )
     return Planned(plan=plan, target=result, notes=choice.notes)
+
+
+def plan_of(
+    source: Source,
+    graph: Graph,
+    keep: Mapping[str, Sequence[int]],
+    *,
+    scores: Scores | None = None,
+    ranking: str = "none",
+) -> Plan:
+    """The plan that keeps these channels; other groups stay whole. Its predicted cost is that of the dense model.
+
+    Args:
+        source: the dense model.
+        graph: the model's coupled groups.
+        keep: kept channels, ascending, by group name.
+        scores: importance behind the choice; ``None`` for a choice that has none.
+        ranking: name of the ranking behind the choice.
+
+    Raises:
+        AttributeConflictError: the model's attributes cannot express these widths.
+    """
+    kept = {name: len(channels) for name, channels in keep.items()}
+    values = {} if scores is None else scores.channels
+    groups = tuple(
+        PlannedGroup(
+            name=group.name,
+            kind=group.kind,
+            width=group.width,
+            keep=tuple(keep.get(group.name, range(group.width))),
+            score=tuple(values[group.name].tolist()) if group.name in values else None,
+            members=group.members,
+            norms=group.norms,
+        )
+        for group in graph.groups
+    )
+    return Plan(
+        model=source.ref,
+        engine=graph.engine,
+        criterion="none" if scores is None else scores.criterion,
+        ranking=ranking,
+        seed=0 if scores is None else scores.seed,
+        groups=groups,
+        attributes=graph.solve(kept),
+        folds=tuple(fold for fold in graph.folds if kept.get(fold.group, 0)),
+        base=source.cost,
+        predicted=source.cost,
+    )

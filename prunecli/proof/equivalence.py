@@ -138,11 +138,8 @@ def _compared(
     """
     cut = tuple(group for group in groups if group.is_cut)
     norms = tuple(sorted({norm for group in cut for norm in group.norms}))
-    generator = torch.Generator().manual_seed(seed)
     clear_caches_(model)
-    net = double_copy(model)
-    redraw_(net, generator)
-    images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
+    net, images = drawn_copy(model, input_size, seed=seed)
     whole = dense_outputs_(net, images, calibrated=calibrated)
     for part in silencing_slices(net, cut):
         part.zero_()
@@ -175,6 +172,20 @@ def double_copy(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model, dict(empty)).cpu().eval()
     map_tensors_(copied, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     return copied
+
+
+def drawn_copy(model: nn.Module, input_size: Sequence[int], *, seed: int) -> tuple[nn.Module, Tensor]:
+    """A copy of a net as of `double_copy` with drawn parameters, and two random images ``[2, C, H, W]`` in float64.
+
+    Args:
+        model: net of any precision.
+        input_size: channels, height and width of an image.
+        seed: seed of parameters and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net = double_copy(model)
+    redraw_(net, generator)
+    return net, torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ from prunecli.proof.equivalence import (
     FORWARD_ERRORS,
     FailedCheckError,
     dense_outputs_,
-    double_copy,
+    drawn_copy,
     outputs_of,
-    redraw_,
     silenced_outputs,
 )
 from prunecli.values.plan import PlannedGroup
@@ -44,11 +43,8 @@ def gating_error(
     Returns:
         ``max|gated - silenced| / max|silenced|``; infinite where the gated net cannot be run.
     """
-    generator = torch.Generator().manual_seed(seed)
     clear_caches_(model)
-    net = double_copy(model)
-    redraw_(net, generator)
-    images = torch.randn(2, *input_size, generator=generator, dtype=torch.float64)
+    net, images = drawn_copy(model, input_size, seed=seed)
     dense_outputs_(net, images, calibrated=True)
     behind = gated(net).eval()
     try:

@@ -34,9 +34,8 @@ from prunecli.proof.equivalence import (
     FORWARD_ERRORS,
     FailedCheckError,
     dense_outputs_,
-    double_copy,
+    drawn_copy,
     outputs_of,
-    redraw_,
     silenced_outputs,
 )
 from prunecli.surgery.cut import cut_
@@ -203,19 +202,15 @@ def kept_parts(dense: nn.Module, plan: Plan, paths: Sequence[str], size: Sequenc
         paths: modules that are called once and return one tensor.
         size: channels, height and width of an image.
     """
-    net = double_copy(dense)
-    generator = torch.Generator().manual_seed(plan.seed)
-    redraw_(net, generator)
-    images = torch.randn(2, *size, generator=generator, dtype=torch.float64)
+    net, images = drawn_copy(dense, size, seed=plan.seed)
     clear_caches_(net)
     dense_outputs_(net, images, calibrated=True)
     choices = _choices(net, plan)
     for part in silencing_slices(net, plan.cut_groups):
         part.zero_()
-    norms = sorted({norm for group in plan.cut_groups for norm in group.norms})
     try:
         with recording(net, paths, form=copied) as silenced:
-            silenced_outputs(net, plan.cut_groups, norms, images)
+            silenced_outputs(net, plan.cut_groups, plan.cut_norms, images)
         clear_caches_(net)
         cut_(net, groups=plan.groups, attributes=plan.attributes, folds=plan.folds)
         with recording(net, paths, form=copied) as smaller:

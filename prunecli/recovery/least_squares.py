@@ -154,11 +154,7 @@ def reconstruct_(
     full = with_all_inputs(dense, plan, readers)
     for name, reader in readers.items():
         inputs = statistics.layers[name]
-        maps = [
-            solve(inputs.second[b], inputs.mean[b], local, ridge=ridge, affine=inputs.affine)
-            for b, local in kept_in_blocks(reader, inputs).items()
-        ]
-        put_(pruned, full, name, reader, inputs, maps)
+        put_(pruned, full, name, reader, inputs, solve_blocks(reader, inputs, ridge=ridge))
     shrinkage = {name: max(statistics.layers[name].shrinkage) for name in readers}
     return Reconstructed(layers=tuple(readers), left=left, shrinkage=shrinkage)
 
@@ -185,6 +181,20 @@ def kept_in_blocks(reader: Reader, inputs: LayerInputs) -> dict[int, list[int]]:
     """By number of each block that stays, the places in the block of the inputs that stay."""
     kept = torch.tensor(reader.kept)
     return {b: torch.isin(inputs.blocks.index[b], kept).nonzero().flatten().tolist() for b in reader.blocks}
+
+
+def solve_blocks(reader: Reader, inputs: LayerInputs, *, ridge: float) -> list[tuple[Tensor, Tensor]]:
+    """``B [h, p]`` and ``c [h]`` of each block that stays, from the dense net's own inputs.
+
+    Args:
+        reader: what the layer keeps.
+        inputs: what it is given in the dense net.
+        ridge: addition to the diagonal, as a share of its mean.
+    """
+    return [
+        solve(inputs.second[b], inputs.mean[b], local, ridge=ridge, affine=inputs.affine)
+        for b, local in kept_in_blocks(reader, inputs).items()
+    ]
 
 
 def put_(

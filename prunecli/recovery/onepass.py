@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunecli.measure.activations import See, call_order, own_layers, watch
+from prunecli.measure.activations import See, call_order, own_layers, uncalled_once, watch
 from prunecli.measure.layer_inputs import Blocks, InputStatistics, LayerInputs
 from prunecli.measure.moments import Moments
 from prunecli.measure.spread import Spread
@@ -39,7 +39,7 @@ from prunecli.recovery.least_squares import (
     kept_in_blocks,
     put_,
     regression,
-    solve,
+    solve_blocks,
     with_all_inputs,
 )
 from prunecli.values.plan import Plan
@@ -74,23 +74,20 @@ def reconstruct_in_one_pass_(
     walks = Walk(dense, batches), Walk(pruned, batches)
     for name in call_order(dense, readers, batches[0][:1]):
         reader, inputs = readers[name], statistics.layers[name]
-        maps = [
-            solve(inputs.second[b], inputs.mean[b], local, ridge=ridge, affine=inputs.affine)
-            for b, local in kept_in_blocks(reader, inputs).items()
-        ]
-        shrinkage[name] = max(inputs.shrinkage)
-        if (remaining := _remaining(reader, inputs)) is not None:
+        remaining = _remaining(reader, inputs)
+        if remaining is None:
+            maps, shrinkage[name] = solve_blocks(reader, inputs, ridge=ridge), max(inputs.shrinkage)
+        else:
             joint = Moments(about_zero=not inputs.affine)
             for x, y, batch in zip(*(walk.inputs(name) for walk in walks), batches, strict=True):
                 rows = inputs.blocks.rows(layers[name], x, len(batch))[list(reader.blocks)]
                 joint.add(torch.cat([rows, remaining.rows(pruned_layers[name], y, len(batch))], -1))
-            maps = [
-                (mix * B + (1 - mix) * B_dense, mix * c + (1 - mix) * c_dense)
-                for (B, c), (B_dense, c_dense) in zip(
-                    _joint_maps(joint, reader, inputs, ridge=ridge), maps, strict=True
-                )
-            ]
-            shrinkage[name] = max(joint.shrinkage.tolist())
+            maps, shrinkage[name] = _joint_maps(joint, reader, inputs, ridge=ridge), max(joint.shrinkage.tolist())
+            if mix < 1:
+                maps = [
+                    (mix * B + (1 - mix) * B_dense, mix * c + (1 - mix) * c_dense)
+                    for (B, c), (B_dense, c_dense) in zip(maps, solve_blocks(reader, inputs, ridge=ridge), strict=True)
+                ]
         put_(pruned, full, name, reader, inputs, maps)
     absorb_statistics_(pruned, batches)
     return Reconstructed(layers=tuple(readers), left=left, shrinkage=shrinkage)
@@ -143,17 +140,18 @@ def absorb_statistics_(model: nn.Module, batches: Sequence[Tensor]) -> None:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.affine and module.track_running_stats
     }
-    once = [name for name in norms if call_order(model, [name], batches[0][:1]) == (name,)]
-    spreads = {name: Spread() for name in once}
+    spreads: dict[str, Spread] = {}
 
     def add(name: str) -> See:
         return lambda given, _: spreads[name].add(given.movedim(1, -1).reshape(-1, given.shape[1]).double())
 
     with evaluation_mode(model):
+        several = uncalled_once(call_order(model, norms, batches[0][:1]), norms)
+        spreads.update((name, Spread()) for name in norms if name not in several)
         for batch in batches:
-            watch(model, batch, {name: add(name) for name in once})
-    for name in once:
-        _absorb_(norms[name], spreads[name])
+            watch(model, batch, {name: add(name) for name in spreads})
+    for name, spread in spreads.items():
+        _absorb_(norms[name], spread)
 
 
 def _absorb_(norm: _BatchNorm, spread: Spread) -> None:

@@ -177,7 +177,7 @@ def phase_stage(job: Job, plan: Plan) -> nn.Module:
     """The weights that are cut: those of the source, trained through the phases of the method where it has any."""
     trained = phases.train_before_cut(job, plan)
     if job.progress.phases:
-        norms = sorted({norm for group in plan.cut_groups for norm in group.norms})
+        norms = plan.cut_norms
         note = f"the statistics of {len(norms)} norms, first {norms[0]}, change with the cut" if norms else None
         seconds = math.fsum(done.seconds for done in job.progress.phases)
         stage_(job, "regularised", trained, lambda: Work(notes=(note,) if note else (), seconds=seconds))

@@ -30,12 +30,12 @@ from prunecli.measure.replay import Replay
 from prunecli.models.source import Source
 from prunecli.planning.cut_units import Unit
 from prunecli.planning.losses import Curve
+from prunecli.planning.make import plan_of
 from prunecli.planning.reader_views import views_of
 from prunecli.planning.selection import refit_losses
 from prunecli.recovery.least_squares import reconstruct_
 from prunecli.surgery.cut import cut
 from prunecli.values.groups import AttributeConflictError, Graph
-from prunecli.values.plan import Plan, PlannedGroup
 
 _SHARES: Final = (0.75, 0.5, 0.25)  # of a unit's channels that stay where its KL is measured
 _PASS: Final = 32  # images in one forward pass
@@ -76,7 +76,7 @@ class MeasuredLosses:
             self._curves[key] = self._curve(unit)
         return self._curves[key]
 
-    @property
+    @cached_property
     def _statistics(self) -> InputStatistics:
         return self.calibration.statistics(self.source.model, self.graph.groups)
 
@@ -140,35 +140,3 @@ def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> di
     for kept in sorted(losses.keys() - {full}, reverse=True):
         largest = found[kept] = max(largest, math.sqrt(losses[kept] * kl_at(losses[kept])))
     return found
-
-
-def plan_of(source: Source, graph: Graph, keep: Mapping[str, Sequence[int]]) -> Plan:
-    """The plan that keeps these channels, by group name, ascending; other groups stay whole.
-
-    Raises:
-        AttributeConflictError: the model's attributes cannot express these widths.
-    """
-    widths = {name: len(channels) for name, channels in keep.items()}
-    groups = tuple(
-        PlannedGroup(
-            name=group.name,
-            kind=group.kind,
-            width=group.width,
-            keep=tuple(keep.get(group.name, range(group.width))),
-            members=group.members,
-            norms=group.norms,
-        )
-        for group in graph.groups
-    )
-    return Plan(
-        model=source.ref,
-        engine=graph.engine,
-        criterion="none",
-        ranking="none",
-        seed=0,
-        groups=groups,
-        attributes=graph.solve(widths),
-        folds=tuple(fold for fold in graph.folds if fold.group in widths),
-        base=source.cost,
-        predicted=source.cost,
-    )

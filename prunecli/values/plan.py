@@ -116,6 +116,11 @@ class Plan(Value):
         """The groups that lose channels, in network order."""
         return tuple(group for group in self.groups if group.is_cut)
 
+    @property
+    def cut_norms(self) -> tuple[str, ...]:
+        """Paths of the modules whose statistics run over an axis that is cut, sorted."""
+        return tuple(sorted({norm for group in self.cut_groups for norm in group.norms}))
+
     def sha256(self) -> str:
         """Hex digest of the plan as JSON, by which a resumed run knows the plan that it began with."""
         values = self.model_dump(mode="json")

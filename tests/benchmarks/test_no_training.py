@@ -52,7 +52,7 @@ def asked(tmp_path: Path) -> argparse.Namespace:
                 pixels = np.full((16, 16, 3), 20 * CLASSES.index(name) + at, dtype=np.uint8)
                 Image.fromarray(pixels).save(photographs / folder / name / f"{name}_{folder[:9]}_{at}.png")
     parser = argparse.ArgumentParser()
-    subjects.add_sources(parser)
+    subjects.add_sources(parser, arms=(), results=tmp_path / "results.json")
     options = ["--photographs", str(photographs), "--work", str(tmp_path / "work"), "--checkpoints", str(tmp_path)]
     return parser.parse_args([*options, "--arm", "new", "prune.criterion=l2 recover.steps=[bn]"])
 

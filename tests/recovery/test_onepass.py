@@ -112,4 +112,6 @@ def test_a_walk_hands_every_layer_what_a_plain_pass_gives_it(name):
     walk = Walk(model, images.split(2))
     with torch.no_grad():
         for path in paths[::3]:
-            torch.testing.assert_close(torch.cat(walk.inputs(path)), given(model, path, images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                torch.cat(list(walk.inputs(path))), given(model, path, images), rtol=1e-4, atol=1e-5
+            )

@@ -13,10 +13,11 @@ from prunecli.measure.calibration import Calibration
 from prunecli.measure.divergence import as_log_probabilities, divergences, log_probabilities
 from prunecli.models.source import Source
 from prunecli.planning.cut_units import find_units
+from prunecli.planning.make import plan_of
 from prunecli.planning.score import score_model
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recovery.least_squares import reconstruct_
-from prunecli.sensitivity.measured_losses import MeasuredLosses, calibrated, plan_of
+from prunecli.sensitivity.measured_losses import MeasuredLosses, calibrated
 from prunecli.surgery.cut import cut
 from toys.half_plans import random
 from toys.sources import source_of
