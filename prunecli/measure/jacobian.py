@@ -18,6 +18,7 @@ Where K rows are too many, `jacobian_estimate` needs a few products with J and J
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -35,6 +37,8 @@ from prunecli.measure.weights import singular_values
 from prunecli.models.layers import evaluation_mode
 from prunecli.models.outputs import logits_of
 from prunecli.values.report import SpectrumSummary
+
+log = logging.getLogger("prunecli")
 
 _HELD_ELEMENTS = 2**26  # Jacobian entries held at once (256 MiB in float32); one sample's Jacobian always fits
 
@@ -97,15 +101,16 @@ def jacobian_spectrum(model: nn.Module, batch: Tensor, *, chunk: int = 32) -> Ja
 def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed: int = 0) -> JacobianSpectrum:
     """The spectrum of `jacobian_spectrum`, estimated from ``steps`` products with each Jacobian and its transpose.
 
-    All images advance together, from one random vector each; ``J w`` is the derivative of ``J^T v`` with respect to v,
-    so both products run on one recorded pass. The summary's method is ``lanczos``; it has the standard error of its
-    mean over these images, its smallest value is an upper bound, its largest and its condition are lower bounds.
+    All images advance together, from one random vector each: ``J^T v`` by a recorded pass, ``J w`` by a pass with
+    forward derivatives (where an operator has none, as the derivative of ``J^T v`` with respect to v). The summary's
+    method is ``lanczos``; it has the standard error of its mean over these images, its smallest value is an upper
+    bound, its largest and its condition are lower bounds.
     ``values`` ``[B, min(K, C*H*W)]`` are spread as the estimated density is: for histograms.
 
-    Memory: twice what a training step of this batch takes, and ``2 * steps`` vectors an image.
+    Memory: what a training step of this batch takes, and ``2 * steps`` vectors an image.
 
     Args:
-        model: module as for `jacobian_spectrum`, whose operators are differentiable twice.
+        model: module as for `jacobian_spectrum`, whose operators have forward derivatives, or are differentiable twice.
         batch: images ``[B, C, H, W]`` on the model's device and in its dtype.
         steps: number of products with each Jacobian and with its transpose; never more than there are logits.
         seed: seed of the random vectors.
@@ -121,8 +126,9 @@ def jacobian_estimate(model: nn.Module, batch: Tensor, *, steps: int = 30, seed:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     with evaluation_mode(model), torch.enable_grad():
-        tape, classes = _Net(model).record(batch)
-        forward, adjoint = _products(tape)
+        net = _Net(model)
+        tape, classes = net.record(batch)
+        forward, adjoint = _products(net, tape)
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(len(batch), len(tape.seeds), generator=generator).to(tape.seeds)
         density = lanczos.spectral_density(forward, adjoint, start, steps=steps)
@@ -226,11 +232,15 @@ def _fixed_batch_norm(
 
 @dataclass(frozen=True, kw_only=True)
 class _Tape:
-    """A recorded forward pass: rows of the Jacobian are ``seeds [rows, D]`` pulled back from ``point [B, D]``."""
+    """A recorded forward pass: rows of the Jacobian are ``seeds [rows, D]`` pulled back from ``point [B, D]``.
+
+    The point is the logits, or where it has fewer values (``at_features``) the input of the classifier.
+    """
 
     images: Tensor
     point: Tensor
     seeds: Tensor
+    at_features: bool = False
 
 
 class _Net:
@@ -261,10 +271,7 @@ class _Net:
 
     def _record(self, images: Tensor) -> _Tape:
         leaf = images.detach().clone().requires_grad_()
-        # Fused attention kernels have no batching rule for their backward; the plain formula has.
-        with sdpa_kernel(SDPBackend.MATH), _EvalForward() as forward:
-            logits = torch.func.functional_call(self._model, dict(self._constants), (leaf,))
-        logits = _logits(logits, len(images))
+        logits, forward = self._run(leaf)
         if not logits.requires_grad:
             raise UnsupportedError("The logits do not depend on the images; there is no Jacobian.")
         if forward.linear is not None:
@@ -272,9 +279,29 @@ class _Net:
             narrow = weight.dim() == 2 and weight.shape[1] < weight.shape[0]
             if result is logits and features.dim() == 2 and features.requires_grad and narrow:
                 seeds = torch.linalg.qr(weight.double()).R.to(weight.dtype)
-                return _Tape(images=leaf, point=features, seeds=seeds)
+                return _Tape(images=leaf, point=features, seeds=seeds, at_features=True)
         eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         return _Tape(images=leaf, point=logits, seeds=eye)
+
+    def pushed(self, images: Tensor, tangents: Tensor, *, features: bool) -> Tensor:
+        """Derivative ``[B, D]`` of the logits, or of the ``features`` that make them, along ``tangents`` of the images.
+
+        Raises:
+            NotImplementedError: an operator without a forward derivative.
+        """
+        with torch.no_grad(), forward_ad.dual_level():
+            logits, forward = self._run(forward_ad.make_dual(images.detach(), tangents))
+            assert forward.linear is not None or not features
+            point = forward.linear[0] if features and forward.linear else logits
+            tangent = forward_ad.unpack_dual(point).tangent
+            return torch.zeros_like(point) if tangent is None else tangent.clone()
+
+    def _run(self, images: Tensor) -> tuple[Tensor, _EvalForward]:
+        """The logits ``[B, K]``, and what was seen on the way."""
+        # Fused attention kernels have no batching rule for their backward; the plain formula has.
+        with sdpa_kernel(SDPBackend.MATH), _EvalForward() as forward:
+            logits = torch.func.functional_call(self._model, dict(self._constants), (images,))
+        return _logits(logits, len(images)), forward
 
     def _pulled_by_repetition(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         def pull(seeds: Tensor) -> Tensor:
@@ -286,13 +313,35 @@ class _Net:
         return pull
 
 
-def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
+def _products(net: _Net, tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
     """``w [B, C*H*W] -> J w [B, D]`` and ``u [B, D] -> J^T u``, for the D rows that the tape's seeds name.
 
     Raises:
-        UnsupportedError: an operator's backward pass cannot be differentiated.
+        UnsupportedError: an operator has no forward derivative, and its backward pass cannot be differentiated either.
     """
-    # J^T u is linear in u, so its derivative with respect to u, taken at any u, is J (the double-backward trick).
+
+    def adjoint(v: Tensor) -> Tensor:
+        (gradients,) = torch.autograd.grad(tape.point, tape.images, v @ tape.seeds, retain_graph=True)
+        return gradients.flatten(1)
+
+    def forward(w: Tensor) -> Tensor:
+        tangents = w.reshape(tape.images.shape)
+        return net.pushed(tape.images, tangents, features=tape.at_features) @ tape.seeds.T
+
+    try:
+        forward(torch.zeros_like(tape.images))
+    except (NotImplementedError, RuntimeError) as error:
+        log.debug("No forward derivative: %s", error)
+        return _by_double_backward(tape), adjoint
+    return forward, adjoint
+
+
+def _by_double_backward(tape: _Tape) -> lanczos.Product:
+    """``w -> J w`` for nets without forward derivatives.
+
+    ``J^T u`` is linear in u, so its derivative with respect to u, taken at any u, is J. Grouped convolutions take many
+    times as long as forward (torch goes through them group by group). Raises UnsupportedError.
+    """
     u = torch.zeros(len(tape.images), len(tape.seeds), dtype=tape.seeds.dtype, device=tape.seeds.device)
     u.requires_grad_()
     try:
@@ -307,11 +356,7 @@ def _products(tape: _Tape) -> tuple[lanczos.Product, lanczos.Product]:
         (pushed,) = torch.autograd.grad(pulled, u, w.reshape(pulled.shape), retain_graph=True)
         return pushed
 
-    def adjoint(v: Tensor) -> Tensor:
-        (gradients,) = torch.autograd.grad(tape.point, tape.images, v @ tape.seeds, retain_graph=True)
-        return gradients.flatten(1)
-
-    return forward, adjoint
+    return forward
 
 
 def _pulled_by_vmap(tape: _Tape) -> Callable[[Tensor], Tensor]:

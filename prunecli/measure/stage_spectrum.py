@@ -16,8 +16,8 @@ from prunecli.recipe.recipe import Recipe
 # Exact Jacobians cost K backward passes an image, a Lanczos step two; `auto` takes as many images as this many
 # multiply-adds buy (about a minute on two CPU cores), and Lanczos where they buy no exact one.
 _JACOBIAN_MACS: Final = {"cpu": 1.5e12, "cuda": 1.5e14}
-_FEWEST_EXACT: Final = 4  # one whole Jacobian of 1000 classes costs more than estimates of eight, and shows one image
-_JACOBIAN_IMAGES: Final = {"exact": 16, "lanczos": 8}
+_FEWEST_EXACT: Final = 4  # one whole Jacobian of 1000 classes costs more than estimates of many, and shows one image
+_JACOBIAN_IMAGES: Final = {"exact": 16, "lanczos": 4}
 
 
 def jacobian_effort(recipe: Recipe, source: Source, device: torch.device) -> tuple[Literal["exact", "lanczos"], int]:

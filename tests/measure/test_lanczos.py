@@ -145,6 +145,35 @@ class Once(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0].cos()
 
 
+class Twice(torch.autograd.Function):
+    """Differentiable twice, without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_an_operator_without_a_forward_derivative_gives_the_same_spectrum(narrow: bool):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 5), nn.Linear(5, 9 if narrow else 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Twice.apply(self.first(x.flatten(1))))
+
+    torch.manual_seed(0)
+    model, images = Odd().double(), random(2, 3, 2, 2).double()
+    found = jacobian_estimate(model, images, steps=9).values
+    torch.testing.assert_close(found, jacobian_spectrum(model, images).values, atol=1e-9, rtol=1e-6)
+
+
 def test_an_operator_without_a_second_derivative_is_one_sentence():
     class Odd(nn.Module):
         def __init__(self) -> None:
