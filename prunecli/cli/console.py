@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import logging
@@ -12,13 +13,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Final, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
 from prunecli.errors import ExitCode, PruneError
 from prunecli.interrupts import die_of_ctrl_c, raised_at_once
+
+_M_TRIM_THRESHOLD: Final = -1  # both as in glibc's malloc.h
+_M_MMAP_MAX: Final = -4
 
 _stdout: ContextVar[TextIO | None] = ContextVar("stdout", default=None)
 
@@ -157,9 +161,24 @@ def settle_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    _keep_freed_memory()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc hand freed blocks out again instead of giving each back to the system.
+
+    By default it maps every tensor above 32 MiB anew, and the system clears its pages: passes of 64 images of 224 px
+    through tf_efficientnet_lite0 took 42 s like that and 15 s like this, half of it for page faults.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _nowhere() -> TextIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
@@ -353,6 +354,25 @@ def in_a_process(command: str, **environment: str) -> subprocess.CompletedProces
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, check=False, env=variables, cwd=root, timeout=120
     )
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_a_block_that_was_freed_is_used_again_without_page_faults():
+    program = """
+import resource, sys
+from prunecli.cli.console import settle_process
+settle_process()
+def used(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(size)
+    block[::4096] = bytes(len(block[::4096]))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, *others = [used(200_000_000) for _ in range(5)]
+print(first, max(others))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, later = map(int, done.stdout.split())
+    assert later < first / 10
 
 
 def test_help_needs_no_torch_and_answers_at_once():
