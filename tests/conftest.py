@@ -11,6 +11,7 @@ from filelock import FileLock
 
 # As the command line does, before anything loads torch: waiting threads that spin make a shared machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["PRUNECLI_CACHE"] = ""  # no test finds what another one measured, or what its user did
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

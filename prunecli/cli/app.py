@@ -10,7 +10,7 @@ import typer
 from prunecli import __version__
 from prunecli.cli.console import settle_process
 from prunecli.cli.jobs import compress, finetune
-from prunecli.cli.looks import evaluate, inspect, lr, models, spectrum, verify
+from prunecli.cli.looks import evaluate, inspect, lr, models, sensitivity, spectrum, verify
 from prunecli.cli.recipes import recipes
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ _DEBUG = "--debug"
 app.command()(compress)
 app.command()(finetune)
 app.command()(inspect)
+app.command()(sensitivity)
 app.command()(spectrum)
 app.command()(lr)
 app.command(name="eval")(evaluate)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from prunecli.cli.console import reported, show
-from prunecli.cli.options import Asked, FunctionOpt, JsonOpt, ModelArgsOpt, named_function, takes
+from prunecli.cli.console import errors, reported, show
+from prunecli.cli.options import Asked, FunctionOpt, JsonOpt, ModelArgsOpt, QuietOpt, named_function, takes
 
 
 @takes("weights", "model_arg", "graph")
@@ -24,6 +24,33 @@ def inspect(asked: Asked, as_json: JsonOpt = False) -> None:
         show(found.to_mapping(), tables.inspection(found), as_json=as_json)
         if not found.supported:
             raise UnsupportedError(f"{recipe.model} is not supported.")
+
+
+@takes(
+    *("recipe", "criterion", "recover", "round_to", "weights", "no_pretrained", "model_arg"),
+    *("data", "data_dir", "limit", "device", "seed"),
+)
+def sensitivity(
+    asked: Asked,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder for the report")] = None,
+    *,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """What every width of every group costs, and what the whole model keeps at 90, 80 … 30 % of its multiply-adds.
+
+    Nothing is trained. What was measured is kept, for the same command and for compress.
+    """
+    with reported(quiet=quiet):
+        from prunecli.cli.progress import ProgressDisplay
+        from prunecli.run.sensitivity import sensitivity as measure
+        from prunecli.show import tables
+
+        recipe = asked.recipe()
+        with ProgressDisplay(errors(), quiet=quiet) as display:
+            found = measure(recipe, out=out, notify=display)
+        document = {**found.sensitivity.model_dump(mode="json"), "folder": found.folder and str(found.folder)}
+        show(document, tables.sensitivity_tables(found.sensitivity, found.folder), as_json=as_json)
 
 
 @takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "samples", "device", "seed")

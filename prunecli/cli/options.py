@@ -133,6 +133,7 @@ FunctionOpt = Annotated[
 ]
 RecipeOpt = Annotated[str | None, typer.Option("--recipe", metavar="FILE|NAME|-")]
 ModelArgsOpt = Annotated[list[str] | None, _MODEL_ARG]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else there")]
 
 
@@ -151,7 +152,7 @@ class OutputOptions:
 
     print_config: Annotated[bool, typer.Option("--print-config", help="show the resolved recipe and stop")] = False
     as_json: JsonOpt = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress")] = False
+    quiet: QuietOpt = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ _DOING: Final = {
     "load": "Loading the model",
     "plan": "Tracing the network, planning the cut, proving it",
     "dense": "Measuring the dense model",
+    "cuts": "Cutting the whole model to less and less",
     "grow": "Letting a small penalty grow on all channels",
     "push": "Pushing the channels that leave towards zero",
     "regularise": "Making the weights more orthogonal",
@@ -63,7 +64,18 @@ class ProgressDisplay:
                 self._begin(_DOING.get(name, name))
             case {"event": "step", "step": int(step), "steps": int(steps), **rest}:
                 self._train(step, steps, rest)
-            case {"event": "stage" | "plan" | "recovery" | "block" | "epoch" | "warning" | "verify" | "resume"}:
+            case {
+                "event": "stage"
+                | "plan"
+                | "curve"
+                | "cut"
+                | "recovery"
+                | "block"
+                | "epoch"
+                | "warning"
+                | "verify"
+                | "resume"
+            }:
                 self._line(event)
 
     def _begin(self, text: str) -> None:
@@ -97,6 +109,12 @@ def _sentence(event: dict[str, Any]) -> str:
             return f"{name}: {seconds:.1f} s{top1}{jsv}"
         case {"event": "plan", "groups": groups, "proof": proof}:
             return f"plan: {groups} coupled groups are cut; {proof}"
+        case {"event": "curve", "name": name, "kl": kl}:
+            measured = ", ".join(f"{value:.3g} at {kept}" for kept, value in sorted(kl.items(), reverse=True))
+            return f"cut alone, {name}: KL {measured or 'not measured'}"
+        case {"event": "cut", "asked": asked, "kl": kl, "recovery": recovery, "top1": top1}:
+            accuracy = "" if top1 is None else f", top-1 {top1:.2f} %"
+            return f"{asked:g} % of the multiply-adds, {recovery}: KL {kl:.3g}{accuracy}"
         case {"event": "recovery", "name": name, "rule": rule}:
             return f"recovery {name}: {rule}"
         case {"event": "block", "block": block, "blocks": blocks, "name": name, "before": before, "after": after}:

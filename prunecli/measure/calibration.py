@@ -53,6 +53,11 @@ class Calibration:
         """The images for statistics, in batches ``[B, C, H, W]``."""
         return self.first(self._wanted).split(_PASS)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the pixels of all images that choices rest on, held out or not."""
+        return state_digest({"held_out": self.held_out, "images": self.first(self._wanted)})
+
     def first(self, count: int) -> Tensor:
         """At most ``count`` images ``[N, C, H, W]``: those for statistics, then others behind them."""
         if self._read is None or len(self._read) < count:

@@ -8,6 +8,7 @@ allows them, come from `prunecli.planning.cut_units`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ class Choice:
         reachable: lowest and highest value that these settings can give, in the same unit.
         notes: sentences about groups left out, with the reason, and about rounding.
         allocation: with ranking ``loss``, how the width of each unit was found.
+        predicted_kl: sum of the divergences that the units cause alone, nats; ``None`` where none was measured.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -48,6 +50,7 @@ class Choice:
     reachable: tuple[float, float]
     notes: tuple[str, ...]
     allocation: tuple[UnitAllocation, ...] = ()
+    predicted_kl: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,7 @@ def _solve(
         reachable=found.reachable,
         notes=notes,
         allocation=found.allocation,
+        predicted_kl=None if losses is None else _predicted_kl(units, found.kept, losses),
     )
 
 
@@ -255,6 +259,11 @@ def _allocation(
             )
         )
     return tuple(found)
+
+
+def _predicted_kl(units: Sequence[Unit], kept: Sequence[int], losses: UnitLosses) -> float | None:
+    known = [(losses(unit).divergences, width) for unit, width in zip(units, kept, strict=True)]
+    return math.fsum(by_width[width] for by_width, width in known) if all(by for by, _ in known) else None
 
 
 def _widest(unit: Unit) -> str:

@@ -18,10 +18,12 @@ class Curve:
     Attributes:
         losses: loss D by kept width of the unit's widest group; 0 at the full width, and never less at a smaller one.
         measured: KL divergence from the dense model's answers, in nats, by the kept widths at which it was measured.
+        divergences: that divergence by kept width, interpolated where it was not measured; empty where it never was.
     """
 
     losses: Mapping[int, float]
     measured: Mapping[int, float] = field(default_factory=dict)
+    divergences: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError where the losses are no such curve."""
@@ -31,6 +33,8 @@ class Curve:
             raise ValueError(f"losses must rise from 0 at the full width as the width falls: {dict(self.losses)}")
         if not self.measured.keys() <= self.losses.keys():
             raise ValueError(f"measured at {sorted(self.measured)}, losses at {sorted(self.losses)}")
+        if self.divergences and self.divergences.keys() != self.losses.keys():
+            raise ValueError(f"divergences at {sorted(self.divergences)}, losses at {sorted(self.losses)}")
 
 
 class UnitLosses(Protocol):

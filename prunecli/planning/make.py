@@ -55,7 +55,7 @@ def make_plan(
     )
     ranking = settings.ranking if isinstance(target, Target) else "learned"
     plan = plan_of(source, graph, choice.keep, scores=scores, ranking=ranking).model_copy(
-        update={"predicted": choice.cost, "allocation": choice.allocation}
+        update={"predicted": choice.cost, "allocation": choice.allocation, "predicted_kl": choice.predicted_kl}
     )
     result = TargetResult(
         metric=target.metric if isinstance(target, Target) else "ratio",

@@ -21,6 +21,7 @@ from prunecli.planning.score import Scores
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DATA_DRIVEN, PruneSettings
 from prunecli.recipe.target import Target
+from prunecli.run.job import Notify
 from prunecli.run.scores import gate_scores, open_gates, scores_of
 from prunecli.surgery.cut import cut
 from prunecli.values.groups import Graph
@@ -35,6 +36,7 @@ def plan_and_prove(
     gates: Magnitudes | None = None,
     *,
     calibration: Calibration | None = None,
+    notify: Notify = lambda _: None,
 ) -> tuple[Planned, str]:
     """Trace, score, plan and prove; what ``--dry-run`` shows. Before gates are learnt, the plan is one on trial.
 
@@ -56,7 +58,8 @@ def plan_and_prove(
         goal = _Goal(found.graph, found.scores, found.target, found.settings, before=found.notes)
     else:
         assert recipe.target is not None
-        goal = _Goal(graph, scores_of(source, graph, recipe, images, calibration), recipe.target, recipe.prune)
+        scores = scores_of(source, graph, recipe, images, calibration, notify=notify)
+        goal = _Goal(graph, scores, recipe.target, recipe.prune)
     if recipe.equivalence_check:
         proven = proven_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
         planned, error = proven.planned, proven.proof.relative_error

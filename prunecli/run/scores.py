@@ -20,12 +20,20 @@ from prunecli.models.source import Source
 from prunecli.planning.score import Scores, score_model
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DATA_DRIVEN
+from prunecli.run.job import Notify
+from prunecli.run.known_losses import known_losses
 from prunecli.sensitivity.measured_losses import MeasuredLosses
 from prunecli.values.groups import Graph
 
 
 def scores_of(
-    source: Source, graph: Graph, recipe: Recipe, images: Images | None, calibration: Calibration | None = None
+    source: Source,
+    graph: Graph,
+    recipe: Recipe,
+    images: Images | None,
+    calibration: Calibration | None = None,
+    *,
+    notify: Notify = lambda _: None,
 ) -> Scores:
     """Scores of every group, by the recipe's method or criterion, and losses where its ranking needs them.
 
@@ -35,6 +43,7 @@ def scores_of(
         recipe: method, criterion, seed and device.
         images: labelled images, for a method or criterion that needs labels.
         calibration: images without labels, for a criterion or ranking that looks at what layers read.
+        notify: called with the event of each loss curve that was measured.
 
     Raises:
         UsageError: a method or criterion that needs data, without data.
@@ -60,24 +69,41 @@ def scores_of(
         if images is None:
             raise UsageError("Criterion taylor needs gradients, so it needs --data.")
         gradients = _gradients(source.model, *images.calibration(recipe.prune.calibration_images))
-    statistics = None
-    if criterion in DATA_DRIVEN or recipe.prune.ranking == "loss":
-        if calibration is None:
-            what = f"Criterion {criterion}" if criterion in DATA_DRIVEN else "Ranking loss"
-            raise UsageError(
-                f"{what} looks at what layers read, so it needs images.",
-                hint="Give --data, or a folder of images without labels: data.calibration=FOLDER.",
-            )
-        source.model.to(calibration.device)
+    if criterion not in DATA_DRIVEN and recipe.prune.ranking != "loss":
+        return score_model(source.model, graph.groups, criterion=criterion, seed=recipe.seed, gradients=gradients)
+    if calibration is None:
+        what = f"Criterion {criterion}" if criterion in DATA_DRIVEN else "Ranking loss"
+        raise UsageError(
+            f"{what} looks at what layers read, so it needs images.",
+            hint="Give --data, or a folder of images without labels: data.calibration=FOLDER.",
+        )
+    source.model.to(calibration.device)
+    store = known_losses(source, graph, recipe, calibration, criterion=criterion)
+    known = store.scores() if store and criterion in DATA_DRIVEN else None
+    if known is not None:
+        scores = Scores(criterion=criterion, seed=recipe.seed, channels=known)
+    else:
         statistics = calibration.statistics(source.model, graph.groups)
-    scores = score_model(
-        source.model, graph.groups, criterion=criterion, seed=recipe.seed, gradients=gradients, statistics=statistics
-    )
+        scores = score_model(
+            source.model,
+            graph.groups,
+            criterion=criterion,
+            seed=recipe.seed,
+            gradients=gradients,
+            statistics=statistics,
+        )
+        if store and criterion in DATA_DRIVEN:
+            store.keep_scores(scores.channels)
     if recipe.prune.ranking != "loss":
         return scores
-    assert calibration is not None
     losses = MeasuredLosses(
-        source=source, graph=graph, scores=scores.channels, calibration=calibration, ridge=recipe.recover.ridge
+        source=source,
+        graph=graph,
+        scores=scores.channels,
+        calibration=calibration,
+        ridge=recipe.recover.ridge,
+        store=store,
+        notify=notify,
     )
     return replace(scores, losses=losses)
 

@@ -120,7 +120,7 @@ def plan_stage(job: Job) -> Planned:
         job.begin()
         return Planned(plan=plan, target=job.progress.target, notes=())
     job.notify({"event": "start", "name": "plan"})
-    planned, proof = plan_and_prove(job.source, job.recipe, job.images, calibration=job.calibration)
+    planned, proof = plan_and_prove(job.source, job.recipe, job.images, calibration=job.calibration, notify=job.notify)
     job.begin()
     if not phases.pick_late(job.recipe):
         _record_plan(job, planned, proof)
@@ -134,7 +134,9 @@ def pick_stage(job: Job, planned: Planned) -> Planned:
     learnt = phases.train_before_plan(job, planned.plan)
     job.notify({"event": "start", "name": "plan"})
     source = replace(job.source, model=learnt.model)
-    planned, proof = plan_and_prove(source, job.recipe, job.images, learnt.gates, calibration=job.calibration)
+    planned, proof = plan_and_prove(
+        source, job.recipe, job.images, learnt.gates, calibration=job.calibration, notify=job.notify
+    )
     _record_plan(job, planned, proof)
     return planned
 
@@ -289,7 +291,7 @@ def finish(job: Job, plan: Plan, model: nn.Module) -> Report:
     export(job.folder, model, ref=job.source.ref, base=job.source.cost, final=size)
     verified = verify.verify(job.folder.path, Function.of(job.source.ref))
     job.say("verify", seconds=round(time.perf_counter() - began, 3), **verified.model_dump())
-    report = summarise(job, model, size, verified)
+    report = summarise(job, plan, model, size, verified)
     html = page.report_page(report, plan, jacobians=job.progress.jacobians, recipe=job.recipe.to_yaml())
     write_text(job.folder.page_file, html)
     write_json(job.folder.report_file, report.model_dump(mode="json"))

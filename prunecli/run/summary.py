@@ -17,12 +17,12 @@ from prunecli.measure.weights import weight_spectra
 from prunecli.models.layers import weight_layers
 from prunecli.run.job import Job
 from prunecli.run.progress import FinishedStages
-from prunecli.values.plan import Cost
-from prunecli.values.report import LayerReport, Report, Stage, VerifyReport
+from prunecli.values.plan import Cost, Plan
+from prunecli.values.report import LayerReport, PredictedLoss, Report, Stage, VerifyReport
 
 
-def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) -> Report:
-    """The report of a job whose final ``model`` was exported and verified."""
+def summarise(job: Job, plan: Plan, model: nn.Module, size: Cost, verified: VerifyReport) -> Report:
+    """The report of a job whose final ``model``, cut by ``plan``, was exported and verified."""
     progress = job.progress
     last = progress.stages[-1]
     dense = progress.stage("dense")
@@ -35,6 +35,7 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
         layers=_layers(job.source.model, model, progress.dense_spectra),
         recovery=progress.recovery,
         phases=progress.phases,
+        sensitivity=_predicted(plan, progress),
         total_epochs=_total_epochs(progress),
         lr=progress.lr,
         finetune=progress.finetune,
@@ -44,6 +45,14 @@ def summarise(job: Job, model: nn.Module, size: Cost, verified: VerifyReport) ->
         seed=job.recipe.seed,
         warnings=_warnings(job, size),
     )
+
+
+def _predicted(plan: Plan, progress: FinishedStages) -> PredictedLoss | None:
+    """``None`` where the plan expects nothing, because widths were not chosen by their loss."""
+    if plan.predicted_kl is None:
+        return None
+    kept = [step.kl_after for step in progress.recovery if step.kept]
+    return PredictedLoss(predicted_kl=plan.predicted_kl, recovered_kl=kept[-1] if kept else None)
 
 
 def _total_epochs(progress: FinishedStages) -> float | None:

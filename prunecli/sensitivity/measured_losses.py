@@ -14,10 +14,10 @@ Neither alone does as well: the KL of one unit misleads about widths at which it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,16 @@ _PASS: Final = 32  # images in one forward pass
 _LEAST: Final = 1e-9  # loss or KL below which two nets count as equal
 
 
+class CurveStore(Protocol):
+    """A place where curves outlive the process."""
+
+    def curve(self, unit: Unit) -> Curve | None:
+        """The curve of a unit; ``None`` where it is not known."""
+
+    def keep_curve(self, unit: Unit, curve: Curve) -> None:
+        """Keep the curve of a unit."""
+
+
 @dataclass(kw_only=True)
 class MeasuredLosses:
     """The curves of a net's units; each is made on its first call and kept.
@@ -52,6 +62,8 @@ class MeasuredLosses:
         scores: importance ``[width]`` by group name; also the curve of a group that nothing linear reads.
         calibration: images for statistics and, held out, for KL.
         ridge: of the least squares behind each cut.
+        store: curves of an earlier time; ``None`` where none are kept.
+        notify: called with the event of each curve that was measured.
     """
 
     source: Source
@@ -59,6 +71,8 @@ class MeasuredLosses:
     scores: Mapping[str, Tensor]
     calibration: Calibration
     ridge: float
+    store: CurveStore | None = None
+    notify: Callable[[dict[str, Any]], None] = lambda _: None
     _curves: dict[tuple[object, ...], Curve] = field(default_factory=dict)
 
     @cached_property
@@ -73,8 +87,18 @@ class MeasuredLosses:
         """The curve of a unit."""
         key = tuple(unit.order.items()), unit.allowed
         if key not in self._curves:
-            self._curves[key] = self._curve(unit)
+            self._curves[key] = self._known(unit) or self._found(unit)
         return self._curves[key]
+
+    def _known(self, unit: Unit) -> Curve | None:
+        return self.store.curve(unit) if self.store else None
+
+    def _found(self, unit: Unit) -> Curve:
+        curve = self._curve(unit)
+        if self.store:
+            self.store.keep_curve(unit, curve)
+        self.notify({"event": "curve", "name": next(iter(unit.order)), "kl": dict(curve.measured)})
+        return curve
 
     @cached_property
     def _statistics(self) -> InputStatistics:
@@ -86,7 +110,8 @@ class MeasuredLosses:
         measured = {kept: kl for kept in sorted(nearest, reverse=True) if (kl := self._kl(unit, kept)) is not None}
         if not measured:
             return Curve(losses=losses)
-        return Curve(losses=calibrated(losses, measured), measured=measured)
+        kls = interpolated(losses, measured)
+        return Curve(losses=combined(losses, kls), measured=measured, divergences=kls)
 
     def _losses(self, unit: Unit) -> dict[int, float]:
         """The refit loss by kept width, summed over the groups of the unit."""
@@ -117,8 +142,8 @@ class MeasuredLosses:
         return float(divergences(self._dense, as_log_probabilities(self._replay.logits(pruned))).mean())
 
 
-def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
-    """``sqrt(loss KL)`` by kept width, with log KL piecewise linear in log loss between the measured widths.
+def interpolated(losses: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
+    """KL divergence by kept width: log KL is piecewise linear in log loss between the measured widths; 0 at the full.
 
     Args:
         losses: refit loss by kept width, with the full width.
@@ -136,7 +161,12 @@ def calibrated(losses: Mapping[int, float], measured: Mapping[int, float]) -> di
         return math.exp(float(np.interp(at, x, y)) + min(at - x[0], 0.0) + max(at - x[-1], 0.0))
 
     full = max(losses)
-    found, largest = {full: 0.0}, 0.0
-    for kept in sorted(losses.keys() - {full}, reverse=True):
-        largest = found[kept] = max(largest, math.sqrt(losses[kept] * kl_at(losses[kept])))
+    return {kept: 0.0 if kept == full else kl_at(loss) for kept, loss in losses.items()}
+
+
+def combined(losses: Mapping[int, float], kls: Mapping[int, float]) -> dict[int, float]:
+    """``sqrt(loss KL)`` by kept width, made to rise as the width falls."""
+    found, largest = {}, 0.0
+    for kept in sorted(losses, reverse=True):
+        largest = found[kept] = max(largest, math.sqrt(losses[kept] * kls[kept]))
     return found

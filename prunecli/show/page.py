@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prunecli.show import plots, wording
 from prunecli.values.plan import Plan, UnitAllocation
 from prunecli.values.report import FinetuneReport, LayerReport, PhaseReport, RecoveryStep, Report, Stage
+from prunecli.values.sensitivity import Sensitivity
 
 _TEMPLATES: Final = Environment(
     loader=PackageLoader("prunecli", "show"),
@@ -116,6 +117,27 @@ def report_page(
         checks=_checks(report),
         versions=versions,
         recipe=recipe,
+    )
+
+
+def sensitivity_page(found: Sensitivity) -> str:
+    """The page of ``prunecli sensitivity``: the whole model's curves first, then every unit's."""
+    units = _Layers(
+        plot=plots.curves_plot(found.units) if found.units else "",
+        count=len(found.units),
+        shown=plots.UNITS_SHOWN,
+        rows=wording.sensitivity_unit_rows(found),
+    )
+    points = _Stages(plot=plots.cost_plot(found), rows=wording.sensitivity_point_rows(found))
+    return _TEMPLATES.get_template("sensitivity.html.j2").render(
+        title=f"What cutting costs {found.model}",
+        images=wording.sensitivity_images(found),
+        notes=found.notes,
+        points=points,
+        point_columns=wording.POINT_COLUMNS,
+        units=units,
+        unit_columns=wording.UNIT_COLUMNS,
+        versions=list(found.versions.items()),
     )
 
 

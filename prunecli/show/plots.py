@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from prunecli.show import wording
 from prunecli.values.plan import UnitAllocation
 from prunecli.values.report import LayerReport, PhaseReport, Stage
+from prunecli.values.sensitivity import Sensitivity, SensitivityPoint, UnitSensitivity
 
 UNITS_SHOWN: Final = 40
 SPECTRA_SHOWN: Final = 24
@@ -221,6 +222,15 @@ def widths_plot(layers: Sequence[LayerReport]) -> str:
 
 def allocation_plot(units: Sequence[UnitAllocation]) -> str:
     """Loss of each unit by the share of its channels that stays, with the chosen point; at most ``UNITS_SHOWN``."""
+    return _unit_curves(units, [unit.kept for unit in units])
+
+
+def curves_plot(units: Sequence[UnitSensitivity]) -> str:
+    """Loss of each unit by the share of its channels that stays; at most ``UNITS_SHOWN``."""
+    return _unit_curves(units, None)
+
+
+def _unit_curves(units: Sequence[UnitAllocation | UnitSensitivity], chosen: Sequence[int] | None) -> str:
     shown = units[:UNITS_SHOWN]
     columns = min(5, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -228,10 +238,12 @@ def allocation_plot(units: Sequence[UnitAllocation]) -> str:
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for axes, unit in zip(grid, shown, strict=False):
+        for at, (axes, unit) in enumerate(zip(grid, shown, strict=False)):
             widths = sorted(unit.curve)
             axes.plot([100 * w / unit.width for w in widths], [unit.curve[w] for w in widths], color=_BEFORE)
-            axes.plot(100 * unit.kept / unit.width, unit.loss, "o", color=_AFTER, markersize=5)
+            if chosen is not None:
+                kept = chosen[at]
+                axes.plot(100 * kept / unit.width, unit.curve[kept], "o", color=_AFTER, markersize=5)
             axes.set_title(short(unit.groups[0], 22), loc="left", fontsize=8)
             axes.set_yscale("symlog", linthresh=largest / 100)
             axes.set_ylim(0, 1.2 * largest)
@@ -244,6 +256,39 @@ def allocation_plot(units: Sequence[UnitAllocation]) -> str:
         figure.supylabel("loss", fontsize=9)
 
     return _drawn(draw, width=9.5, height=0.5 + 1.2 * rows, label="Loss of every width of every unit")
+
+
+def cost_plot(found: Sensitivity) -> str:
+    """KL and, with labels, top-1 of the whole untrained model by the multiply-adds that stay."""
+
+    def shares(points: Sequence[SensitivityPoint]) -> list[float]:
+        return [100 * point.cost.macs / found.base.macs for point in points]
+
+    predicted = [point for point in found.points if point.predicted_kl is not None]
+    accurate = [
+        (point, point.measured.accuracy.top1) for point in found.points if point.measured and point.measured.accuracy
+    ]
+
+    def draw(figure: Figure) -> None:
+        panels = _row_of(figure, 2 if found.dense else 1)
+        panels[0].plot(shares(predicted), [point.predicted_kl for point in predicted], color=_BEFORE, label="predicted")
+        kls = [point.measured.kl for point in found.points if point.measured]
+        panels[0].plot(shares(found.measured), kls, "o-", color=_AFTER, markersize=5, label="measured")
+        _logarithmic(panels[0], "y")
+        panels[0].set_title("KL from the dense model's answers (nats)", loc="left")
+        panels[0].legend()
+        if found.dense:
+            panels[1].axhline(found.dense.top1, color=_BEFORE, linestyle="--", label="dense")
+            points, top1 = [point for point, _ in accurate], [value for _, value in accurate]
+            panels[1].plot(shares(points), top1, "o-", color=_AFTER, markersize=5, label="cut and recovered")
+            panels[1].set_title("top-1 (%), untrained", loc="left")
+            panels[1].set_ylim(bottom=0)
+            panels[1].legend()
+        for axes in panels:
+            axes.set_xlim(102, min(shares(found.points)) - 2)
+            axes.set_xlabel("multiply-adds that stay (%)")
+
+    return _drawn(draw, width=9.5, height=3.0, label="What the whole model keeps by its multiply-adds")
 
 
 def weight_spectra_plot(layers: Sequence[LayerReport]) -> str:

@@ -27,6 +27,7 @@ from prunecli.values.report import (
     TargetResult,
     VerifyReport,
 )
+from prunecli.values.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from prunecli.recipe.reference import Key
@@ -223,6 +224,7 @@ def plan_table(
             "cut",
             f"{len(plan.cut_groups)} coupled groups by {plan.criterion}, {plan.ranking} ranking; {uncut} stay whole",
         ),
+        *([("predicted", wording.predicted_line(plan.predicted_kl))] if plan.predicted_kl is not None else []),
         ("proof", proof),
         *(("before the cut", wording.phase_line(phase)) for phase in phases),
     )
@@ -234,6 +236,22 @@ def plan_table(
     elif any(phase.name != "push" for phase in phases):
         notes = [*notes, "This is the plan for the weights as they are; the one that is cut is made after the phase."]
     return Group(Text(f"Plan for {plan.model.name}; nothing has been changed."), groups, costs, fields, *_notes(notes))
+
+
+def sensitivity_tables(found: Sensitivity, folder: Path | None) -> RenderableType:
+    """What each unit loses when it is cut alone, and what the whole model keeps at less and less cost."""
+    units = _table("Each unit cut alone", *wording.UNIT_COLUMNS, numeric=wording.UNIT_COLUMNS[1:])
+    for row in wording.sensitivity_unit_rows(found):
+        _row(units, *row)
+    points = _table("The whole model, untrained", *wording.POINT_COLUMNS, numeric=wording.POINT_COLUMNS[:-1])
+    for row in wording.sensitivity_point_rows(found):
+        _row(points, *row)
+    fields = _fields(
+        ("model", found.model),
+        ("measured on", wording.sensitivity_images(found)),
+        *((("report", str(folder / "sensitivity.html")),) if folder else ()),
+    )
+    return Group(units, points, fields, *_notes(found.notes))
 
 
 def inspection(found: Inspection) -> RenderableType:

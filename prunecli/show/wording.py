@@ -15,6 +15,7 @@ from prunecli.values.report import (
     Stage,
     TargetResult,
 )
+from prunecli.values.sensitivity import Sensitivity, UnitSensitivity
 
 DASH: Final = "-"
 STAGE_NAMES: Final = {
@@ -25,6 +26,8 @@ STAGE_NAMES: Final = {
     "finetuned": "fine-tuned",
 }
 SPECTRUM_METHODS: Final = {"exact": "exact", "lanczos": "a Lanczos estimate"}
+UNIT_COLUMNS: Final = ("unit", "channels", "half saves", "KL at 3/4", "at 1/2", "at 1/4")
+POINT_COLUMNS: Final = ("MACs", "parameters", "predicted KL", "KL", "top-1", "recovery")
 
 
 def count(value: float) -> str:
@@ -188,6 +191,59 @@ def headline(report: Report) -> str:
     if first.top1 is None or first is last:
         return f"{result}, at {last.top1:.2f} % top-1."
     return f"{result}, at {last.top1:.2f} % top-1 (dense {first.top1:.2f} %)."
+
+
+def predicted_line(kl: float) -> str:
+    """The predicted divergence of a plan."""
+    return f"KL {figure(kl)} nats from the dense model's answers, the sum of what each unit loses alone; untrained"
+
+
+def sensitivity_unit_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+    """Each unit under ``UNIT_COLUMNS``: what half of it saves of the multiply-adds, and the KL of cutting it alone."""
+    return [
+        (
+            unit.groups[0] + (f" +{len(unit.groups) - 1}" if len(unit.groups) > 1 else ""),
+            str(unit.width),
+            f"{unit.saved[min(unit.saved, key=lambda kept: abs(2 * kept - unit.width))]:.1f} %",
+            *(_nearest_kl(unit, share) for share in (0.75, 0.5, 0.25)),
+        )
+        for unit in found.units
+    ]
+
+
+def _nearest_kl(unit: UnitSensitivity, share: float) -> str:
+    """The KL at the measured width nearest to a share, with the width where that is not what was asked for."""
+    if not unit.kl:
+        return DASH
+    kept = min(unit.kl, key=lambda width: abs(width - share * unit.width))
+    return figure(unit.kl[kept]) + ("" if kept == share * unit.width else f" ({kept})")
+
+
+def sensitivity_point_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+    """Each cost at which the whole model was measured, under ``POINT_COLUMNS``, the dense model first."""
+    dense = ("100 %", "100 %", DASH, DASH, percent(found.dense.top1 if found.dense else None), "dense")
+    cut = (
+        (
+            f"{100 * point.cost.macs / found.base.macs:.1f} %",
+            f"{100 * point.cost.params / found.base.params:.1f} %",
+            figure(point.predicted_kl),
+            figure(done.kl),
+            percent(done.accuracy.top1 if done.accuracy else None),
+            done.recovery,
+        )
+        for point in found.points
+        if (done := point.measured) is not None
+    )
+    return [dense, *cut]
+
+
+def sensitivity_images(found: Sensitivity) -> str:
+    """The images behind a sensitivity, in words."""
+    labelled = f"; top-1 on {found.dense.samples} validation images" if found.dense else ""
+    return (
+        f"{found.calibration_images} images without labels, KL in nats on {found.held_out_images} others{labelled}; "
+        "nothing was trained"
+    )
 
 
 def evidence_rows(found: LRReport) -> list[tuple[str, str]]:

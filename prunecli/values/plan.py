@@ -110,6 +110,11 @@ class Plan(Value):
     base: Cost
     predicted: Cost
     allocation: tuple[UnitAllocation, ...] = Field(default=(), description="with ranking loss: how widths were found")
+    predicted_kl: float | None = Field(
+        default=None,
+        description="with ranking loss: KL divergence from the dense model's answers in nats, summed over what each "
+        "unit loses alone before any training",
+    )
 
     @property
     def cut_groups(self) -> tuple[PlannedGroup, ...]:
@@ -124,8 +129,9 @@ class Plan(Value):
     def sha256(self) -> str:
         """Hex digest of the plan as JSON, by which a resumed run knows the plan that it began with."""
         values = self.model_dump(mode="json")
-        if not self.allocation:
-            del values["allocation"]  # plans from before there was such a thing keep their digest
+        for later in ("allocation", "predicted_kl"):
+            if not getattr(self, later):
+                del values[later]  # plans from before there was such a thing keep their digest
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -113,6 +113,13 @@ class LayerReport(Value):
     sv_after: tuple[float, ...] = ()
 
 
+class PredictedLoss(Value):
+    """What the plan expected the cut to cost, and what it cost: KL divergences from the dense model's answers, nats."""
+
+    predicted_kl: float = Field(description="sum of what each unit loses alone")
+    recovered_kl: float | None = Field(description="after the recovery, on the held-out images; null: not measured")
+
+
 class LatencyReport(Value):
     """Paired latency of base and final model: medians in milliseconds, for one batch."""
 
@@ -185,6 +192,7 @@ class Report(Value):
     layers: tuple[LayerReport, ...] = ()
     recovery: tuple[RecoveryStep, ...] = ()
     phases: tuple[PhaseReport, ...] = ()
+    sensitivity: PredictedLoss | None = Field(default=None, description="with ranking loss")
     total_epochs: float | None = Field(
         default=None, description="epochs of training in all, phases before the cut and fine-tuning; None: no training"
     )

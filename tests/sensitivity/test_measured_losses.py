@@ -17,7 +17,7 @@ from prunecli.planning.make import plan_of
 from prunecli.planning.score import score_model
 from prunecli.recipe.settings import PruneSettings
 from prunecli.recovery.least_squares import reconstruct_
-from prunecli.sensitivity.measured_losses import MeasuredLosses, calibrated
+from prunecli.sensitivity.measured_losses import MeasuredLosses, combined, interpolated
 from prunecli.surgery.cut import cut
 from toys.half_plans import random
 from toys.sources import source_of
@@ -84,12 +84,10 @@ def test_the_level_of_a_curve_is_the_kl_of_really_cutting_that_unit_alone(calibr
 
 def test_kl_is_interpolated_along_the_loss_and_never_falls_with_the_width():
     losses = {8: 0.0, 6: 0.01, 4: 0.04, 2: 0.16, 1: 0.32}
-    found = calibrated(losses, {6: 0.1, 2: 1.6})
-    assert found[8] == 0
-    assert found[6] == pytest.approx(math.sqrt(0.01 * 0.1))
-    assert found[4] == pytest.approx(math.sqrt(0.04 * 0.4))  # half way between, in logarithms
-    assert found[1] == pytest.approx(math.sqrt(0.32 * 3.2))  # proportional to the loss outside
-    noisy = calibrated(losses, {6: 0.5, 4: 0.4, 2: 1.6})
+    kls = interpolated(losses, {6: 0.1, 2: 1.6})
+    assert kls == pytest.approx({8: 0, 6: 0.1, 4: 0.4, 2: 1.6, 1: 3.2})  # in logarithms; proportional outside
+    assert combined(losses, kls) == pytest.approx({kept: math.sqrt(losses[kept] * kls[kept]) for kept in losses})
+    noisy = combined(losses, interpolated(losses, {6: 0.5, 4: 0.4, 2: 1.6}))
     assert sorted(noisy.values()) == [noisy[kept] for kept in (8, 6, 4, 2, 1)]
 
 
