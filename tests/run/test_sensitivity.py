@@ -16,7 +16,9 @@ from prunecli.run import known_losses, looks
 from prunecli.run import sensitivity as job
 from prunecli.run.source import load_source, open_calibration, open_images
 from prunecli.sensitivity.measured_losses import MeasuredLosses
+from prunecli.show.page import sensitivity_page
 from prunecli.surgery.cut import cut
+from prunecli.values.sensitivity import Sensitivity
 from toys.jobs import call, sentence
 
 NET = (
@@ -124,6 +126,30 @@ def test_the_same_command_measures_nothing_twice(finished, cache, measured):
     assert measured == []
     assert found.pop("folder").startswith(str(cache))
     assert found.items() <= finished[1].items()
+
+
+def test_people_get_two_tables_and_a_page_with_both_plots(cache, measured):
+    done = call("sensitivity", *QUICK, full=True)
+    assert measured == []
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines]
+    assert any(row[:2] == ["conv1", "6"] for row in rows)
+    assert [row[-1] for row in rows if row[:2] == ["100", "%"]] == ["dense"]
+    pages = list(cache.rglob("sensitivity.html"))
+    assert [page.read_text().count("<svg ") for page in pages] == [2]
+
+
+def test_without_labels_or_divergences_the_page_has_what_there_is(finished):
+    document = {name: value for name, value in finished[1].items() if name != "folder"}
+    found = Sensitivity.model_validate(document)
+    bare = tuple(
+        point.updated(predicted_kl=None, measured=point.measured and point.measured.updated(accuracy=None))
+        for point in found.points
+    )
+    html = sensitivity_page(found.updated(dense=None, points=bare))
+    assert html.count("<svg ") == 2
+    assert "top-1 (%)" not in html
 
 
 def test_compress_plans_from_what_is_known_and_plans_the_same(cache, measured, monkeypatch, tmp_path):
