@@ -9,22 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import NamedTuple
 
 from prunecli.show import plots, wording
+from prunecli.show.templates import rendered
 from prunecli.values.plan import Plan, UnitAllocation
 from prunecli.values.report import FinetuneReport, LayerReport, PhaseReport, RecoveryStep, Report, Stage
-
-_TEMPLATES: Final = Environment(
-    loader=PackageLoader("prunecli", "show"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
 
 _Rows = Sequence[tuple[str, ...]]
 
@@ -98,7 +88,8 @@ def report_page(
         evidence=wording.evidence_rows(report.lr),
     )
     versions = [*report.versions.items(), ("seed", str(report.seed)), ("recipe sha256", report.recipe_sha256)]
-    return _TEMPLATES.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         title=title,
         heading=re.sub(r"(?<=\d) (?=(?:[kMGT%]|[kMG]?B)\b|%)", "\N{NO-BREAK SPACE}", title),  # a number and its unit
         target=wording.target_line(report.target) if report.target else "",
