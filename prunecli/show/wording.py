@@ -206,7 +206,7 @@ def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
     ]
 
 
-TRIAL_COLUMNS: Final = ("arm", "LR", "last", "best", "to dense", "")
+TRIAL_COLUMNS: Final = ("arm", "LR", "last epoch", "best epoch", "to dense", "")
 START_COLUMNS: Final = ("arm", "top-1", "loss", "mean JSV", "recommended LR")
 
 

@@ -143,7 +143,7 @@ def _of_plain(outcome: ArmOutcome, curve: Curve, dense: Judged) -> str:
     noise = "" if outcome.gained.beyond_noise else " (within noise)"
     return (
         f"{at_small} and {outcome.best:g} at {best.top1:.2f} %: a larger rate alone gains {_points(outcome.gained)}"
-        f"{noise}, {outcome.closed:.0%} of the gap to the dense {dense.top1:.2f} %, and {_left(outcome.left)}."
+        f"{noise}, {100 * outcome.closed:.0f} % of the gap to the dense {dense.top1:.2f} %, and {_left(outcome.left)}."
     )
 
 
