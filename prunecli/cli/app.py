@@ -9,8 +9,8 @@ import typer
 
 from prunecli import __version__
 from prunecli.cli.console import settle_process
-from prunecli.cli.jobs import compress, finetune
-from prunecli.cli.looks import evaluate, inspect, lr, models, sensitivity, spectrum, verify
+from prunecli.cli.jobs import compress, finetune, lr
+from prunecli.cli.looks import evaluate, inspect, models, sensitivity, spectrum, verify
 from prunecli.cli.recipes import recipes
 
 app = typer.Typer(

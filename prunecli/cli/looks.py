@@ -65,17 +65,6 @@ def spectrum(asked: Asked, as_json: JsonOpt = False) -> None:
         show(found.to_mapping(), table, as_json=as_json)
 
 
-@takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "epochs", "device")
-def lr(asked: Asked, as_json: JsonOpt = False) -> None:
-    """The recommended fine-tuning LR with its evidence."""
-    with reported():
-        from prunecli.run.learning_rate import lr_of_source
-        from prunecli.show import tables
-
-        found = lr_of_source(asked.recipe())
-        show(found.model_dump(mode="json"), tables.lr_table(found), as_json=as_json)
-
-
 @takes("weights", "no_pretrained", "model_arg", "data", "data_dir", "limit", "batch_size", "device")
 def evaluate(asked: Asked, as_json: JsonOpt = False) -> None:
     """Top-1, top-5 and loss on the validation split."""

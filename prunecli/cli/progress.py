@@ -20,9 +20,11 @@ _DOING: Final = {
     "regularised": "Measuring what the phase made of the model",
     "pruned": "Measuring the pruned model",
     "recover": "Trying recovery steps",
+    "orthp": "Orthogonalising the pruned model",
     "finetune": "Fine-tuning",
     "export": "Exporting and verifying in a fresh process",
 }
+_LINES: Final = {"stage", "plan", "curve", "cut", "recovery", "block", "epoch", "trial", "warning", "verify", "resume"}
 
 
 class ProgressDisplay:
@@ -60,22 +62,13 @@ class ProgressDisplay:
         if self._quiet:
             return
         match event:
+            case {"event": "start", "name": "trial", "arm": arm, "lr": lr, "number": number, "of": of}:
+                self._begin(f"Fine-tuning {number} of {of}: {arm} at LR {lr:g}")
             case {"event": "start", "name": str(name)}:
                 self._begin(_DOING.get(name, name))
             case {"event": "step", "step": int(step), "steps": int(steps), **rest}:
                 self._train(step, steps, rest)
-            case {
-                "event": "stage"
-                | "plan"
-                | "curve"
-                | "cut"
-                | "recovery"
-                | "block"
-                | "epoch"
-                | "warning"
-                | "verify"
-                | "resume"
-            }:
+            case {"event": name} if name in _LINES:
                 self._line(event)
 
     def _begin(self, text: str) -> None:
@@ -131,6 +124,9 @@ def _sentence(event: dict[str, Any]) -> str:
             )
             shown = [f"{name} {rest[key]:{form}}" for name, key, form in figures if isinstance(rest.get(key), float)]
             return f"epoch {epoch}/{epochs}: {', '.join(shown)}"
+        case {"event": "trial", "arm": arm, "lr": lr, "top1": top1, "diverged": diverged, "number": number, "of": of}:
+            ended = "diverged" if diverged else f"top-1 {top1:.2f} %"
+            return f"{arm} at LR {lr:g}: {ended} ({number} of {of})"
         case {"event": "warning", "text": text}:
             return f"warning: {text}"
         case {"event": "resume", **rest}:

@@ -74,6 +74,25 @@ def proven_plan(
             raise refusal
 
 
+def proof_of(source: Source, plan: Plan) -> equivalence.Equivalence:
+    """Show that a plan which lies before us is right for this model; nothing is planned again.
+
+    Raises:
+        UnsupportedError: the plan does not fit the model, or the cut net does not equal the silenced dense net.
+    """
+    proof = equivalence.equivalence_error(
+        source.model,
+        groups=plan.groups,
+        attributes=plan.attributes,
+        folds=plan.folds,
+        input_size=source.spec.size,
+        seed=plan.seed,
+    )
+    if proof.relative_error > EQUIVALENCE_TOLERANCE:
+        raise _refusal(plan, proof)
+    return proof
+
+
 def _kept(plan: Plan) -> dict[str, int]:
     return {group.name: len(group.keep) for group in plan.cut_groups}
 

@@ -24,7 +24,8 @@ from prunecli.recipe.recipe import Recipe
 from prunecli.values.plan import Plan
 from prunecli.values.report import PhaseName, Report
 
-Trained = Literal["grow", "regularise", "push", "gate", "recovered", "finetuned"]  # what leaves weights for a resume
+# what leaves weights for a resume
+Trained = Literal["grow", "regularise", "push", "gate", "recovered", "orthp", "finetuned"]
 
 log = logging.getLogger("prunecli")
 
@@ -67,6 +68,16 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def rates_file(self) -> Path:
+        """All figures of a measurement of learning rates, which has this in place of the report. Written last."""
+        return self.path / "lr.json"
+
+    @property
+    def rates_page(self) -> Path:
+        """The same for people."""
+        return self.path / "lr.html"
+
+    @property
     def recipe_file(self) -> Path:
         """The resolved recipe. Written first."""
         return self.path / "recipe.yaml"
@@ -83,13 +94,15 @@ class RunFolder:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What a run writes beside its checkpoints; the report comes first."""
+        """What a run writes beside its checkpoints; what marks it as finished comes first."""
         return (
             self.report_file,
+            self.rates_file,
             self.weights_file,
             self.config_file,
             self.plan_file,
             self.page_file,
+            self.rates_page,
             self.recipe_file,
             self.log_file,
             self.reference_file,
@@ -120,8 +133,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True if the run has ended well: the report is written last."""
-        return self.report_file.is_file()
+        """True if the run has ended well: its report is written last, or what stands for it."""
+        return self.report_file.is_file() or self.rates_file.is_file()
 
     @property
     def begun(self) -> bool:
@@ -176,6 +189,11 @@ class RunFolder:
     def drop_stage_weights(self) -> None:
         """Remove what only a resume needs: the weights between the stages, and the gates."""
         for file in (*map(self.weights_after, get_args(Trained)), self.gates_file):
+            file.unlink(missing_ok=True)
+
+    def drop_training_state(self, name: PhaseName | Literal["finetune"]) -> None:
+        """Remove the checkpoints of a training that has ended, for another one that follows it."""
+        for file in self.training_state(name).glob("state-*.safetensors"):
             file.unlink(missing_ok=True)
 
     def sweep(self) -> None:

@@ -148,7 +148,7 @@ def open_job(command: Command, recipe: Recipe, *, out: Path | None, resume: bool
     images = open_images(recipe, source)
     calibration = open_calibration(recipe, source, images)
     _require_possible(command, recipe, images, calibration)
-    if command == "compress":
+    if command != "finetune":
         phase.require_possible(recipe, images)
     return Job(
         recipe=recipe,
@@ -179,7 +179,8 @@ def _require_possible(command: Command, recipe: Recipe, images: Images | None, c
     if planned_epochs(recipe, has_data=images is not None) and images is not None and not images.train_size:
         raise UsageError(
             f"Data {recipe.data.name} has no training images to fine-tune with.",
-            hint=f"Put them into {recipe.data.name}/train, one folder a class, or give --epochs 0.",
+            hint=f"Put them into {recipe.data.name}/train, one folder a class"
+            + (", or give --epochs 0." if command == "compress" else "."),
         )
 
 

@@ -88,7 +88,7 @@ def _distill_share(job: Job) -> float:
     if asked.distill.alpha != "auto":
         return asked.distill.share
     if (
-        job.progress.command != "compress"
+        job.progress.command == "finetune"
         or asked.loss.kind != "ce"
         or not dense
         or dense.top1 is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.planning.budget import Learned
 from prunecli.planning.make import Planned, make_plan
-from prunecli.planning.prove import proven_plan
+from prunecli.planning.prove import proof_of, proven_plan
 from prunecli.planning.score import Scores
+from prunecli.proof.equivalence import Equivalence
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.settings import DATA_DRIVEN, PruneSettings
 from prunecli.recipe.target import Target
@@ -25,8 +27,11 @@ from prunecli.run.job import Notify
 from prunecli.run.scores import gate_scores, open_gates, scores_of
 from prunecli.surgery.cut import cut
 from prunecli.values.groups import Graph
+from prunecli.values.plan import Plan
 
 Magnitudes = Mapping[str, Tensor]  # of learnt gates: |a| [width] by group name
+
+_UNPROVED: Final = "the equivalence check was switched off"
 
 
 def plan_and_prove(
@@ -62,16 +67,28 @@ def plan_and_prove(
         goal = _Goal(graph, scores, recipe.target, recipe.prune)
     if recipe.equivalence_check:
         proven = proven_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
-        planned, error = proven.planned, proven.proof.relative_error
-        proof = f"pruned net equals silenced dense net to {error:.1e} (relative, float64)"
+        planned, proof = proven.planned, _proved(proven.proof)
     else:
         planned = make_plan(source, goal.graph, goal.scores, goal.target, goal.settings)
-        proof = "the equivalence check was switched off"
+        proof = _UNPROVED
     phase.require_time(recipe, planned.plan.groups)
     if recipe.init is not None:
         # A sparsity that no layer can have is refused now.
         initialise_(cut(source.model, planned.plan), recipe.init, source.spec.size, seed=recipe.seed)
     return replace(planned, notes=(*remarks, *goal.before, *planned.notes, *goal.after)), proof
+
+
+def prove_again(source: Source, recipe: Recipe, plan: Plan) -> str:
+    """The proof of a plan that another run has left, as a sentence.
+
+    Raises:
+        UnsupportedError: it does not fit the model, or is not right for it.
+    """
+    return _proved(proof_of(source, plan)) if recipe.equivalence_check else _UNPROVED
+
+
+def _proved(proof: Equivalence) -> str:
+    return f"pruned net equals silenced dense net to {proof.relative_error:.1e} (relative, float64)"
 
 
 def _chooses_freely(recipe: Recipe) -> bool:

@@ -8,11 +8,41 @@ from typing import Literal
 from pydantic import Field
 
 from prunecli.values.learning_rate import LRReport
+from prunecli.values.measured_rates import Answers, RateArm, RateTrial
 from prunecli.values.plan import Plan
 from prunecli.values.report import FinetuneReport, PhaseReport, RecoveryStep, Stage, StageName, TargetResult
 from prunecli.values.value import Value
 
-Command = Literal["compress", "finetune"]
+Command = Literal["compress", "finetune", "lr --measure"]  # as the user types it
+
+
+class JudgedTrial(Value):
+    """A finished fine-tuning, and its answers; ``None`` where it diverged."""
+
+    trial: RateTrial
+    answers: Answers | None
+
+
+class FinishedRates(Value):
+    """A measurement of learning rates once its arms are made, and the fine-tunings finished so far.
+
+    Attributes:
+        dense: answers of the dense model.
+        arms: the starts, the plain cut first.
+        chosen: name of the one that the recipe's recovery is.
+        rates: the peak learning rates, ascending.
+        trials: the finished fine-tunings.
+    """
+
+    dense: Answers
+    arms: tuple[RateArm, ...]
+    chosen: str
+    rates: tuple[float, ...]
+    trials: tuple[JudgedTrial, ...] = ()
+
+    def has(self, arm: str, lr: float) -> bool:
+        """Whether this fine-tuning is finished."""
+        return any((done.trial.arm, done.trial.lr) == (arm, lr) for done in self.trials)
 
 
 class FinishedStages(Value):
@@ -27,6 +57,7 @@ class FinishedStages(Value):
     recovery: tuple[RecoveryStep, ...] = ()
     lr: LRReport | None = None
     finetune: FinetuneReport | None = None
+    rates: FinishedRates | None = None
     target: TargetResult | None = None
     jacobians: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     dense_spectra: dict[str, tuple[float, ...]] = Field(default_factory=dict)

@@ -17,7 +17,7 @@ from typing import Final
 from torch import nn
 
 from prunecli.errors import PruneError, TargetError
-from prunecli.files import write_json, write_tensors, write_text
+from prunecli.files import read_json, write_json, write_tensors, write_text
 from prunecli.measure import cost
 from prunecli.measure.weights import weight_spectra
 from prunecli.methods.initialisation import initialise_
@@ -27,10 +27,11 @@ from prunecli.planning.make import Planned
 from prunecli.recovery.choose import recover_stage
 from prunecli.run import phases, verify
 from prunecli.run.export import export
+from prunecli.run.folder import RunFolder
 from prunecli.run.job import Job, reload_
 from prunecli.run.learning_rate import finetune_settings, learning_rate, learning_rate_at, recommended_lr
 from prunecli.run.measured import measured_stage
-from prunecli.run.plan_and_prove import plan_and_prove
+from prunecli.run.plan_and_prove import plan_and_prove, prove_again
 from prunecli.run.recovery_context import recovery_context
 from prunecli.run.summary import rounded, summarise
 from prunecli.show import page
@@ -125,6 +126,41 @@ def plan_stage(job: Job) -> Planned:
     if not phases.pick_late(job.recipe):
         _record_plan(job, planned, proof)
     return planned
+
+
+def repeated_plan_stage(job: Job, run: RunFolder) -> Planned:
+    """The plan of a finished run, for the dense model that it has cut; proved again, since files can change.
+
+    Raises:
+        PruneError: the run has no plan and target, or the model is not the one that it has cut.
+    """
+    if job.progress.target is not None:
+        return plan_stage(job)
+    plan, target = run.plan(), run.report().target
+    if target is None or not plan.cut_groups:
+        raise PruneError(f"{run.path} has cut nothing, so there is no cut to repeat.", hint="--target plans one.")
+    if plan.base != job.source.cost or _base_digest(run) not in {None, job.source.digest}:
+        raise PruneError(
+            f"{job.source.ref.name} is not the model that {run.path} has cut: its weights or its shape differ.",
+            hint="--target plans a cut of the model in that folder.",
+        )
+    proof = prove_again(job.source, job.recipe, plan)
+    job.begin()
+    planned = Planned(plan=plan, target=target, notes=(f"The cut is that of {run.path}.",))
+    _record_plan(job, planned, proof)
+    return planned
+
+
+def _base_digest(run: RunFolder) -> str | None:
+    """The digest of the weights that a run has cut; ``None`` where its progress is gone or was never written.
+
+    The key alone is read: the progress of an earlier version may have another shape.
+    """
+    try:
+        digest = read_json(run.progress_file)["source_digest"]
+    except (PruneError, KeyError, TypeError):
+        return None
+    return str(digest)
 
 
 def pick_stage(job: Job, planned: Planned) -> Planned:

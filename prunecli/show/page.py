@@ -9,23 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import NamedTuple
 
 from prunecli.show import plots, wording
+from prunecli.show.templates import rendered
 from prunecli.values.plan import Plan, UnitAllocation
 from prunecli.values.report import FinetuneReport, LayerReport, PhaseReport, RecoveryStep, Report, Stage
 from prunecli.values.sensitivity import Sensitivity
-
-_TEMPLATES: Final = Environment(
-    loader=PackageLoader("prunecli", "show"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
 
 _Rows = Sequence[tuple[str, ...]]
 
@@ -99,7 +89,8 @@ def report_page(
         evidence=wording.evidence_rows(report.lr),
     )
     versions = [*report.versions.items(), ("seed", str(report.seed)), ("recipe sha256", report.recipe_sha256)]
-    return _TEMPLATES.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         title=title,
         heading=re.sub(r"(?<=\d) (?=(?:[kMGT%]|[kMG]?B)\b|%)", "\N{NO-BREAK SPACE}", title),  # a number and its unit
         target=wording.target_line(report.target) if report.target else "",
@@ -129,7 +120,8 @@ def sensitivity_page(found: Sensitivity) -> str:
         rows=wording.sensitivity_unit_rows(found),
     )
     points = _Stages(plot=plots.cost_plot(found), rows=wording.sensitivity_point_rows(found))
-    return _TEMPLATES.get_template("sensitivity.html.j2").render(
+    return rendered(
+        "sensitivity.html.j2",
         title=f"What cutting costs {found.model}",
         images=wording.sensitivity_images(found),
         notes=found.notes,

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from prunecli.show import wording
+from prunecli.values.measured_rates import PLAIN, MeasuredRates
 from prunecli.values.plan import UnitAllocation
 from prunecli.values.report import LayerReport, PhaseReport, Stage
 from prunecli.values.sensitivity import Sensitivity, SensitivityPoint, UnitSensitivity
@@ -34,6 +35,7 @@ _STAGE_COLOURS = {
     "recovered": "#d9a520",
     "finetuned": "#2a9d83",
 }
+_ARM_COLOURS = ("#cf4457", "#8f63b8", "#2a9d83")  # plain cut, OrthP, the recipe's recovery
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a layer's name may hold a dollar sign
@@ -194,6 +196,35 @@ def _by_epoch(history: Sequence[Mapping[str, float]], panels: Sequence[_Panel], 
                 axes.legend()
 
     return _drawn(draw, width=9.5, height=2.4, label=label)
+
+
+def rates_plot(found: MeasuredRates) -> str:
+    """Top-1 against the learning rate, a line an arm, with two standard errors; dense dashed, recommended dotted.
+
+    A training that diverged is a cross at the accuracy of guessing.
+    """
+
+    def draw(figure: Figure) -> None:
+        (axes,) = _row_of(figure, 1)
+        for arm, colour in zip(found.arms, _ARM_COLOURS, strict=False):
+            trials = found.trials_of(arm.name)
+            rates, reached = [trial.lr for trial in trials], [trial.top1 for trial in trials]
+            errors = [2 * math.sqrt(top1 * (100 - top1) / found.images) for top1 in reached]
+            name = "no recovery" if arm.name == PLAIN else arm.name
+            axes.errorbar(rates, reached, errors, color=colour, label=name, marker="o", markersize=4, elinewidth=0.8)
+            lost = [trial for trial in trials if trial.diverged]
+            axes.plot([t.lr for t in lost], [t.top1 for t in lost], "x", color=colour, markersize=9, mew=2)
+        if found.dense.top1 is not None:
+            axes.axhline(found.dense.top1, color=_BEFORE, linestyle="--", linewidth=1.2, label="dense model")
+        axes.axvline(found.lr.recommended, color=_INK, linestyle=":", linewidth=1.2, label="recommended rate")
+        _logarithmic(axes, "x")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(found.rates)
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel("validation top-1 (%)")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return _drawn(draw, width=9.5, height=3.6, label="Top-1 against the learning rate")
 
 
 def widths_plot(layers: Sequence[LayerReport]) -> str:

@@ -16,6 +16,7 @@ from rich.text import Text
 from prunecli.errors import listed
 from prunecli.show import wording
 from prunecli.values.learning_rate import LRReport
+from prunecli.values.measured_rates import MeasuredRates
 from prunecli.values.plan import Cost, Plan
 from prunecli.values.report import (
     Accuracy,
@@ -356,6 +357,28 @@ def lr_table(found: LRReport) -> RenderableType:
         _row(candidates, *row)
     parts: list[RenderableType] = [_fields(("LR", f"{found.recommended:g}"), ("why", found.rule))]
     return Group(*parts, *([candidates] if candidates.row_count else []), table)
+
+
+def rates_table(found: MeasuredRates, *, page: Path) -> RenderableType:
+    """Measured learning rates: every start, every fine-tuning, and what they say.
+
+    Args:
+        found: All figures.
+        page: Where the page for people lies.
+    """
+    numbers = wording.TRIAL_COLUMNS[1:-1]
+    trials = _table("Fine-tunings", *wording.TRIAL_COLUMNS, numeric=numbers)
+    starts = _table("Starts, before any training", *wording.START_COLUMNS, numeric=wording.START_COLUMNS[1:])
+    for table, rows in ((starts, wording.start_rows(found)), (trials, wording.rate_rows(found))):
+        table.columns[0].no_wrap = True
+        for row in rows:
+            _row(table, *row)
+    facts = _fields(
+        ("LR", f"{found.lr.recommended:g} recommended. {found.lr.rule}"),
+        ("measured", wording.rates_scope(found)),
+    )
+    said = _fields(*(("-", sentence) for sentence in found.verdicts))
+    return Group(facts, starts, trials, said, _fields(("page", str(page))), *_notes(found.warnings))
 
 
 def accuracy_table(model: str, data: str, found: Accuracy, notes: Sequence[str]) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from prunecli.values.learning_rate import LRReport
+from prunecli.values.measured_rates import PLAIN, MeasuredRates
 from prunecli.values.report import (
     FinetuneReport,
     PhaseCost,
@@ -18,6 +19,7 @@ from prunecli.values.report import (
 from prunecli.values.sensitivity import Sensitivity, UnitSensitivity
 
 DASH: Final = "-"
+_ARMS: Final = 3  # of a measurement of rates: plain cut, OrthP, the recipe's recovery
 STAGE_NAMES: Final = {
     "dense": "dense",
     "regularised": "regularised",
@@ -258,6 +260,66 @@ def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
         (candidate.name, _text(candidate.lr), "taken" if candidate.taken else "", candidate.reason)
         for candidate in found.candidates
     ]
+
+
+TRIAL_COLUMNS: Final = ("arm", "LR", "last epoch", "best epoch", "to dense", "")
+START_COLUMNS: Final = ("arm", "top-1", "loss", "mean JSV", "recommended LR")
+
+
+def rate_rows(found: MeasuredRates) -> list[tuple[str, ...]]:
+    """A row for each fine-tuning, arm by arm: accuracy after the last and the best epoch, distance to dense."""
+    rows: list[tuple[str, ...]] = []
+    for arm in found.arms:
+        best = next(outcome.best for outcome in found.outcomes if outcome.arm == arm.name)
+        for trial in found.trials_of(arm.name):
+            marks = [
+                word
+                for word, applies in (
+                    ("diverged", trial.diverged),
+                    ("best", trial.lr == best),
+                    ("recommended", trial.lr == arm.recommended),
+                )
+                if applies
+            ]
+            rows.append(
+                (
+                    arm.name,
+                    f"{trial.lr:g}",
+                    percent(trial.top1),
+                    percent(trial.best_top1),
+                    points(found.dense.top1, trial.top1),
+                    ", ".join(marks),
+                )
+            )
+    return rows
+
+
+def start_rows(found: MeasuredRates) -> list[tuple[str, ...]]:
+    """A row for each start, the dense model first: top-1, loss and mean Jacobian singular value, recommended rate."""
+    starts = [("dense model", found.dense, DASH)]
+    starts += [(_arm_name(arm.name, found), arm.start, f"{arm.recommended:g}") for arm in found.arms]
+    return [
+        (name, percent(at.top1), figure(at.loss), figure(at.jsv.mean if at.jsv else None), rate)
+        for name, at, rate in starts
+    ]
+
+
+def _arm_name(name: str, found: MeasuredRates) -> str:
+    """The name of an arm, with a word where it is the recovery of the recipe."""
+    return f"{name} (chosen)" if name == found.chosen else name
+
+
+def rates_scope(found: MeasuredRates) -> str:
+    """How many fine-tunings of what length, judged on what, and whether two starts are one."""
+    length = "1 epoch" if found.epochs == 1 else epochs(found.epochs)
+    text = (
+        f"{len(found.trials)} fine-tunings of {length} ({found.steps} steps), judged on {found.images} validation "
+        f"images; dense {percent(found.dense.top1)}"
+    )
+    if len(found.arms) < _ARMS:
+        same = "plain pruning" if found.chosen == PLAIN else found.chosen
+        text += f". The recipe's recovery is {same}, which is an arm already and was not trained twice"
+    return f"{text}."
 
 
 def _text(value: float | str | None) -> str:

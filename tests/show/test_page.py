@@ -9,8 +9,10 @@ import pytest
 
 from prunecli.show import plots
 from prunecli.show.page import report_page
+from prunecli.show.rates_page import rates_page
 from prunecli.values.learning_rate import Candidate, FinetuneSituation, LRReport, Rule
 from prunecli.values.report import LatencyReport, LayerReport, Report, VerifyReport
+from toys import sample_rates
 from toys import sample_report as sample
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -222,3 +224,22 @@ def test_phases_before_the_cut_have_their_plots_and_count_as_training():
         assert f">{title}<" in html
     lonely = push.model_copy(update={"history": push.history[:1]})  # a phase shorter than an epoch and without growth
     parsed(page(sample.report(phases=(lonely,))))
+
+
+def test_the_page_of_measured_rates_says_what_was_found():
+    found = sample_rates.measured()
+    html = rates_page(found, recipe="model: a & b\n")
+    read = parsed(html)
+    text = "\n".join(read.text)
+    assert read.loads == []
+    assert "script" not in read.tags
+    assert html.count("<svg") == 1
+    for sentence in (*found.verdicts, *found.warnings, "model: a & b"):
+        assert sentence in text
+    for rate in sample_rates.RATES:
+        assert text.count(f"{rate:g}") >= 4  # a row of each arm, and the axis
+    assert {"no recovery", "orthp+bn", "lstsq+bn", "dense model", "recommended rate"} <= set(read.text)
+    assert rates_page(found, recipe="model: a & b\n") == html
+    bad = "<script>alert('\"&amp;')</script>"
+    hostile = found.model_copy(update={"model": bad, "verdicts": (bad,), "versions": {bad: bad}})
+    assert "script" not in parsed(rates_page(hostile, recipe=bad)).tags

@@ -12,7 +12,7 @@ from prunecli.show import tables, wording
 from prunecli.values.groups import Bundle, Const, Frozen, Graph, Group, Member, Tie
 from prunecli.values.inspection import Inspection
 from prunecli.values.report import Accuracy, PhaseReport, Report, TargetResult, VerifyReport
-from toys import sample_matrix
+from toys import sample_matrix, sample_rates
 from toys import sample_report as sample
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,6 +90,7 @@ def views() -> dict[str, RenderableType]:
         "inspect": tables.inspection(inspected),
         "spectrum": tables.spectrum_table("cifar_resnet20", sample.summary(16.2, 0, 58, None), layers, "noise"),
         "lr": tables.lr_table(report.lr),
+        "rates": tables.rates_table(sample_rates.measured(), page=Path("runs/cifar_resnet20-2/lr.html")),
         "verify": tables.verify_line(Path("runs/a"), report.verify),
         "eval": tables.accuracy_table(
             "cifar_resnet20", "digits", Accuracy(top1=91.504, top5=None, loss=0.3124, samples=360), ("EMA weights",)
@@ -100,7 +101,7 @@ def views() -> dict[str, RenderableType]:
     }
 
 
-VIEWS = ["report", "plan", "inspect", "spectrum", "lr", "verify", "eval", "recipes", "models", "architectures"]
+VIEWS = ["report", "plan", "inspect", "spectrum", "lr", "rates", "verify", "eval", "recipes", "models", "architectures"]
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -127,6 +128,14 @@ def test_a_run_without_data_or_target_or_spectrum():
     assert "top-1" not in shown.split("stage")[0]
     assert "runs/a/report.html" in shown
     assert "target" not in shown
+
+
+def test_two_starts_that_are_one_are_said_to_be():
+    curves = {name: sample_rates.CURVES[name] for name in ("none", "orthp+bn")}
+    shown = " ".join(text(tables.rates_table(sample_rates.measured(curves, chosen="none"), page=Path("a"))).split())
+    assert "The recipe's recovery is plain pruning, which is an arm already and was not trained twice." in shown
+    assert "none (chosen)" in shown
+    assert "trained twice" not in text(tables.rates_table(sample_rates.measured(), page=Path("a")))
 
 
 def test_a_failed_verification_says_so():
