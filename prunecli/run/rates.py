@@ -296,6 +296,7 @@ def _result(job: Job) -> MeasuredRates:
         images=dense.images,
         epochs=job.epochs,
         steps=job.epochs * job.images.steps_per_epoch,
+        distill=finetune_settings(job).distill.share,
         dense=stage,
         arms=rates.arms,
         rates=rates.rates,

@@ -114,7 +114,7 @@ def budget_line(report: Report) -> str | None:
     return f"{epochs(report.total_epochs)} of training in all, the phase before the cut included"
 
 
-def distillation(done: FinetuneReport | PhaseReport) -> tuple[str, ...]:
+def distillation(done: FinetuneReport | PhaseReport | MeasuredRates) -> tuple[str, ...]:
     """The share of the loss distilled from the dense model; empty for training on labels alone."""
     return (f"{done.distill:g} of the loss distilled from the dense model",) if done.distill else ()
 
@@ -312,10 +312,12 @@ def _arm_name(name: str, found: MeasuredRates) -> str:
 def rates_scope(found: MeasuredRates) -> str:
     """How many fine-tunings of what length, judged on what, and whether two starts are one."""
     length = "1 epoch" if found.epochs == 1 else epochs(found.epochs)
-    text = (
-        f"{len(found.trials)} fine-tunings of {length} ({found.steps} steps), judged on {found.images} validation "
-        f"images; dense {percent(found.dense.top1)}"
+    parts = (
+        f"{len(found.trials)} fine-tunings of {length} ({found.steps} steps)",
+        *distillation(found),
+        f"judged on {found.images} validation images; dense {percent(found.dense.top1)}",
     )
+    text = ", ".join(parts)
     if len(found.arms) < _ARMS:
         same = "plain pruning" if found.chosen == PLAIN else found.chosen
         text += f". The recipe's recovery is {same}, which is an arm already and was not trained twice"

@@ -156,6 +156,7 @@ class MeasuredRates(Value):
         images: number of validation images.
         epochs: length of each fine-tuning.
         steps: its optimiser steps.
+        distill: share of its loss that is distillation from the dense model.
         dense: the model before the cut.
         arms: the starts, the plain cut first.
         rates: the peak learning rates, ascending; the same for all arms.
@@ -173,6 +174,7 @@ class MeasuredRates(Value):
     images: int
     epochs: int
     steps: int
+    distill: float
     dense: Stage
     arms: tuple[RateArm, ...]
     rates: tuple[float, ...]

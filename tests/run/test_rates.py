@@ -308,10 +308,11 @@ def test_what_cannot_be_measured_is_refused_before_any_work(
 
 
 def test_the_resolved_recipe_can_be_seen_first(toy_run: Path) -> None:
-    shown = call("lr", str(toy_run), "--measure", "--print-config", "data.batch_size=16")
+    shown = call("lr", str(toy_run), "--measure", "--print-config", "--epochs=3", "--recover=bn", "data.batch_size=16")
     recipe = Recipe.from_mapping(yaml.safe_load(shown.stdout))
     run = RunFolder(path=toy_run).recipe()
-    assert (recipe.model, recipe.data.batch_size, recipe.target) == (run.model, 16, run.target)
+    assert (recipe.model, recipe.target, recipe.prune) == (run.model, run.target, run.prune), "the run's own"
+    assert (recipe.finetune.epochs, recipe.recover.steps, recipe.data.batch_size) == (3, ("bn",), 16), "what was given"
     assert rates.resolved(recipe).recipe == recipe
     with pytest.raises(UsageError, match="needs data"):
         rates.resolved(recipe.updated(data=recipe.data.updated(name=None)))

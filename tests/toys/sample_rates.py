@@ -70,6 +70,7 @@ def measured(
         images=IMAGES,
         epochs=1,
         steps=40,
+        distill=0.9,
         dense=dense_stage,
         arms=arms,
         rates=RATES,

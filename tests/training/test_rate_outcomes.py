@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 
@@ -23,7 +24,7 @@ def test_five_rates_are_about_three_times_apart_around_the_recommended_one(recom
     rates = rates_around(recommended)
     assert len(rates) == 5
     assert rates[2] == recommended
-    assert all(2.8 < large / small < 3.2 for small, large in zip(rates, rates[1:], strict=False))
+    assert all(2.8 < large / small < 3.2 for small, large in itertools.pairwise(rates))
     assert all(float(f"{lr:.2g}") == lr for at, lr in enumerate(rates) if at != 2)
 
 
