@@ -241,7 +241,3 @@ def interruptible(job: Job) -> Iterator[None]:
 
     with interrupted_as(explain), job.closing:
         yield
-
-
-def _progress_file(folder: RunFolder) -> Path:
-    return folder.checkpoints / "progress.json"

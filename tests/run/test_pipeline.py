@@ -151,7 +151,7 @@ def test_killed_while_an_old_run_is_replaced_leaves_no_broken_finished_run(jobs:
     folder = tmp_path / "run"
     shutil.copytree(jobs.whole, folder)
     forced = ("compress", *JOB, SAVING, "--force")
-    assert jobs.run(*forced, folder=folder, stop_at=4, signal=signal.SIGKILL)["status"] == -signal.SIGKILL
+    assert jobs.run(*forced, folder=folder, stop_at=5, signal=signal.SIGKILL)["status"] == -signal.SIGKILL
     assert not (folder / "report.json").exists()
     assert not (folder / "model.safetensors").exists()
     assert jobs.run(*forced, folder=folder)["status"] == 0
