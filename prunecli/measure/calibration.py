@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Calibration:
         """The images for statistics, in batches ``[B, C, H, W]``."""
         return self.first(self._wanted).split(_PASS)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the pixels of all images that choices rest on, held out or not."""
         return state_digest({"held_out": self.held_out, "images": self.first(self._wanted)})

@@ -27,7 +27,6 @@ from prunecli.planning.cut_units import Unit
 from prunecli.planning.losses import Curve
 from prunecli.recipe.recipe import Recipe
 from prunecli.values.groups import Graph
-from prunecli.values.sensitivity import MeasuredPoint
 from prunecli.values.value import Value
 
 log = logging.getLogger("prunecli")
@@ -67,7 +66,7 @@ class KnownLosses:
 
     def curve(self, unit: Unit) -> Curve | None:
         """The loss curve of a unit; ``None`` where it is not known."""
-        found = self._read(_StoredCurve, _curve_file(unit))
+        found = self.value(_StoredCurve, _curve_file(unit))
         try:
             return None if found is None else Curve(**dict(found))
         except ValueError as error:
@@ -77,21 +76,14 @@ class KnownLosses:
     def keep_curve(self, unit: Unit, curve: Curve) -> None:
         """Keep the loss curve of a unit."""
         stored = _StoredCurve(losses=curve.losses, measured=curve.measured, divergences=curve.divergences)
-        self._write(_curve_file(unit), stored)
-
-    def point(self, key: str) -> MeasuredPoint | None:
-        """What was measured of a whole cut; ``None`` where it is not known."""
-        return self._read(MeasuredPoint, f"cuts/{key}.json")
-
-    def keep_point(self, key: str, point: MeasuredPoint) -> None:
-        """Keep what was measured of a whole cut."""
-        self._write(f"cuts/{key}.json", point)
+        self.keep(_curve_file(unit), stored)
 
     @property
     def _scores(self) -> Path:
         return self.path / "scores.safetensors"
 
-    def _read(self, kind: type[_Kept], name: str) -> _Kept | None:
+    def value(self, kind: type[_Kept], name: str) -> _Kept | None:
+        """What was kept under a name; ``None`` where nothing was."""
         if not (self.path / name).is_file():
             return None
         try:
@@ -100,7 +92,8 @@ class KnownLosses:
             self._unreadable(error)
             return None
 
-    def _write(self, name: str, value: Value) -> None:
+    def keep(self, name: str, value: Value) -> None:
+        """Keep a value under the name of a file below the folder."""
         try:
             write_json(self.path / name, value.model_dump(mode="json"))
         except PruneError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ from prunecli.run.source import run_of
 from prunecli.run.stages import (
     cut_stage,
     dense_stage,
+    fine_tune_,
     phase_stage,
     pick_stage,
     plan_stage,
@@ -42,11 +43,10 @@ from prunecli.run.stages import (
 )
 from prunecli.run.summary import versions
 from prunecli.show.rates_page import rates_page
-from prunecli.training import finetune as finetuning
-from prunecli.training.loop import TrainingRun
 from prunecli.training.rate_outcomes import Judged, outcomes, rates_around, regret, verdicts
 from prunecli.values.measured_rates import PLAIN, Answers, MeasuredRates, RateArm, RateTrial
 from prunecli.values.plan import Plan
+from prunecli.values.report import RecoveryStep
 
 _EPOCHS: Final = 1  # of each fine-tuning, unless asked for otherwise
 
@@ -149,10 +149,15 @@ def _repeated(recipe: Recipe, run: RunFolder) -> Recipe:
             f"{run.path} trained before its cut, which only the whole job repeats.",
             hint=f"prunecli lr --measure --recipe {run.recipe_file}",
         )
-    kept = [name for row in report.recovery if row.kept for name in row.name.split("+")]
+    kept = _kept_steps(report.recovery)
     given = recipe.model_dump(mode="json", exclude_unset=True, exclude={"model", "function", "model_args", "target"})
     own = {"recover": {"steps": kept}, "finetune": {"epochs": _EPOCHS}}
     return Recipe.from_mapping(layered(recorded.to_mapping(), own, given), origin=str(run.recipe_file))
+
+
+def _kept_steps(rows: Iterable[RecoveryStep]) -> tuple[str, ...]:
+    """The steps that a recovery kept, in their order; a row of ``auto`` names several."""
+    return tuple(name for row in rows if row.kept for name in row.name.split("+"))
 
 
 # ---------------------------------------------------------------------------------------------- the arms
@@ -165,7 +170,7 @@ def _arms(
     orthp = copy.deepcopy(smaller)
     steps = ("orthp", "bn") if has_batch_norm(smaller) else ("orthp",)
     weights = job.folder.weights_after("orthp")
-    chosen = tuple(name for row in job.progress.recovery if row.kept for name in row.name.split("+"))
+    chosen = _kept_steps(job.progress.recovery)
     candidates = {(): smaller, steps: orthp, chosen: recovered}  # of equal steps only one is left
     if job.progress.rates is None:
         job.notify({"event": "start", "name": "orthp"})
@@ -235,20 +240,8 @@ def _trial(job: Job, start: nn.Module, arm: str, lr: float) -> JudgedTrial:
     began = time.perf_counter()
     model = copy.deepcopy(start)
     try:
-        done = finetuning.finetune(
-            model,
-            job.images,
-            finetune_settings(job).updated(export="last"),  # arms are compared after equal budgets
-            lr=lr,
-            epochs=job.epochs,
-            run=TrainingRun(
-                device=job.device,
-                seed=job.recipe.seed,
-                folder=job.folder.training_state("finetune"),
-                on_event=job.relay,
-            ),
-            teacher=job.source.model,
-        )
+        # Arms are compared after equal budgets, so the last epoch counts.
+        done = fine_tune_(job, model, finetune_settings(job).updated(export="last"), lr=lr)
     except DivergedError:
         guessing = 100 / job.images.num_classes
         seconds = round(time.perf_counter() - began, 3)

@@ -10,12 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
 from prunecli.data.images import Images
-from prunecli.data.transforms import augmentation
 from prunecli.errors import InterruptedRunError, NothingPrunedError, TargetError, UsageError
 from prunecli.files import write_json, write_text
 from prunecli.graph.build import build_graph
@@ -31,9 +30,9 @@ from prunecli.planning.score import Scores
 from prunecli.recipe.recipe import Recipe
 from prunecli.recipe.target import Target
 from prunecli.recovery.choose import recover_stage
-from prunecli.recovery.steps import RecoveryContext
 from prunecli.run.job import Notify
 from prunecli.run.known_losses import KnownLosses, digest, known_losses
+from prunecli.run.recovery_context import untrained_context
 from prunecli.run.scores import scores_of
 from prunecli.run.source import load_source, open_calibration, open_images
 from prunecli.run.summary import versions
@@ -100,7 +99,7 @@ def _measured(
     scores = scores_of(source, graph, recipe, images, calibration, notify=notify)
     plans, notes = _plans(source, graph, scores, recipe)
     notify({"event": "start", "name": "cuts"})
-    dense = _accuracy(source.model, images, calibration)
+    dense = _dense(known, recipe, source, images, calibration)
     points = []
     for share, planned in plans.items():
         point = None
@@ -169,37 +168,38 @@ def _point(
     plan: Plan,
 ) -> MeasuredPoint:
     """One cut, from the cache or measured."""
-    labelled = recipe.data.model_dump(mode="json", exclude={"batch_size", "workers"}) if images else None
-    key = digest([plan.sha256(), recipe.recover.model_dump(mode="json"), labelled])
-    found = known.point(key) if known else None
+    name = f"cuts/{digest([plan.sha256(), recipe.recover.model_dump(mode='json'), _validation(recipe, images)])}.json"
+    found = known.value(MeasuredPoint, name) if known else None
     if found is None:
         found = _cut_and_measured(recipe, source, images, calibration, plan)
         if known:
-            known.keep_point(key, found)
+            known.keep(name, found)
     return found
+
+
+def _dense(
+    known: KnownLosses | None, recipe: Recipe, source: Source, images: Images | None, calibration: Calibration
+) -> Accuracy | None:
+    """The dense model's accuracy, from the cache or measured; ``None`` without labels."""
+    name = f"dense/{digest(_validation(recipe, images))}.json"
+    found = known.value(Accuracy, name) if known else None
+    if found is None:
+        found = _accuracy(source.model, images, calibration)
+        if known and found is not None:
+            known.keep(name, found)
+    return found
+
+
+def _validation(recipe: Recipe, images: Images | None) -> dict[str, Any] | None:
+    """What decides on the validation images; ``None`` without any."""
+    return recipe.data.model_dump(mode="json", exclude={"batch_size", "workers"}) if images else None
 
 
 def _cut_and_measured(
     recipe: Recipe, source: Source, images: Images | None, calibration: Calibration, plan: Plan
 ) -> MeasuredPoint:
     began = time.perf_counter()
-    context = RecoveryContext(
-        dense=source.model,
-        plan=plan,
-        images=None,  # nothing is trained, so that no recovery is judged by training
-        calibration=calibration,
-        spec=source.spec,
-        settings=recipe.recover,
-        finetune=recipe.finetune,
-        finetune_steps=0,
-        batch_size=recipe.data.batch_size,
-        mirrored=augmentation(recipe.data, source.spec) != "none",
-        device=calibration.device,
-        seed=recipe.seed,
-        spectrum_of=lambda _: None,
-        tell=lambda _: None,
-        notify=lambda _: None,
-    )
+    context = untrained_context(recipe, source, plan, calibration, calibration.device)
     model, rows = recover_stage(context, cut(source.model, plan), lambda _: 0.0)
     held_out = calibration.held_out
     kept = [row.name for row in rows if row.kept]

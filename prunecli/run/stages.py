@@ -24,6 +24,7 @@ from prunecli.methods.initialisation import initialise_
 from prunecli.models.source import Source
 from prunecli.models.user_function import Function
 from prunecli.planning.make import Planned
+from prunecli.recipe.settings import FinetuneSettings
 from prunecli.recovery.choose import recover_stage
 from prunecli.run import phases, verify
 from prunecli.run.export import export
@@ -39,7 +40,7 @@ from prunecli.surgery.cut import cut
 from prunecli.training import finetune as finetuning
 from prunecli.training.loop import TrainingRun
 from prunecli.values.plan import Cost, Plan
-from prunecli.values.report import RecoveryStep, Report, Stage, StageName, TargetResult
+from prunecli.values.report import FinetuneReport, RecoveryStep, Report, Stage, StageName, TargetResult
 
 TARGET_TOLERANCE: Final = 0.01
 
@@ -293,25 +294,33 @@ def finetune_stage_(job: Job, model: nn.Module) -> None:
         return
 
     def work() -> Work:
-        assert job.images is not None
         job.notify({"event": "start", "name": "finetune", "epochs": job.epochs})
-        result = finetuning.finetune(
-            model,
-            job.images,
-            finetune_settings(job),
-            lr=learning_rate(job),
-            epochs=job.epochs,
-            run=TrainingRun(
-                device=job.device,
-                seed=job.recipe.seed,
-                folder=job.folder.training_state("finetune"),
-                on_event=job.relay,
-            ),
-            teacher=job.source.model,
-        )
+        result = fine_tune_(job, model, finetune_settings(job), lr=learning_rate(job))
         return Work(record=lambda _: {"finetune": result})
 
     stage_(job, "finetuned", model, work, weights=job.folder.weights_after("finetuned"))
+
+
+def fine_tune_(job: Job, model: nn.Module, settings: FinetuneSettings, *, lr: float) -> FinetuneReport:
+    """Fine-tune in place for the job's epochs, with its dense model as teacher; continues where it was broken off.
+
+    Raises DivergedError where a loss or a weight is no longer a finite number.
+    """
+    assert job.images is not None
+    return finetuning.finetune(
+        model,
+        job.images,
+        settings,
+        lr=lr,
+        epochs=job.epochs,
+        run=TrainingRun(
+            device=job.device,
+            seed=job.recipe.seed,
+            folder=job.folder.training_state("finetune"),
+            on_event=job.relay,
+        ),
+        teacher=job.source.model,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the end of a job

@@ -240,7 +240,7 @@ def _widths(layers: Sequence[LayerReport], plan: Plan) -> _Layers:
 def _allocation(units: Sequence[UnitAllocation]) -> _Layers:
     rows = [
         (
-            unit.groups[0] + (f" +{len(unit.groups) - 1}" if len(unit.groups) > 1 else ""),
+            wording.unit_name(unit.groups),
             f"{unit.width} → {unit.kept}",
             wording.figure(unit.loss),
             wording.figure(unit.marginal),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from prunecli.values.learning_rate import LRReport
@@ -30,6 +31,8 @@ STAGE_NAMES: Final = {
 SPECTRUM_METHODS: Final = {"exact": "exact", "lanczos": "a Lanczos estimate"}
 UNIT_COLUMNS: Final = ("unit", "channels", "half saves", "KL at 3/4", "at 1/2", "at 1/4")
 POINT_COLUMNS: Final = ("MACs", "parameters", "predicted KL", "KL", "top-1", "recovery")
+TRIAL_COLUMNS: Final = ("arm", "LR", "last epoch", "best epoch", "to dense", "")
+START_COLUMNS: Final = ("arm", "top-1", "loss", "mean JSV", "recommended LR")
 
 
 def count(value: float) -> str:
@@ -195,6 +198,11 @@ def headline(report: Report) -> str:
     return f"{result}, at {last.top1:.2f} % top-1 (dense {first.top1:.2f} %)."
 
 
+def unit_name(groups: Sequence[str]) -> str:
+    """The first of the groups that are cut together, and how many more there are."""
+    return groups[0] + (f" +{len(groups) - 1}" if len(groups) > 1 else "")
+
+
 def predicted_line(kl: float) -> str:
     """The predicted divergence of a plan."""
     return f"KL {figure(kl)} nats from the dense model's answers, the sum of what each unit loses alone; untrained"
@@ -204,7 +212,7 @@ def sensitivity_unit_rows(found: Sensitivity) -> list[tuple[str, ...]]:
     """Each unit under ``UNIT_COLUMNS``: what half of it saves of the multiply-adds, and the KL of cutting it alone."""
     return [
         (
-            unit.groups[0] + (f" +{len(unit.groups) - 1}" if len(unit.groups) > 1 else ""),
+            unit_name(unit.groups),
             str(unit.width),
             f"{unit.saved[min(unit.saved, key=lambda kept: abs(2 * kept - unit.width))]:.1f} %",
             *(_nearest_kl(unit, share) for share in (0.75, 0.5, 0.25)),
@@ -260,10 +268,6 @@ def candidate_rows(found: LRReport) -> list[tuple[str, str, str, str]]:
         (candidate.name, _text(candidate.lr), "taken" if candidate.taken else "", candidate.reason)
         for candidate in found.candidates
     ]
-
-
-TRIAL_COLUMNS: Final = ("arm", "LR", "last epoch", "best epoch", "to dense", "")
-START_COLUMNS: Final = ("arm", "top-1", "loss", "mean JSV", "recommended LR")
 
 
 def rate_rows(found: MeasuredRates) -> list[tuple[str, ...]]:

@@ -131,20 +131,6 @@ def test_model_flags_gradients_and_generator_are_left_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class Once(torch.autograd.Function):
-    """Differentiable once."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * ctx.saved_tensors[0].cos()
-
-
 class Twice(torch.autograd.Function):
     """Differentiable twice, without a forward derivative."""
 
@@ -156,6 +142,12 @@ class Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient * ctx.saved_tensors[0].cos()
+
+
+class Once(Twice):
+    """Differentiable once."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(Twice.backward))
 
 
 @pytest.mark.parametrize("narrow", [True, False])

@@ -121,7 +121,8 @@ def test_units_have_every_width_and_what_it_saves(finished):
     assert shares == pytest.approx(asked, rel=0.0101)
 
 
-def test_the_same_command_measures_nothing_twice(finished, cache, measured):
+def test_the_same_command_measures_nothing_twice(finished, cache, measured, monkeypatch):
+    monkeypatch.setattr(job.measure_accuracy, "evaluate", lambda *_, **__: pytest.fail("accuracy was measured again"))
     found = sensitivity(*QUICK)
     assert measured == []
     assert found.pop("folder").startswith(str(cache))
